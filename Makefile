@@ -1,0 +1,29 @@
+# `make demo` and `make test` each set everything up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+TORCH ?= 2.13.0
+
+.PHONY: demo test bench clean
+
+# torch first and alone: a range would drag in gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/memsink fit --config recipes/watch.yaml
+
+test: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -n 2
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.detection --seeds 3
+	$(VENV)/bin/python -m benchmarks.overhead --tracking
+
+clean:
+	rm -rf $(VENV) runs
