@@ -1,0 +1,53 @@
+"""Which part of a batch is text."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The text of a batch: ``ids`` is ``[B, T]`` int64; ``mask`` is ``[B, T]`` bool, False where padded."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def tokens_of(batch: Any) -> Tokens | None:
+    """The tokens of a batch, or None if it holds no text.
+
+    Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or
+    one that comes first in a tuple or list, as in ``(x, y)``. Only a mapping can say what is padding, by an
+    ``attention_mask`` of the same shape; a mask of another shape (packed, 4-D) says nothing about it.
+    """
+    if isinstance(batch, Mapping):
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    else:
+        ids, mask = (batch[0] if isinstance(batch, (tuple, list)) and batch else batch), None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not _is_integer(ids.dtype):
+        return None
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    return Tokens(ids.long(), mask != 0)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def stack(texts: Iterable[Tokens | None]) -> Tokens | None:
+    """Several batches of text as one, padded to the longest; None if any of them is none."""
+    parts = list(texts)
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return None
+    width = max(part.ids.shape[1] for part in known)
+    ids, masks = (
+        torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        for tensors in ([part.ids for part in known], [part.mask for part in known])
+    )
+    return Tokens(ids, masks)
