@@ -1,0 +1,267 @@
+"""What each sample's loss is, given what the loss calls of a step computed.
+
+A loss call has elements (tokens, pixels, outputs). Element ``e`` has an unreduced loss ``l_e`` and a coefficient
+``s_e``, the weight it has in the number that is differentiated: the sum of ``s_e * l_e`` is that number.
+
+    B  samples in a batch      N  rows of a loss call, B * rows per sample
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+LOSSES_KEY = "memsink/losses"
+IDS_KEY = "memsink/ids"
+
+
+def per_sample(losses: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """What ``training_step`` or ``validation_step`` returns to report its own per-sample losses.
+
+    Args:
+        losses: ``[B]``, with their graph; their mean becomes the step's ``loss``.
+        ids: ``[B]`` integers, if the step knows its samples better than the data loader does.
+
+    >>> sorted(per_sample(torch.tensor([1.0, 3.0])))
+    ['loss', 'memsink/losses']
+    """
+    if losses.ndim != 1:
+        raise ValueError(
+            f"per_sample takes one loss per sample, [B], but got {list(losses.shape)}. "
+            "Average each sample first: `per_sample(losses.flatten(1).mean(1))`."
+        )
+    report = {"loss": losses.mean(), LOSSES_KEY: losses.detach()}
+    if ids is not None:
+        if ids.shape != losses.shape:
+            raise ValueError(f"per_sample got {losses.numel()} losses but {ids.numel()} ids. Pass one id per loss.")
+        report[IDS_KEY] = ids.detach()
+    return report
+
+
+@dataclass(frozen=True)
+class NotCaptured:
+    """No per-sample losses this step. ``reason`` is one message: what was found, and what to type."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The per-sample losses of one step.
+
+    ``losses`` is ``[B]`` float32, in the loss's own units (nats per token); NaN where no element of the sample counted.
+    ``explained`` is the share of the step's loss that these calls add up to (1: all of it), known for the first
+    captured step only, because reading it waits for the device.
+    """
+
+    losses: Tensor
+    explained: float | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a loss call come from, as its graph tells.
+
+    ``sizes`` are the leading sizes of tensors that were flattened into the rows, nearest first. ``index`` is the tensor
+    that rows were picked with, ``picked_by`` the name of the node that picked them. ``buffer`` is (storage, offset,
+    length of the storage) of flat targets.
+    """
+
+    sizes: tuple[tuple[int, ...], ...] = ()
+    index: Tensor | None = None
+    picked_by: str = ""
+    buffer: tuple[int, int, int] | None = None
+
+
+@dataclass
+class LossCall:
+    """One call of a loss function.
+
+    ``losses`` are unreduced, ``weights`` (same shape) the class weights and masks inside the call, ``divisor`` what a
+    mean divided by, ``upstream`` the gradient of the step's loss with respect to the call's result (None: not reached).
+    ``classes`` is 0 where there is no class axis.
+    """
+
+    kind: str
+    classes: int
+    losses: Tensor
+    weights: Tensor | None = None
+    divisor: Tensor | float = 1.0
+    upstream: Tensor | None = None
+    rows: Rows = field(default_factory=Rows)
+
+    def coefficients(self) -> tuple[Tensor, Tensor | float]:
+        """Weights, same shape as ``losses`` and 0 where an element does not count, and a scale: ``s_e`` is their
+        product. Negative weights in a vector (advantages) count by size, lest they cancel."""
+        if self.upstream is None:
+            return torch.zeros_like(self.losses), 0.0
+        if self.upstream.ndim == 0:
+            weights = torch.ones_like(self.losses) if self.weights is None else self.weights
+            return weights, self.upstream.float() / self.divisor
+        weights = self.upstream.float().abs().reshape(self.losses.shape)
+        return weights if self.weights is None else weights * self.weights, 1.0 / self.divisor
+
+    def total(self) -> Tensor:
+        """What the call adds to the step's loss."""
+        weights, scale = self.coefficients()
+        return torch.where(weights == 0, 0.0, weights * self.losses).sum() * scale
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a step: in each sample its mean is ``sums / weights``, in the step its weight is ``factor``.
+
+    ``weights`` times ``scale`` are the coefficients ``s_e``, added by sample.
+    """
+
+    kind: str
+    classes: int
+    sums: Tensor  # [B]
+    weights: Tensor  # [B]
+    scale: Tensor | float
+    time_major: bool
+    factor: float = 1.0
+    calls: int = 1
+
+    def means(self) -> Tensor:
+        return self.sums / self.weights
+
+    def total_weight(self) -> Tensor:
+        """The sum of all ``s_e``."""
+        return self.weights.sum() * self.scale
+
+
+class SampleAxisLost(ValueError):
+    """The rows of a loss call can't be told apart by sample."""
+
+
+def time_steps(call: LossCall, batch_size: int) -> int:
+    """``T`` if the rows run ``[T, B]``, else 0. The nearest tensor with a ``B`` in its first two sizes decides; where
+    both are ``B`` nothing tells, and the rows are taken to run ``[B, T]``."""
+    for sizes in (tuple(call.losses.shape), *call.rows.sizes):
+        if sizes[:1] == (batch_size,):
+            return 0
+        if sizes[1:2] == (batch_size,):
+            return sizes[0]
+    return 0
+
+
+def sample_of_row(call: LossCall, batch_size: int) -> Tensor | None:
+    """``[N]`` sample numbers, where rows are not simply ``B`` equal runs."""
+    count, index = (call.losses.shape or (1,))[0], call.rows.index
+    if index is not None and index.dtype == torch.bool and index.shape[0] % batch_size == 0:
+        samples = index.nonzero()[:, 0] // (index.shape[0] // batch_size)
+        if samples.numel() == count:
+            return samples
+    if count != batch_size and call.rows.picked_by:
+        raise SampleAxisLost(
+            f"{call.kind} was computed on {count} rows that {call.rows.picked_by} picked out of the batch, "
+            "so a row's sample is no longer known"
+        )
+    return None
+
+
+def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
+    """Sums a call's elements by sample: those that ``samples`` ``[N]`` names, or those the call's graph tells."""
+    weights, scale = call.coefficients()
+    sums = call.losses * weights
+    if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
+        sums = torch.where(weights == 0, 0.0, sums)
+    if samples is None:
+        samples = sample_of_row(call, batch_size)
+    steps = time_steps(call, batch_size)
+    if samples is not None:
+        by_sample = [
+            part.new_zeros(batch_size).index_add(0, samples, part.reshape(part.shape[0], -1).sum(1))
+            for part in (sums, weights)
+        ]
+    elif sums.numel() % (batch_size * max(steps, 1)) or (not steps and (sums.shape or (1,))[0] % batch_size):
+        raise SampleAxisLost(f"{call.kind} was computed on {list(sums.shape)} elements, not on {batch_size} samples")
+    elif steps:
+        by_sample = [part.reshape(steps, batch_size, -1).sum((0, 2)) for part in (sums, weights)]
+    else:
+        by_sample = [part.reshape(batch_size, -1).sum(1) for part in (sums, weights)]
+    return Term(call.kind, call.classes, by_sample[0], by_sample[1], scale, steps > 0)
+
+
+def merge(terms: Sequence[Term]) -> Term:
+    """Chunks of one loss as the loss they are chunks of."""
+    absent = torch.stack([term.weights == 0 for term in terms])  # their scale may be that of a mean over nothing
+    sums = torch.stack([term.sums * term.scale for term in terms]).masked_fill(absent, 0.0).sum(0)
+    weights = torch.stack([term.weights * term.scale for term in terms]).masked_fill(absent, 0.0).sum(0)
+    return replace(terms[0], sums=sums, weights=weights, scale=1.0, calls=len(terms))
+
+
+def samples_by_offset(calls: Sequence[LossCall], batch_size: int) -> list[Tensor] | None:
+    """``[N]`` sample numbers of each call, if the calls' flat targets are pieces that tile one ``[B, T]`` buffer."""
+    buffers = [call.rows.buffer for call in calls]
+    if len(calls) < 2 or None in buffers or len({buffer[0] for buffer in buffers if buffer}) > 1:
+        return None
+    pieces = [(buffer, call.losses) for buffer, call in zip(buffers, calls, strict=True) if buffer]
+    length = pieces[0][0][2]
+    starts = {buffer[1] for buffer, _ in pieces}
+    if len(starts) < len(pieces) or sum(losses.numel() for _, losses in pieces) != length or length % batch_size:
+        return None
+    return [
+        torch.arange(offset, offset + losses.numel(), device=losses.device) // (length // batch_size)
+        for (_, offset, _), losses in pieces
+    ]
+
+
+def terms_of(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0) -> list[Term]:
+    """The losses that a step's calls amount to: chunks merged, one weight each.
+
+    Calls are chunks of one loss if their targets tile one buffer, or if their elements weigh the same and all together
+    at most 1. A sole loss has weight 1, whatever it is multiplied with.
+
+    Raises:
+        SampleAxisLost: no call has a sample axis.
+    """
+    kinds: dict[tuple[str, int], list[LossCall]] = {}
+    for call in calls:
+        kinds.setdefault((call.kind, call.classes), []).append(call)
+    terms: list[Term] = []
+    lost: list[SampleAxisLost] = []
+    for same in kinds.values():
+        tiles = samples_by_offset(same, batch_size)
+        folded: list[Term] = []
+        kept: list[LossCall] = []
+        for call, samples in zip(same, tiles or repeat(None), strict=False):
+            try:
+                folded.append(fold(call, batch_size, samples))
+                kept.append(call)
+            except SampleAxisLost as error:
+                lost.append(error)
+        chunks = len(folded) > 1 and (tiles is not None or are_chunks(kept, folded, loss_scale))
+        terms += [merge(folded)] if chunks else folded
+    if not terms:
+        raise lost[0]
+    if len(terms) == 1:
+        return terms
+    factors = torch.stack([term.total_weight() for term in terms]).tolist()
+    return [replace(term, factor=factor / loss_scale) for term, factor in zip(terms, factors, strict=True)]
+
+
+def are_chunks(calls: Sequence[LossCall], terms: Sequence[Term], loss_scale: float) -> bool:
+    """True if the elements of all calls weigh the same, at most 1 together. Waits for the device."""
+    totals = torch.stack([term.total_weight() for term in terms]) / loss_scale
+    heaviest = [
+        call.upstream.abs().max() / call.divisor for call in calls if call.upstream is not None and call.losses.numel()
+    ]
+    if len(heaviest) < len(calls):
+        return False
+    *units, total = torch.cat([torch.stack(heaviest).float(), totals.sum()[None]]).tolist()
+    return bool(total <= 1 + 1e-3 and max(units) - min(units) <= 1e-3 * max(units))
+
+
+def weigh(terms: Sequence[Term]) -> Tensor:
+    """``[B]`` sum over terms of weight times the sample's mean; NaN where a sample has no element in any term."""
+    if len(terms) == 1:
+        return terms[0].means() if terms[0].factor == 1.0 else terms[0].means() * terms[0].factor
+    absent = torch.stack([term.weights == 0 for term in terms])
+    parts = torch.stack([term.means() * term.factor for term in terms])
+    return torch.where(absent, 0.0, parts).sum(0).masked_fill(absent.all(0), torch.nan)
