@@ -1,0 +1,18 @@
+"""What all processes saw, on every process alike, before it enters a slot."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def gather(seen: T) -> list[T]:
+    """What each process passed, in the order of ranks. Every process must call it at the same point."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [seen]
+    everyone: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    return [one for one in everyone if one is not None]

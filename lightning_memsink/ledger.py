@@ -1,0 +1,72 @@
+"""What the callbacks of one Trainer know together.
+
+One slot per fact, one writer per slot, and nobody reads a slot in the hook that writes it.
+So callbacks may be listed in any order.
+
+    N  samples known      B  samples in a batch      K  visits remembered
+    M  controls           E  control evaluations     F  matching features
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_memsink.controls import ControlTable
+    from lightning_memsink.table import LossTable
+    from lightning_memsink.verdicts import Flags, Onset
+
+T = TypeVar("T")
+
+
+class Slot(Generic[T]):
+    """A fact with one writer. Reading it before it was published names the callback to add."""
+
+    def __init__(self, writer: str) -> None:
+        self.writer = writer
+
+    def __set_name__(self, owner: type[Ledger], name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, ledger: None, owner: type[Ledger]) -> Slot[T]: ...
+
+    @overload
+    def __get__(self, ledger: Ledger, owner: type[Ledger]) -> T: ...
+
+    def __get__(self, ledger: Ledger | None, owner: type[Ledger]) -> T | Slot[T]:
+        if ledger is None:
+            return self
+        if self.name not in ledger._facts:
+            raise RuntimeError(
+                f"No callback of this Trainer writes `{self.name}`. "
+                f"Add {self.writer}() to Trainer(callbacks=[...]), at any position."
+            )
+        return ledger._facts[self.name]  # type: ignore[return-value]
+
+    def __set__(self, ledger: Ledger, value: T) -> None:
+        ledger._facts[self.name] = value
+
+
+class Ledger:
+    """The slots of one Trainer. Written in ``on_fit_start`` (after a restore), required in ``on_train_start``."""
+
+    losses: Slot[LossTable] = Slot("LossTracker")
+    controls: Slot[ControlTable] = Slot("LossTracker")
+    flags: Slot[Flags] = Slot("MemorizationDetector")
+    onset: Slot[Onset | None] = Slot("MemorizationDetector")
+    history: Slot[list[dict[str, float]]] = Slot("LiveCurves")
+
+    def __init__(self) -> None:
+        self._facts: dict[str, object] = {}
+
+    @staticmethod
+    def of(trainer: Trainer) -> Ledger:
+        """The one ledger of this Trainer, made at the first call."""
+        return _LEDGERS.setdefault(trainer, Ledger())
+
+
+_LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()

@@ -1,0 +1,139 @@
+"""A look at samples outside the training loop that leaves no trace in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_memsink.capture import EvaluationCapture
+from lightning_memsink.holding_out import hold_out
+from lightning_memsink.identity import batch_size
+
+
+class ControlProbe:
+    """Controls that are no validation set: a loader the user names, or a share split off the training set.
+
+    Args:
+        loader: held-out samples, in batches that training_step understands.
+        fraction: the share of the training set to hold out instead.
+        every: optimizer steps between two looks.
+
+    Raises:
+        ValueError: for both at once.
+    """
+
+    def __init__(self, loader: Iterable[Any] | None, fraction: float | None, every: int) -> None:
+        if loader is not None and fraction is not None:
+            raise ValueError("LossTracker takes controls=loader or control_fraction=share, not both: drop one of them.")
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(
+                f"control_fraction is a share of the training set between 0 and 1, but it is {fraction}. "
+                "With 0.1, a tenth of the samples is held out of training."
+            )
+        self.loader = loader
+        self.fraction = fraction
+        self.every = every
+        self._source: Any = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are such controls, so that the validation set is not asked."""
+        return self.loader is not None or self.fraction is not None
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether it is time for a look, the last one having been at step ``last``."""
+        return self.wanted and step % self.every == 0 and step > max(0, last)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Splits the training loader when Lightning asks for it."""
+        if not self.wanted:
+            return
+        if not trainer.lightning_module.automatic_optimization:
+            raise ValueError(
+                "LossTracker looks at its own controls by calling training_step, which trains under manual "
+                "optimization. Pass the held-out samples as the validation loader instead."
+            )
+        if self.fraction is None or self._source is not None:
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"control_fraction splits the data of one process, but this Trainer has {trainer.world_size}. "
+                "Hold the controls out yourself and pass them as the validation loader."
+            )
+        source = self._source = trainer.fit_loop._data_source
+        whole = source.dataloader
+
+        def without_controls() -> Any:
+            kept, self.loader = hold_out(whole(), self.fraction or 0.0)
+            return kept
+
+        vars(source)["dataloader"] = without_controls
+
+    def detach(self) -> None:
+        if self._source is not None:
+            vars(self._source).pop("dataloader", None)
+            self._source = self.loader = None
+
+    def look(
+        self, trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture
+    ) -> Iterator[tuple[Any, Tensor, Any]]:
+        """Each batch of controls, the numbers ``[B]`` of its samples, and what training_step returned for it."""
+        start = 0
+        with without_trace(pl_module):
+            for n, batch in enumerate(self.loader or ()):
+                batch = trainer.strategy.batch_to_device(batch)
+                capture.begin()
+                with trainer.precision_plugin.train_step_context():
+                    outputs = pl_module.training_step(batch, n)
+                size = batch_size(batch) or 0
+                yield batch, torch.arange(start, start + size), outputs
+                start += size
+
+
+@contextmanager
+def without_trace(pl_module: LightningModule) -> Iterator[None]:
+    """Evaluation mode, no gradients, and afterwards everything as before: random state, metrics, what was logged.
+
+    ``self.log`` is silent inside, since Lightning refuses it outside its loops.
+    """
+    training = {name: module.training for name, module in pl_module.named_modules()}
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    states = [_snapshot(metric) for metric in metrics]
+    silent = {"log": _say_nothing, "log_dict": _say_nothing}
+    own = {name: vars(pl_module)[name] for name in silent if name in vars(pl_module)}
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(torch.no_grad())
+        vars(pl_module).update(silent)
+        pl_module.eval()
+        try:
+            yield
+        finally:
+            for name in silent:
+                vars(pl_module).pop(name, None)
+            vars(pl_module).update(own)
+            for name, module in pl_module.named_modules():
+                module.training = training[name]
+            for metric, state in zip(metrics, states, strict=True):
+                vars(metric).update(state)
+
+
+def _snapshot(metric: Metric) -> dict[str, Any]:
+    """What an update changes of a metric; list states are copied, since they grow in place."""
+    names = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
+    values = {name: getattr(metric, name) for name in names}
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``self.log``."""
