@@ -1,0 +1,286 @@
+"""Is a sample memorized? Its loss against held-out controls matched on difficulty.
+
+A low loss alone says nothing: the sample may be easy. A sample is memorized when its loss is far below what
+the model makes of *equally difficult text it never trained on*; counterfactual memorization (Feldman & Zhang
+2020; Zhang et al. 2023) asks the same of a second model trained without the sample.
+
+    N  samples      M  controls      F  matching features      E  early evaluations      k  neighbours
+
+Losses and gaps are in nats (per token for token losses). Nothing here knows of Lightning or keeps state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2)
+SPREAD = 4
+"""Times k: the controls whose own gaps tell what size of gap is usual around a sample."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a gap counts.
+
+    ``alpha``: false-discovery rate over samples. ``k``: controls compared with. ``min_gap``: smallest effect in
+    nats, and ``null_sds``: in standard deviations of the controls' own gaps; the larger of the two holds.
+    ``reach``: a sample farther from its controls than ``reach`` times what 99 % of the controls are from their
+    fellows has no match.
+    """
+
+    alpha: float = 0.05
+    k: int = 8
+    method: Literal["knn", "ridge"] = "knn"
+    min_gap: float = 1.0
+    null_sds: float = 4.0
+    reach: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is a false-discovery rate between 0 and 1, but it is {self.alpha}.")
+        if self.k < 1:
+            raise ValueError(f"k is a number of controls, at least 1, but it is {self.k}.")
+        if self.method not in ("knn", "ridge"):
+            raise ValueError(f"method is 'knn' or 'ridge', but it is {self.method!r}.")
+
+    @property
+    def controls_needed(self) -> int:
+        """Fewest controls that can be matched: the neighbours, and fellows for a null distribution."""
+        return max(2 * self.k, 16)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is known of ``N`` samples to be measured."""
+
+    losses: Tensor
+    """``[N]`` at the last visit, finite."""
+    weight: Tensor
+    """``[N]`` in 0…1: where between the two evaluations of the controls that visit lies (1: at the later)."""
+    features: Tensor
+    """``[N, F]`` difficulty without asking the model; NaN for unknown, which is matched as average."""
+    early: Tensor
+    """``[N]`` loss at an early visit, in standard deviations from the controls' mean of that time; NaN for unknown."""
+    snapshot: Tensor
+    """``[N]`` int64: the row of ``Controls.early`` nearest to that visit."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What ``M`` held-out samples show."""
+
+    before: Tensor
+    """``[M]`` losses at the evaluation before the measured visits."""
+    after: Tensor
+    """``[M]`` at the one after them; the same as ``before`` if there was just one."""
+    features: Tensor
+    """``[M, F]``"""
+    early: Tensor
+    """``[E, M]`` losses at early evaluations, standardized like ``Samples.early``."""
+
+    def finite(self) -> Controls:
+        """Only controls whose losses are finite at both evaluations."""
+        return self.only(torch.isfinite(self.before) & torch.isfinite(self.after))
+
+    def only(self, keep: Tensor) -> Controls:
+        """Those in ``keep``, bool ``[M]``."""
+        return Controls(self.before[keep], self.after[keep], self.features[keep], self.early[:, keep])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one evaluation found for ``N`` samples."""
+
+    gap: Tensor
+    """``[N]`` expected loss from matched controls minus own loss; positive: lower than they."""
+    p: Tensor
+    """``[N]`` conformal (or fitted-tail) p-value of the gap, in (0, 1]."""
+    matched: Tensor
+    """Bool ``[N]``: near enough to controls for a verdict."""
+    flagged: Tensor
+    """Bool ``[N]``: significant at the false-discovery rate, and large enough."""
+    null: Tensor
+    """``[M]`` gaps of the controls against their fellows (matched as most samples were)."""
+    threshold: float
+    tail: str
+    """``conformal`` or ``normal``."""
+
+    @property
+    def p_floor(self) -> float:
+        """Smallest p-value that the controls allow."""
+        return 1 / (len(self.null) + 1)
+
+
+def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
+    """Gap, p-value and flag of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
+
+    A sample and its controls are compared at the same two moments: early, to find controls that were as difficult,
+    and now. At least ``rule.controls_needed`` controls must be finite.
+    """
+    controls = controls.finite()
+    count = len(samples.losses)
+    gap, score, p = torch.zeros(count), torch.zeros(count), torch.ones(count)
+    beyond = torch.zeros(count, dtype=torch.bool)
+    static, own_static = _standardize(samples.features, controls.features)
+    nulls = []
+    for moment in sorted(set(samples.snapshot.tolist())):
+        group = (samples.snapshot == moment).nonzero().flatten()
+        points = torch.cat([static[group], samples.early[group, None].nan_to_num()], 1)
+        own = torch.cat([own_static, controls.early[moment, :, None].nan_to_num()], 1)
+        gap[group], score[group], null, null_score = _compare(
+            samples.losses[group], samples.weight[group], points, own, controls, rule
+        )
+        p[group], beyond[group] = conformal_p(score[group], null_score), score[group] > null_score.max()
+        nulls.append((len(group), null, null_score))
+    _, null, null_score = max(nulls, key=lambda entry: entry[0])
+    matched = _within_reach(static, own_static, rule)
+    threshold = max(rule.min_gap, rule.null_sds * robust_sd(null))
+    tail, flagged = "conformal", torch.zeros_like(matched)
+    flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
+    if (matched & beyond & (gap >= threshold)).any() and not flagged[beyond].any():
+        # Farther out than every control, yet the floor 1/(M+1) lets nothing through: a fitted tail, labelled so.
+        p, tail = torch.where(beyond, normal_tail_p(score, null_score), p), "normal"
+        flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
+    return Measurement(gap, p, matched, flagged & (gap >= threshold), null, threshold, tail)
+
+
+def _compare(
+    losses: Tensor, weight: Tensor, points: Tensor, own: Tensor, controls: Controls, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gap and score of samples ``[N]``, and of controls ``[M]`` against their fellows.
+
+    Some texts are harder to foretell than others, so the score is a gap in units of what is usual around it.
+    """
+    index, _ = nearest(points, own, SPREAD * rule.k)
+    fellow, _ = nearest(own, own, SPREAD * rule.k, fellows=True)
+    expect = _by_ridge if rule.method == "ridge" else _by_neighbours
+    expected, expected_of_controls = expect(points, own, index[:, : rule.k], fellow[:, : rule.k], controls, weight)
+    gap, null = expected - losses, expected_of_controls - controls.after
+    usual = null.abs()
+    around, around_controls = usual[index].mean(1) + usual.mean(), usual[fellow].mean(1) + usual.mean()
+    return gap, gap / around, null, null / around_controls
+
+
+def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
+    """``[N]`` share of the null (with the sample itself) that is at least as large; ties count against the sample.
+
+    If score and null are exchangeable, ``P(p <= t) <= t`` for every t (Vovk et al. 2005; Bates et al. 2023).
+    """
+    ranked = null.sort().values
+    at_least = len(null) - torch.searchsorted(ranked, scores.contiguous())
+    return (1 + at_least.float()) / (len(null) + 1)
+
+
+def normal_tail_p(scores: Tensor, null: Tensor) -> Tensor:
+    """``[N]`` upper-tail p-values under a normal law fitted to the null. An assumption: label it where it is used."""
+    z = (scores - null.mean()) / null.std().clamp(min=1e-6)  # the plain sd: wide on purpose
+    tail: Tensor = torch.special.erfc(z.double() / math.sqrt(2)) / 2
+    return tail.clamp(min=1e-38).to(scores.dtype)
+
+
+def robust_sd(values: Tensor) -> float:
+    """Standard deviation of the bulk, 1.4826 times the median absolute deviation.
+
+    Controls that resemble something in training more than their features tell have large gaps too. They belong in
+    the p-values, which count them, but a few of them should not widen the unit that effects are measured in.
+    """
+    return float(1.4826 * (values - values.median()).abs().median())
+
+
+def benjamini_hochberg(p: Tensor, alpha: float) -> Tensor:
+    """Bool ``[N]``: rejected at false-discovery rate ``alpha`` (Benjamini & Hochberg 1995).
+
+    >>> benjamini_hochberg(torch.tensor([0.01, 0.02, 0.03, 0.9]), 0.05).tolist()
+    [True, True, True, False]
+    """
+    if not len(p):
+        return torch.zeros(0, dtype=torch.bool)
+    ranked = p.double().sort().values
+    bound = alpha * torch.arange(1, len(p) + 1, dtype=torch.float64) / len(p)
+    below = (ranked <= bound * (1 + 1e-6)).nonzero()  # p-values in single precision may equal the bound
+    return p.double() <= ranked[below[-1, 0]] if len(below) else torch.zeros_like(p, dtype=torch.bool)
+
+
+def controls_for(samples: int, alpha: float, memorized: int = 1) -> int:
+    """Controls needed before ``memorized`` of ``samples`` can be flagged together: floor 1/(M+1) <= alpha*k/N.
+
+    >>> controls_for(samples=1000, alpha=0.05, memorized=10)
+    1999
+    """
+    return math.ceil(samples / (alpha * memorized)) - 1
+
+
+def bits(gap: Tensor, elements: Tensor) -> Tensor:
+    """A gap in nats per element, over the whole sample, in bits."""
+    return gap * elements / LN2
+
+
+def nearest(points: Tensor, among: Tensor, k: int, *, fellows: bool = False) -> tuple[Tensor, Tensor]:
+    """Indices ``[N, k]`` of the nearest rows of ``among`` and the mean distance ``[N]`` to them.
+
+    ``fellows``: the points are ``among`` themselves, and nobody is its own neighbour.
+    """
+    k = min(k, len(among) - fellows)
+    index = torch.empty(len(points), k, dtype=torch.int64)
+    distance = torch.empty(len(points))
+    for part in _blocks(len(points), len(among)):
+        apart = torch.cdist(points[part], among)
+        if fellows:
+            rows = torch.arange(part.start, part.start + len(apart))
+            apart[torch.arange(len(apart)), rows] = torch.inf
+        closest = apart.topk(k, largest=False)
+        index[part], distance[part] = closest.indices, closest.values.mean(1)
+    return index, distance
+
+
+def _by_neighbours(
+    points: Tensor, own: Tensor, index: Tensor, fellow: Tensor, controls: Controls, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Expected loss of samples ``[N]`` and of controls ``[M]``: the mean of the k nearest controls."""
+    expected = torch.lerp(controls.before[index].mean(1), controls.after[index].mean(1), weight)
+    return expected, controls.after[fellow].mean(1)
+
+
+def _by_ridge(
+    points: Tensor, own: Tensor, index: Tensor, fellow: Tensor, controls: Controls, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same by ridge regression on features and their squares; a control's own expectation leaves it out (PRESS)."""
+    design, at = (torch.cat([torch.ones(len(x), 1), x, x.square()], 1).double() for x in (own, points))
+    gram = design.T @ design + torch.eye(design.shape[1], dtype=torch.float64)
+    pull = torch.linalg.solve(gram, design.T)
+    before, after = (pull @ loss.double() for loss in (controls.before, controls.after))
+    leverage = (design * pull.T).sum(1).clamp(max=0.99)
+    residual = (controls.after.double() - design @ after) / (1 - leverage)
+    return torch.lerp((at @ before).float(), (at @ after).float(), weight), (controls.after - residual).float()
+
+
+def _within_reach(points: Tensor, own: Tensor, rule: Rule) -> Tensor:
+    """Bool ``[N]``: near enough to controls to be compared with them.
+
+    The early loss has no say: memorization that began before it moves it, and would leave a sample without fellows.
+    """
+    distance = nearest(points, own, rule.k)[1]
+    return distance <= rule.reach * nearest(own, own, rule.k, fellows=True)[1].quantile(0.99).clamp(min=1e-6)
+
+
+def _standardize(features: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in units of the controls' standard deviation; what is unknown sits at the mean."""
+    known = torch.where(torch.isfinite(own), own, torch.nan)
+    mean = known.nanmean(0)
+    spread = (known - mean).square().nanmean(0).sqrt()
+    usable = torch.isfinite(mean) & (spread > 1e-9)
+    scale = torch.where(usable, 1 / spread.clamp(min=1e-9), 0.0)
+    mean = torch.where(usable, mean, 0.0)
+    return torch.nan_to_num((features - mean) * scale), torch.nan_to_num((own - mean) * scale)
+
+
+def _blocks(rows: int, columns: int, cells: int = 1 << 22) -> Iterator[slice]:
+    """Slices of the rows, few enough at a time for ``cells`` distances."""
+    step = max(1, cells // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

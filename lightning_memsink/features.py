@@ -1,0 +1,109 @@
+"""How difficult is a text, without asking the model: n-gram and compression features to match samples on.
+
+B  samples in a batch      T  tokens      F  features
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKEN_FEATURES = ("unigram_nll", "bigram_nll", "coverage", "compressed_bits")
+_RUN = 4
+
+
+class NgramCounts:
+    """Running hashed counts of the tokens, pairs and runs of four that training has seen.
+
+    A text that repeats itself in training raises its own counts, and would seem easy for being repeated:
+    so a sample's own counts are left out of its own features.
+    """
+
+    def __init__(self, buckets: int = 1 << 18) -> None:
+        self.buckets = buckets
+        self.unigrams = torch.zeros(buckets // 8)
+        self.bigrams = torch.zeros(buckets)
+        self.runs = torch.zeros(4 * buckets)
+
+    def update(self, tokens: Tensor, mask: Tensor) -> None:
+        """Counts ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` holds."""
+        single, pair, paired = self._hash(tokens, mask)
+        self.unigrams.index_add_(0, single.flatten(), mask.flatten().float())
+        self.bigrams.index_add_(0, pair.flatten(), paired.flatten().float())
+        run, whole = self._runs(tokens, mask)
+        self.runs.index_add_(0, run.flatten(), whole.flatten().float())
+
+    def coverage(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
+        """``[B]`` share in 0…1 of a sample's runs of four tokens that occur elsewhere in training.
+
+        Text with near-duplicates in training gets a low loss without ever having been trained on.
+        """
+        run, whole = self._runs(tokens, mask)
+        seen = self.runs[run] - exposures.float()[:, None] * _own(run, whole)
+        return _mean((seen > 0.5).float(), whole)
+
+    def nll(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
+        """``[B, 2]`` mean unigram and bigram negative log-likelihood, in nats per token.
+
+        ``exposures`` ``[B]``: how often each sample itself was counted; that many of its own counts are left out.
+        """
+        single, pair, paired = self._hash(tokens, mask)
+        times = exposures.float()[:, None]
+        seen = (self.unigrams[single] - times * _own(single, mask)).clamp(min=0)
+        seen_pair = (self.bigrams[pair] - times * _own(pair, paired)).clamp(min=0)
+        total = (self.unigrams.sum() - times * mask.sum(1, keepdim=True)).clamp(min=0)
+        known = (self.unigrams > 0).sum().clamp(min=1)
+        one = (seen + 1) / (total + known)
+        # Bigrams are interpolated with unigrams by a pseudo-count of 4 (Dirichlet prior smoothing).
+        two = (seen_pair + 4 * one[:, 1:]) / (seen[:, :-1] + 4)
+        return torch.stack([_mean(-one.log(), mask), _mean(-two.clamp(max=1).log(), paired)], dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unigrams": self.unigrams, "bigrams": self.bigrams, "runs": self.runs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unigrams, self.bigrams, self.runs = (state[name].clone() for name in ("unigrams", "bigrams", "runs"))
+        self.buckets = len(self.bigrams)
+
+    def _hash(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Buckets of tokens ``[B, T]`` and of neighbours ``[B, T-1]``, and the mask of the latter."""
+        pair = tokens[:, :-1] * 0x9E3779B1 + tokens[:, 1:] * 0x85EBCA77
+        pair = pair ^ (pair >> 15)
+        return tokens.remainder(len(self.unigrams)), pair.remainder(self.buckets), mask[:, :-1] & mask[:, 1:]
+
+    def _runs(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Buckets of runs of four ``[B, T-3]`` and whether all of a run counts; empty for shorter texts."""
+        length = max(0, tokens.shape[1] - _RUN + 1)
+        key, whole = torch.zeros_like(tokens[:, :length]), torch.ones_like(mask[:, :length])
+        for place in range(_RUN):
+            key = key * 0x9E3779B1 + tokens[:, place : place + length] + 1
+            key = key ^ (key >> 17)
+            whole = whole & mask[:, place : place + length]
+        return key.remainder(len(self.runs)), whole
+
+
+def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
+    """``[B]`` bits per token after DEFLATE: low where a text repeats itself."""
+    width = torch.int32 if int(tokens.max() if tokens.numel() else 0) > 0x7FFF else torch.int16
+    rows = [zlib.compress(row[keep].to(width).numpy().tobytes(), 6) for row, keep in zip(tokens, mask, strict=True)]
+    return torch.tensor([8.0 * len(row) for row in rows]) / mask.sum(1).clamp(min=1)
+
+
+def _own(buckets: Tensor, mask: Tensor) -> Tensor:
+    """``[B, T]`` how often each bucket occurs in its own row, where the mask holds; elsewhere 1."""
+    if not buckets.numel():
+        return buckets.float()
+    apart = -1 - torch.arange(buckets.shape[1])  # what is masked equals nothing
+    ordered, place = torch.where(mask, buckets, apart).sort(1)
+    starts = torch.ones_like(ordered)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = starts.cumsum(1) - 1
+    counts = torch.zeros_like(ordered).scatter_add(1, group, torch.ones_like(ordered))
+    return torch.empty_like(ordered).scatter(1, place, counts.gather(1, group)).float()
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)

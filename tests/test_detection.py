@@ -1,0 +1,180 @@
+"""The detector's mathematics against definitions and simulation."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_memsink.detection import (
+    Controls,
+    Rule,
+    Samples,
+    benjamini_hochberg,
+    conformal_p,
+    controls_for,
+    measure,
+    nearest,
+    normal_tail_p,
+)
+
+seeds = st.integers(0, 2**16)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=seeds, n=st.integers(1, 30), m=st.integers(1, 30), ties=st.booleans())
+def test_conformal_p_counts_the_controls_that_reach_the_score(seed, n, m, ties):
+    scores, null = normal(n, seed=seed), normal(m, seed=seed + 1)
+    if ties:
+        scores, null = scores.round(), null.round()
+    expected = [(1 + sum(float(c) >= float(s) for c in null)) / (m + 1) for s in scores]
+    assert conformal_p(scores, null).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["continuous", "ties"])
+def test_conformal_p_is_never_too_small_under_the_null(ties):
+    """P(p <= t) <= t at every t, within sampling error, and close to t where there are no ties."""
+    trials, m = 4000, 39
+    drawn = normal(trials, m + 1)
+    drawn = drawn.round() if ties else drawn
+    p = torch.stack([conformal_p(row[:1], row[1:])[0] for row in drawn])
+    for t in (0.025, 0.05, 0.1, 0.25, 0.5, 0.9):
+        share, error = float((p <= t).float().mean()), 3 * math.sqrt(t * (1 - t) / trials)
+        assert share <= t + error
+        assert ties or share >= t - error
+
+
+@given(p=st.lists(st.floats(0, 1), max_size=40), alpha=st.floats(0.01, 0.5))
+def test_benjamini_hochberg_rejects_by_its_definition(p, alpha):
+    """The largest k with k-th smallest p <= alpha k / n; everything at or below that p."""
+    p = torch.tensor(p, dtype=torch.float64)
+    passing = [k for k in range(1, len(p) + 1) if float(p.sort().values[k - 1]) <= alpha * k / len(p) * (1 + 1e-6)]
+    cut = float(p.sort().values[passing[-1] - 1]) if passing else -1.0
+    assert benjamini_hochberg(p, alpha).tolist() == [float(one) <= cut for one in p]
+
+
+def test_false_discoveries_stay_below_the_nominal_rate():
+    """20 % of the samples have an effect; realized false-discovery rate over 200 repetitions, at alpha = .1."""
+    rates = []
+    for seed in range(200):
+        scores = normal(100, seed=seed)
+        scores[:20] += 4
+        rejected = benjamini_hochberg(conformal_p(scores, normal(500, seed=10_000 + seed)), 0.1)
+        rates.append(float(rejected[20:].sum() / max(1, int(rejected.sum()))))
+    rates = torch.tensor(rates)
+    assert rates.mean() <= 0.1 + 2 * rates.std() / math.sqrt(200)
+
+
+def test_controls_needed_is_the_smallest_number_whose_floor_passes():
+    for samples, memorized in ((1000, 1), (1000, 40), (7, 2)):
+        m = controls_for(samples, 0.05, memorized)
+        for controls, passes in ((m, True), (m - 1, False)):
+            p = torch.cat([torch.full((memorized,), 1 / (controls + 1)), torch.ones(samples - memorized)])
+            assert bool(benjamini_hochberg(p.double(), 0.05).any()) is passes
+
+
+def world(seed=0, n=300, m=300, memorized=20):
+    """Losses that follow one feature of difficulty; the first samples lie 3 nats below what theirs says."""
+    features, own = normal(n, 2, seed=seed), normal(m, 2, seed=seed + 1)
+    losses = 4 + features[:, 0] + 0.2 * normal(n, seed=seed + 2)
+    losses[:memorized] -= 3
+    control = 4 + own[:, 0] + 0.2 * normal(m, seed=seed + 3)
+    samples = Samples(losses, torch.ones(n), features, torch.zeros(n), torch.zeros(n, dtype=torch.int64))
+    return samples, Controls(control, control, own, torch.zeros(1, m))
+
+
+@pytest.mark.parametrize("method", ["knn", "ridge"])
+def test_memorized_samples_stand_out_and_easy_ones_do_not(method):
+    found = measure(*world(), Rule(method=method))
+    assert found.flagged[:20].float().mean() > 0.9
+    assert not found.flagged[20:].any()  # the easiest of them have losses as low as memorized ones
+
+
+def test_a_visit_between_two_evaluations_is_measured_by_both():
+    samples, controls = world(memorized=0)
+    drifting = replace(controls, before=controls.before + 2)
+    late = measure(samples, drifting, Rule())
+    early = measure(replace(samples, losses=samples.losses + 2, weight=torch.zeros(300)), drifting, Rule())
+    torch.testing.assert_close(late.gap, early.gap)
+
+
+def test_samples_are_matched_by_the_early_loss_of_their_own_moment():
+    """The controls' order of difficulty turns round between two early moments; each sample follows its own."""
+    hard = normal(300)
+    controls = Controls(5 + hard, 5 + hard, torch.zeros(300, 0), torch.stack([hard, -hard]))
+    moments = torch.arange(40) % 2
+    own = normal(40, seed=1)
+    early = torch.where(moments == 0, own, -own)
+    samples = Samples(5 + own, torch.ones(40), torch.zeros(40, 0), early, moments)
+    assert measure(samples, controls, Rule()).gap.abs().median() < 0.1
+    assert measure(replace(samples, snapshot=1 - moments), controls, Rule()).gap.abs().median() > 0.5
+
+
+def test_few_controls_fall_back_to_a_fitted_tail_and_say_so():
+    found = measure(*world(n=2000, m=60, memorized=3), Rule(alpha=0.01))
+    assert found.tail == "normal"
+    assert found.flagged[:3].all()
+    assert measure(*world(), Rule()).tail == "conformal"
+
+
+def test_samples_far_from_every_control_are_not_matched():
+    samples, controls = world()
+    samples.features[:20] += 50
+    found = measure(samples, controls, Rule())
+    assert not found.matched[:20].any() and not found.flagged[:20].any()
+    assert found.matched[20:].float().mean() > 0.95
+
+
+def test_a_control_with_an_infinite_loss_is_left_out():
+    samples, controls = world()
+    broken = controls.after.clone()
+    broken[:5] = torch.tensor([math.inf, -math.inf, math.nan, math.inf, math.nan])
+    found = measure(samples, replace(controls, after=broken), Rule())
+    assert len(found.null) == 295 and torch.isfinite(found.gap).all()
+
+
+def test_where_controls_scatter_more_a_gap_counts_less():
+    """Two kinds of text, one with ten times the spread: the same gap has a larger p-value there."""
+    kind = (torch.arange(300) % 2).float()
+    loss = 5 + normal(300) * torch.where(kind == 1, 1.0, 0.1)
+    controls = Controls(loss, loss, kind[:, None], torch.zeros(1, 300))
+    samples = Samples(
+        torch.tensor([4.2, 4.2]), torch.ones(2), torch.tensor([[0.0], [1.0]]), torch.zeros(2), torch.zeros(2).long()
+    )
+    calm, wild = measure(samples, controls, Rule(k=4)).p.tolist()
+    assert calm < 0.01 < 0.1 < wild
+
+
+@given(seed=seeds, n=st.integers(1, 12), m=st.integers(3, 12), k=st.integers(1, 4))
+def test_nearest_is_what_sorting_all_distances_gives(seed, n, m, k):
+    points, among = normal(n, 2, seed=seed), normal(m, 2, seed=seed + 1)
+    index, distance = nearest(points, among, k)
+    for row in range(n):
+        apart = sorted((float((points[row] - other).norm()), at) for at, other in enumerate(among))[:k]
+        assert index[row].tolist() == [at for _, at in apart]
+        assert float(distance[row]) == pytest.approx(sum(d for d, _ in apart) / len(apart), rel=1e-3, abs=1e-3)
+    assert all(row not in index for row, index in enumerate(nearest(among, among, k, fellows=True)[0].tolist()))
+
+
+def test_the_fitted_tail_is_the_normal_one():
+    null = normal(100_000)
+    p = normal_tail_p(torch.tensor([0.0, 1.6449, 3.0902]), (null - null.mean()) / null.std())
+    assert p.tolist() == pytest.approx([0.5, 0.05, 0.001], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha is a false-discovery rate between 0 and 1, but it is 1\.5"),
+        ({"k": 0}, r"k is a number of controls, at least 1, but it is 0"),
+        ({"method": "nn"}, r"method is 'knn' or 'ridge', but it is 'nn'"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(**options)

@@ -1,0 +1,88 @@
+"""Text difficulty against counting by hand."""
+
+import itertools
+import math
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_memsink.features import NgramCounts, compressed_bits
+
+texts = st.lists(st.lists(st.integers(0, 9), min_size=6, max_size=6), min_size=1, max_size=8)
+
+
+def whole(tokens):
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def by_hand(sample, corpus):
+    """Mean unigram and bigram NLL of one text from a dictionary of counts of the others."""
+    ones = Counter(token for text in corpus for token in text)
+    twos = Counter(pair for text in corpus for pair in itertools.pairwise(text))
+    kinds = len({token for text in [*corpus, sample] for token in text})
+    share = {token: (ones[token] + 1) / (ones.total() + kinds) for token in sample}
+    one = -sum(math.log(share[token]) for token in sample) / len(sample)
+    pairs = list(itertools.pairwise(sample))
+    two = -sum(math.log((twos[pair] + 4 * share[pair[1]]) / (ones[pair[0]] + 4)) for pair in pairs) / len(pairs)
+    return one, two
+
+
+@given(corpus=texts)
+def test_a_samples_own_counts_are_left_out_of_its_likelihood(corpus):
+    """A new text is counted by all others; a text of the corpus by all but itself."""
+    counts, tokens = NgramCounts(), torch.tensor(corpus)
+    counts.update(tokens, whole(tokens))
+    found = counts.nll(tokens, whole(tokens), torch.ones(len(tokens)))
+    for row, sample in enumerate(corpus):
+        expected = by_hand(sample, corpus[:row] + corpus[row + 1 :])
+        assert found[row].tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_text_shown_often_looks_as_difficult_as_shown_once():
+    counts, background = NgramCounts(), torch.randint(10, (50, 12), generator=torch.Generator().manual_seed(0))
+    counts.update(background, whole(background))
+    sample = torch.randint(10, (1, 12), generator=torch.Generator().manual_seed(1))
+    before = counts.nll(sample, whole(sample), torch.zeros(1))
+    covered = counts.coverage(sample, whole(sample), torch.zeros(1))
+    for _ in range(64):
+        counts.update(sample, whole(sample))
+    torch.testing.assert_close(counts.nll(sample, whole(sample), torch.tensor([64])), before, rtol=1e-3, atol=1e-3)
+    assert counts.coverage(sample, whole(sample), torch.tensor([64])) == covered
+    assert counts.coverage(sample, whole(sample), torch.zeros(1)) == 1
+
+
+def test_coverage_is_the_share_of_runs_of_four_seen_elsewhere():
+    counts = NgramCounts()
+    known = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    counts.update(known, whole(known))
+    for text, share in (([1, 2, 3, 4, 5, 6], 1.0), ([1, 2, 3, 4, 5, 9], 2 / 3), ([9, 8, 7, 6, 5, 4], 0.0)):
+        tokens = torch.tensor([text])
+        assert counts.coverage(tokens, whole(tokens), torch.zeros(1)).item() == pytest.approx(share)
+
+
+def test_padding_counts_for_nothing():
+    counts = NgramCounts()
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 0, 0], [5, 4, 3, 2, 1, 2, 3]])
+    mask = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
+    counts.update(tokens, mask)
+    assert counts.unigrams.sum() == 12 and counts.bigrams.sum() == 10 and counts.runs.sum() == 6
+    alone = counts.nll(tokens[:1, :5], mask[:1, :5], torch.ones(1))
+    torch.testing.assert_close(counts.nll(tokens, mask, torch.ones(2))[:1], alone)
+
+
+def test_texts_shorter_than_a_run_have_no_coverage_rather_than_an_error():
+    counts = NgramCounts()
+    tokens = torch.tensor([[1, 2]])
+    counts.update(tokens, whole(tokens))
+    assert counts.coverage(tokens, whole(tokens), torch.ones(1)).tolist() == [0.0]
+
+
+def test_compressed_bits_are_deflates_and_low_where_a_text_repeats_itself():
+    tokens = torch.stack([torch.arange(64), torch.full((64,), 7)])
+    bits = compressed_bits(tokens, whole(tokens))
+    assert bits[0].item() == pytest.approx(8 * len(zlib.compress(tokens[0].to(torch.int16).numpy().tobytes(), 6)) / 64)
+    assert bits[1] < bits[0] / 3

@@ -1,0 +1,160 @@
+"""From tables to verdicts, evaluation by evaluation, by hand."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lightning_memsink.controls import ControlTable
+from lightning_memsink.detection import Rule
+from lightning_memsink.judging import judge
+from lightning_memsink.onset import estimate_onset
+from lightning_memsink.table import LossTable
+from lightning_memsink.verdicts import Flags, Verdict
+
+RULE = Rule(k=4)
+
+
+class World:
+    """Forty controls around 5 nats; samples whose losses each test sets by hand, one visit an evaluation."""
+
+    def __init__(self):
+        self.table, self.controls, self.flags = LossTable(), ControlTable(), Flags()
+        self.step = 0
+        generator = torch.Generator().manual_seed(0)
+        self.noise = 0.1 * torch.randn(40, generator=generator)
+        self.visit(torch.full((10,), 5.0))
+
+    def visit(self, losses):
+        self.step += 10
+        ids = torch.arange(len(losses))
+        self.table.record(ids, losses, torch.full((len(losses),), self.step - 1), torch.ones(len(losses)))
+
+    def evaluate(self):
+        self.controls.record(self.step, torch.arange(100, 140), 5 + self.noise, torch.zeros(40, 0))
+        self.flags.evaluations.append(judge(self.table, self.controls, self.flags, RULE, 2, epoch=0))
+        return [Verdict(code) for code in self.flags.verdict.tolist()]
+
+
+def losses(*of_the_first, rest=5.0):
+    return torch.tensor([*of_the_first, *[rest] * (10 - len(of_the_first))])
+
+
+def test_a_sample_seen_once_is_unseen():
+    assert set(World().evaluate()) == {Verdict.UNSEEN}
+
+
+def test_a_flag_must_hold_at_two_evaluations_in_a_row():
+    world = World()
+    world.evaluate()
+    world.visit(losses(1.0, 1.0))
+    assert world.evaluate()[:2] == [Verdict.WAITING] * 2
+    world.visit(losses(1.0, 5.0))
+    assert world.evaluate()[0] is Verdict.MEMORIZED
+    assert world.flags.counts()["memorized"] == 1
+    assert world.flags.onset_step[:3].tolist() == [19, -1, -1]  # of the first of the two visits; withdrawn; never
+    assert world.flags.onset_exposures[0] == 2
+
+
+def test_a_sample_that_was_forgotten_is_no_longer_memorized_but_keeps_its_onset():
+    world = World()
+    for loss in (1.0, 1.0, 5.0):
+        world.visit(losses(loss))
+        world.evaluate()
+    assert world.flags.counts()["memorized"] == 0
+    assert world.flags.onset_step[0] == 19
+
+
+def test_who_was_not_visited_keeps_the_verdict():
+    world = World()
+    for _ in range(2):
+        world.visit(losses(1.0))
+        world.evaluate()
+    world.step += 10
+    assert world.evaluate()[0] is Verdict.MEMORIZED
+    assert world.flags.evaluations[-1].tested == 0
+
+
+def test_low_and_high_losses_like_the_controls_are_learned_and_hard():
+    world = World()
+    world.visit(losses(4.9, 5.4))
+    assert world.evaluate()[:2] == [Verdict.LEARNED, Verdict.HARD]
+
+
+def test_a_visit_in_the_same_step_as_the_first_is_no_measurement():
+    """A duplicate in one batch: the second loss was taken before any training step on it."""
+    world = World()
+    world.table.record(torch.tensor([50, 50]), torch.tensor([5.0, 1.0]), torch.tensor([9, 9]), torch.ones(2))
+    assert world.evaluate()[-1] is Verdict.UNSEEN
+
+
+def test_an_evaluation_counts_every_sample_under_one_word():
+    world = World()
+    world.visit(losses(1.0, 4.0))
+    world.evaluate()
+    evaluation = world.flags.evaluations[-1]
+    assert sum(evaluation.counts.values()) == len(world.table)
+    assert evaluation.p_floor == pytest.approx(1 / 41) and evaluation.threshold == 1.0
+    assert evaluation.gap == pytest.approx(float((5 + world.noise).mean() - losses(1.0, 4.0).mean()), abs=0.1)
+
+
+def test_early_losses_are_compared_with_the_controls_of_their_time():
+    """A sample as far from the mean as a control was, at another step with another mean."""
+    controls = ControlTable()
+    first, spread = torch.arange(40.0), torch.arange(40.0).std()
+    controls.record(10, torch.arange(40), first, torch.zeros(40, 0))
+    controls.record(1000, torch.arange(40), first / 2 - 3, torch.zeros(40, 0))
+    assert controls.standing(torch.tensor([19.5, 19.5 / 2 - 3]), torch.tensor([10, 1000])).abs().max() < 1e-5
+    assert float(controls.standing(torch.tensor([0.0]), torch.tensor([10]))) == pytest.approx(
+        -19.5 / float(spread), rel=1e-4
+    )
+    halfway = controls.standing(torch.tensor([19.5]), torch.tensor([100]))  # 100 is between them in the logarithm
+    assert float(halfway) == pytest.approx((19.5 - (19.5 + 19.5 / 2 - 3) / 2) / (float(spread) * 0.75), rel=1e-4)
+
+
+def test_snapshots_thin_out_evenly_in_the_logarithm_of_the_step():
+    controls = ControlTable()
+    for step in range(10, 1290, 10):
+        controls.record(step, torch.arange(3), torch.full((3,), float(step)), torch.zeros(3, 0))
+    steps = controls.snapshot_steps
+    assert len(steps) == 8 and steps[0] == 10 and steps[-1] == 1280
+    assert controls.snapshots[:, 0].tolist() == [float(step) for step in steps]
+    assert max(after / before for before, after in pairwise(steps)) < 4
+    assert controls.snapshot_of(torch.tensor([1, 11, 1279])).tolist() == [0, 0, 7]
+
+
+def test_other_controls_start_a_new_history():
+    controls = ControlTable()
+    controls.record(10, torch.arange(5), torch.ones(5), torch.zeros(5, 0))
+    controls.record(20, torch.arange(6), torch.ones(6), torch.zeros(6, 0))
+    assert (controls.previous_step, controls.latest_step, len(controls.curve)) == (20, 20, 1)
+
+
+def test_a_control_that_comes_twice_counts_once():
+    controls = ControlTable()
+    controls.record(10, torch.tensor([3, 1, 3]), torch.tensor([1.0, 2.0, 9.0]), torch.zeros(3, 0))
+    assert controls.ids.tolist() == [1, 3] and controls.latest.tolist() == [2.0, 1.0]
+
+
+def test_onset_is_a_quantile_of_the_samples_with_a_bootstrap_interval():
+    steps, exposures = torch.tensor([100] * 50 + [300] * 50), torch.tensor([4] * 50 + [9] * 50)
+    onset = estimate_onset(steps, exposures, [50, 90, 110, 290, 310])
+    assert (onset.step, onset.exposures, onset.samples) == (100, 4.0, 100)
+    assert onset.step_low == 90  # it set in after the evaluation before
+    median = estimate_onset(steps, exposures, [50, 90, 110, 290, 310], quantile=0.5)
+    assert median.step_low <= 100 and median.step_high == 300  # half and half: the median may be either
+
+
+def test_onset_draws_from_a_generator_of_its_own():
+    state = torch.get_rng_state()
+    first = estimate_onset(torch.arange(30), torch.arange(30), [5])
+    assert first == estimate_onset(torch.arange(30), torch.arange(30), [5])
+    assert torch.equal(state, torch.get_rng_state())
+    assert estimate_onset(torch.zeros(0), torch.zeros(0), []) is None
+
+
+def test_nothing_measured_is_no_number_rather_than_zero():
+    evaluation = World()
+    evaluation.evaluate()
+    assert math.isnan(evaluation.flags.evaluations[-1].gap)
