@@ -1,0 +1,1 @@
+"""When the mathematics is asked: one thin file a callback."""

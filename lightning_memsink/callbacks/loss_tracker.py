@@ -1,0 +1,300 @@
+"""Who was in the batch and how hard was it: per-sample losses, written to the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_memsink.capture import EvaluationCapture, StepCapture
+from lightning_memsink.controls import ControlTable
+from lightning_memsink.gathering import gather
+from lightning_memsink.identity import SampleIds, content_ids
+from lightning_memsink.ledger import Ledger
+from lightning_memsink.losses import IDS_KEY, NotCaptured
+from lightning_memsink.matching import Matching
+from lightning_memsink.probing import ControlProbe
+from lightning_memsink.table import LossTable
+from lightning_memsink.tokens import Tokens, stack, tokens_of
+from lightning_memsink.witnesses import Witnesses
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One batch, as far as the ledger needs it."""
+
+    ids: Tensor
+    losses: Tensor
+    step: int
+    tokens: Tokens | None
+    features: Tensor | None
+
+
+class LossTracker(Callback):
+    """Writes every sample's losses to the ledger, and the held-out controls' beside them.
+
+    Losses come from the user's own loss call; there is no second forward on a training batch. The controls are
+    the validation set: their losses are taken in the validation loop as it runs.
+
+    Args:
+        identity: what makes two visits the same sample. ``index``: its place in the data set. ``content``: equal
+            token sequences (or tensors) share one id, so that duplicates count as one sample seen often.
+            ``key``: ``batch[key]``. ``auto``: the key if the batch has it, else the index, else the content.
+        key: name of the user's own ids in the batch.
+        depth: recent losses remembered per sample.
+        features: ``features(batch) -> [B, F]``, what samples are matched on beside the early loss. For batches of
+            tokens the default is n-gram likelihood and compressed size; for others there is none.
+        controls: a loader of held-out samples, if the validation set is not the one to compare with.
+        control_fraction: split this share off the training set before training, and use it as controls.
+        control_every: optimizer steps between two looks at such controls; the validation set needs none of our own.
+        flush_every: steps between two writes to the table. Between them a step only appends to a list.
+
+    Raises:
+        ValueError: when both `controls` and `control_fraction` are given, or the latter can't be split off.
+    """
+
+    def __init__(
+        self,
+        identity: Literal["auto", "index", "content", "key"] = "auto",
+        key: str = "sample_id",
+        depth: int = 2,
+        features: Callable[[Any], Tensor] | None = None,
+        controls: Iterable[Any] | None = None,
+        control_fraction: float | None = None,
+        control_every: int = 100,
+        flush_every: int = 50,
+    ) -> None:
+        self.probe = ControlProbe(controls, control_fraction, control_every)
+        self.sample_ids = SampleIds(identity, key)
+        self.features = features
+        self.flush_every = flush_every
+        self.table = LossTable(depth)
+        self.controls = ControlTable()
+        self.matching = Matching()
+        self.witnesses = Witnesses()
+        self.capture = StepCapture()
+        self.control_capture = EvaluationCapture(self.capture)
+        self._visits: list[_Visit] = []
+        self._current: tuple[Tensor, Tokens | None, Tensor | None] | None = None
+        self._step = 0
+        self._said: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.capture = StepCapture(type(pl_module).__name__, pl_module.automatic_optimization)
+            self.control_capture = EvaluationCapture(self.capture)
+            self.probe.attach(trainer)
+            self.sample_ids.attach(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Ledger.of(trainer).losses = self.table
+        Ledger.of(trainer).controls = self.controls
+        self.controls.expected = self.probe.wanted
+
+    # Training -------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._current = self._look_at(batch, "train")
+        self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
+        if self._current is not None:
+            self.capture.begin()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._current is not None:
+            self.capture.before_backward(loss)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        found, self._current = self._current, None
+        if found is not None:
+            ids, tokens, features = found
+            ids = _reported_ids(outputs, ids)
+            captured = self.capture.finish(outputs, len(ids), loss_scale=_loss_scale(trainer))
+            if isinstance(captured, NotCaptured):
+                self._say_once(captured.reason)
+                losses = torch.full((len(ids),), torch.nan)
+            else:
+                self._self_check(captured.explained)
+                losses = captured.losses.detach().float().cpu()
+            self._visits.append(_Visit(ids, losses, self._step, tokens, features))
+        if trainer.world_size > 1 or len(self._visits) >= self.flush_every:
+            self._flush()
+        if self.probe.is_due(trainer.global_step, self.controls.latest_step):
+            self._look_at_controls(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sample_ids.clear("train")
+        self._flush()
+        if self.probe.wanted and self.controls.latest_step < trainer.global_step:
+            self._look_at_controls(trainer, pl_module)
+
+    # Controls -------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._validation_counts(trainer):
+            self._flush()
+            self.controls.begin(trainer.global_step)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        counts = self._validation_counts(trainer) or trainer.sanity_checking
+        self._current = self._look_at(batch, "validate") if counts else None
+        if self._current is not None and not trainer.sanity_checking:
+            self.control_capture.begin()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        found, self._current = self._current, None
+        if self._validation_counts(trainer):
+            self._add_controls(found, outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sample_ids.clear("validate")
+        if self._validation_counts(trainer):
+            self._settle()
+
+    # The end --------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flush()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._visits and not torch.distributed.is_initialized():
+            self._flush()
+        return {
+            "table": self.table.state_dict(),
+            "controls": self.controls.state_dict(),
+            "counts": self.matching.counts.state_dict(),
+            "witnesses": self.witnesses.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.table.load_state_dict(state_dict["table"])
+        self.controls.load_state_dict(state_dict["controls"])
+        self.matching.counts.load_state_dict(state_dict["counts"])
+        self.witnesses.load_state_dict(state_dict["witnesses"])
+
+    # Ours alone -----------------------------------------------------------------------------------------------
+
+    def _look_at(
+        self, batch: Any, stage: Literal["train", "validate"]
+    ) -> tuple[Tensor, Tokens | None, Tensor | None] | None:
+        """Ids ``[B]``, tokens and the user's features of a batch; None if nobody can tell whose it is."""
+        ids = self.sample_ids.take(batch, stage)
+        if ids is None or not len(ids):
+            return None
+        return ids, *self._describe(batch, len(ids))
+
+    def _describe(self, batch: Any, size: int) -> tuple[Tokens | None, Tensor | None]:
+        tokens = tokens_of(batch)
+        if tokens is not None and len(tokens.ids) == size:
+            tokens = Tokens(tokens.ids.cpu(), tokens.mask.cpu())
+        else:
+            tokens = None
+        features = None
+        if self.features is not None:
+            features = self.features(batch).detach().float().cpu().reshape(size, -1)
+        return tokens, features
+
+    def _validation_counts(self, trainer: Trainer) -> bool:
+        """Whether the validation loop that runs now shows controls."""
+        return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.wanted
+
+    def _add_controls(self, found: tuple[Tensor, Tokens | None, Tensor | None] | None, outputs: Any) -> None:
+        seen = None
+        if found is not None:
+            ids, tokens, features = found
+            ids = _reported_ids(outputs, ids)
+            captured = self.control_capture.finish(outputs, len(ids))
+            if isinstance(captured, NotCaptured):
+                self._say_once(captured.reason)
+            else:
+                seen = (ids, captured.losses.detach().float().cpu(), self.matching.of_controls(ids, tokens, features))
+        for one in gather(seen):
+            if one is not None:
+                self.controls.add(*one)
+
+    def _settle(self) -> None:
+        self.controls.settle()
+        if self.table.reference_step is None and len(self.controls):
+            self.table.reference_step = self.controls.latest_step
+
+    def _look_at_controls(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An evaluation of our own, of held-out samples that are no validation set."""
+        self._flush()
+        self.controls.begin(trainer.global_step)
+        for batch, numbers, outputs in self.probe.look(trainer, pl_module, self.control_capture):
+            ids = content_ids(batch).cpu() if self.sample_ids.identity == "content" else numbers
+            self._add_controls((ids, *self._describe(batch, len(ids))), outputs)
+        self._settle()
+
+    def _flush(self) -> None:
+        """Reduce, then record: what all processes saw enters the table in the order of steps, then ranks."""
+        mine, self._visits = self._visits, []
+        visits = sorted((visit for one in gather(mine) for visit in one), key=lambda visit: visit.step)
+        if not visits:
+            return
+        ids = torch.cat([visit.ids for visit in visits])
+        steps = torch.cat([torch.full((len(visit.ids),), visit.step, dtype=torch.int32) for visit in visits])
+        tokens = stack(visit.tokens for visit in visits)
+        new = self.table.exposures_of(ids) == 0
+        elements = torch.ones(len(ids)) if tokens is None else tokens.mask.sum(1)
+        self.table.record(ids, torch.cat([visit.losses for visit in visits]), steps, elements)
+        if tokens is not None:
+            self._say_once(self.witnesses.look(ids, tokens))
+        extra = None if self.features is None else [visit.features for visit in visits if visit.features is not None]
+        self.matching.describe(self.table, ids, new, tokens, None if extra is None else torch.cat(extra))
+
+    def _self_check(self, explained: float | None) -> None:
+        if explained is not None and abs(explained - 1) > 0.01:
+            self._say_once(
+                f"The loss calls seen in training_step explain {explained:.0%} of the loss; the rest (a penalty on "
+                "the weights, say) belongs to no sample and is left out of per-sample losses."
+            )
+
+    def _say_once(self, message: str | None) -> None:
+        if message and message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(message)
+
+    def _let_go(self) -> None:
+        self.sample_ids.detach()
+        self.probe.detach()
+        self.capture.abandon()
+        self.control_capture.abandon()
+        self._current = None
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """What Lightning multiplied the loss by before backward: accumulation, and the AMP scaler where there is one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+    return scale / trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else scale
+
+
+def _reported_ids(outputs: Any, ids: Tensor) -> Tensor:
+    """The ids that the step reported with ``per_sample(losses, ids)``, if it did."""
+    if isinstance(outputs, Mapping) and IDS_KEY in outputs and outputs[IDS_KEY].numel() == len(ids):
+        reported: Tensor = outputs[IDS_KEY]
+        return reported.detach().reshape(-1).long().cpu()
+    return ids

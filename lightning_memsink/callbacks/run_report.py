@@ -1,0 +1,124 @@
+"""The report at the end of training: a summary on the terminal, and a file with figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_memsink.integrations.wandb import how_to_open
+from lightning_memsink.ledger import Ledger
+from lightning_memsink.parquet import write_ledger
+from lightning_memsink.reporting.summary import Findings, markdown, summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RunReport(Callback):
+    """Tells at the end of a successful training what was memorized, and writes it to a Markdown file with figures.
+
+    Args:
+        path: the file; its figures and the ledger (Parquet) go beside it, into a directory of its name with `_files`
+            at the end. None writes no file.
+    """
+
+    def __init__(self, path: str | Path | None = "memsink_report.md") -> None:
+        self.path = None if path is None else Path(path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ledger = Ledger.of(trainer)
+        _ = ledger.losses, ledger.controls, ledger.flags, ledger.onset, ledger.history  # raises if nobody writes them
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Not in on_fit_end: there the last row of the history is written.
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        ledger = Ledger.of(trainer)
+        findings = Findings(ledger.losses, ledger.flags, ledger.onset, ledger.history)
+        opening = _opening(trainer)
+        if self.path is not None:
+            try:
+                write_report(findings, self.path, opening)
+                write_ledger(_beside(self.path) / "ledger", ledger.losses, ledger.controls, ledger.flags)
+                opening = [*opening, f"Report: {self.path}\nLedger: {_beside(self.path) / 'ledger'} (Parquet)"]
+            except Exception as error:  # a full disk, say: training is over and must not end in an error of ours
+                rank_zero_warn(f"RunReport can't write {self.path}: {error}. The summary below is all of it.")
+        _print("\n\n".join([summary(findings), *opening]))
+
+
+def write_report(findings: Findings, path: Path, opening: list[str]) -> None:
+    """The Markdown file and its figures, each complete or not there. Without matplotlib there are no figures."""
+    figures = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = _draw(findings)
+    if drawn:
+        from lightning_memsink.reporting.figures import save
+
+        figures.mkdir(exist_ok=True)
+        for stem, figure in drawn.items():
+            save(figure, figures / stem)
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        unfinished.write_text(markdown(findings, figures.name if drawn else None, opening), encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_files")
+
+
+def _draw(findings: Findings) -> dict[str, Figure]:
+    """The figures by file stem; none without evaluations, and none without matplotlib."""
+    if not findings.flags.evaluations:
+        return {}
+    try:
+        from lightning_memsink.reporting.figures import gap_distribution, loss_by_rung, verdict_map
+    except ImportError:
+        rank_zero_warn("RunReport draws no figures without matplotlib: pip install 'lightning-memsink[report]'.")
+        return {}
+    flags, table, unit = findings.flags, findings.table, findings.unit
+    known, threshold = len(flags.verdict), findings.evaluation.threshold
+    gaps = flags.gap.float()
+    return {
+        "loss_by_rung": loss_by_rung(findings.history, findings.onset, unit),
+        "gap_distribution": gap_distribution(gaps[gaps.isfinite()], flags.null_gaps.float(), threshold, unit),
+        "verdict_map": verdict_map(table.early_loss[:known].float(), gaps, flags.verdict, threshold, unit),
+    }
+
+
+def _opening(trainer: Trainer) -> list[str]:
+    """How to open what was logged; a logger that can't tell is passed over."""
+    lines = []
+    for logger in trainer.loggers:
+        try:
+            line = how_to_open(logger)
+        except Exception:  # it failed before, and LiveCurves has said so
+            continue
+        if line is not None:
+            lines.append(line)
+    return lines
+
+
+def _print(text: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if console.is_terminal:
+        text = "\n".join(_wrapped(line, console.width) for line in text.splitlines())
+    told = Text(text)
+    told.highlight_regex(r"(?m)^[A-Z][a-z ]+$", "bold")  # the questions that head the paragraphs
+    console.print()  # a progress bar may still stand in the line
+    console.print(told, soft_wrap=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """Paths and commands stay whole, to be copied."""
+    return fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)

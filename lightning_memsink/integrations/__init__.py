@@ -1,0 +1,1 @@
+"""What memsink says to other people's tools."""

@@ -1,0 +1,1 @@
+"""What loggers and the report show. Reads the ledger and writes nothing into it."""

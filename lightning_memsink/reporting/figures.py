@@ -1,0 +1,190 @@
+"""The report's three figures, each a pure function from plain numbers to a figure. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from lightning_memsink.verdicts import Onset, Verdict
+
+# Okabe & Ito's palette, which stays apart for every kind of colour vision; a marker says the same again.
+COLOURS = {
+    "memorized": "#D55E00",
+    "learned": "#0072B2",
+    "hard": "#E69F00",
+    "undecided": "#999999",
+    "unseen": "#CCCCCC",
+}
+MARKERS = {"memorized": "o", "learned": "s", "hard": "^", "undecided": "x", "unseen": "."}
+INK, PALE = "#333333", "#BBBBBB"
+COMPARED = ("twins", "controls")
+"""Members of a family that were never trained on."""
+TITLES = {"exposures": "by exposures so far"}
+MOST_POINTS = 3000
+"""Of a word in the map; more only make the file larger."""
+
+
+def loss_by_rung(history: Sequence[Mapping[str, float]], onset: Onset | None, unit: str = "nats") -> Figure:
+    """A panel a family: mean loss of each rung, dark for often repeated, against what was never trained on."""
+    families = _families(history)
+    columns = min(3, max(1, len(families)))
+    rows = max(1, math.ceil(len(families) / columns))
+    figure = _figure(max(9.0, 4.0 * columns), 3.8 * rows, "Loss of repeated samples, and of samples never trained on")
+    colours = _shades(families)
+    for place, (family, members) in enumerate(families.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for member in members:
+            style = {"linestyle": "--"} if member in COMPARED else {"marker": ".", "markersize": 5}
+            series = _series(history, f"loss/{family}/{member}")
+            axes.plot(*series, color=colours[member], label=member, **style)
+        if onset is not None:
+            axes.axvline(onset.step, color=COLOURS["memorized"], linewidth=1.2, label=f"onset, step {onset.step}")
+            shade: dict[str, Any] = {"color": COLOURS["memorized"], "alpha": 0.15, "linewidth": 0}
+            axes.axvspan(onset.step_low, onset.step_high, label="its 95 % interval", **shade)
+        axes.set_title(TITLES.get(family, family.replace("_", " ")), fontsize=10)
+        _finish(axes, "optimizer step", f"mean loss ({unit})" if place % columns == 0 else "")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    labels: dict[str, Any] = {}
+    for axes in figure.axes:
+        lines, names = axes.get_legend_handles_labels()
+        labels |= dict(zip(names, lines, strict=True))
+    if labels:
+        order = sorted(labels, key=_repeats)
+        figure.legend([labels[label] for label in order], order, fontsize=9, frameon=False, loc="outside right center")
+    else:
+        _say_nothing(figure.add_subplot())
+    return figure
+
+
+def gap_distribution(gaps: Tensor, null: Tensor, threshold: float, unit: str = "nats") -> Figure:
+    """Gaps of the measured samples ``[N]`` and of the controls against their fellows ``[M]``, and the threshold."""
+    figure = _figure(9.0, 4.0, "How much lower than its controls is a sample's loss?")
+    axes = figure.add_subplot()
+    ends = [float(end) for values in (gaps, null) if len(values) for end in (values.min(), values.max())]
+    ends += [threshold] if math.isfinite(threshold) else []
+    span = (min(ends, default=0.0), max(ends, default=1.0))
+    bins = [span[0] + (span[1] - span[0] or 1.0) * edge / 50 for edge in range(51)]
+    # Shares, on a logarithmic axis: few memorized samples must be seen beside many others.
+    if len(gaps):
+        weights = [1 / len(gaps)] * len(gaps)
+        label = f"training samples ({len(gaps):,})"
+        axes.hist(gaps.tolist(), bins, weights=weights, color=COLOURS["learned"], alpha=0.55, label=label)
+    if len(null):
+        weights = [1 / len(null)] * len(null)
+        label = f"controls against their fellows ({len(null):,})"
+        axes.hist(null.tolist(), bins, weights=weights, histtype="step", color=INK, linewidth=1.5, label=label)
+    if len(gaps) or len(null):
+        axes.set_yscale("log")
+        axes.set_ylim(top=1.5)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.3%}".rstrip("0%").rstrip(".") + " %")
+    if math.isfinite(threshold):
+        label = f"threshold, {threshold:.2f} {unit}"
+        axes.axvline(threshold, color=COLOURS["memorized"], linestyle="--", label=label)
+    _finish(axes, f"gap: expected from matched controls − own loss ({unit})", "share of samples, logarithmic")
+    _legend_below(figure, axes, 3)
+    return figure
+
+
+def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = math.nan, unit: str = "nats") -> Figure:
+    """Every measured sample ``[N]`` by its early loss (x) and its gap (y), coloured by the word of its verdict."""
+    figure = _figure(9.0, 4.6, "What was hard at first, and what became of it")
+    axes = figure.add_subplot()
+    measured = torch.isfinite(early) & torch.isfinite(gap)
+    for rank, (word, colour) in enumerate(COLOURS.items()):
+        codes = torch.tensor([code for code in Verdict if code.word == word])
+        rows = (measured & torch.isin(verdict.long(), codes)).nonzero().flatten()
+        if len(rows):
+            drawn = rows[:: math.ceil(len(rows) / MOST_POINTS)]
+            axes.scatter(
+                early[drawn].tolist(),
+                gap[drawn].tolist(),
+                s=22 if len(drawn) < 300 else 9,
+                c=colour,
+                marker=MARKERS[word],
+                alpha=0.7,
+                linewidths=1.0 if word == "undecided" else 0.0,
+                label=f"{word} ({len(rows):,})",
+                zorder=3 - rank / 10,
+                rasterized=len(drawn) > 500,
+            )
+    axes.axhline(0, color=PALE, linewidth=0.8, zorder=0)
+    if math.isfinite(threshold):
+        axes.axhline(threshold, color=COLOURS["memorized"], linestyle="--", linewidth=1, label="threshold")
+    _finish(axes, f"early loss ({unit})", f"gap to matched controls ({unit})")
+    _legend_below(figure, axes, 6)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """``STEM.svg`` and ``STEM.png``, each complete or not there at all."""
+    for kind in ("svg", "png"):
+        unfinished = stem.with_suffix(f".{kind}.part")
+        try:
+            figure.savefig(unfinished, format=kind, dpi=150)
+            os.replace(unfinished, stem.with_suffix(f".{kind}"))
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=PALE, alpha=0.4, linewidth=0.6)
+
+
+def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=columns)
+    else:
+        _say_nothing(axes)
+
+
+def _say_nothing(axes: Axes) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=INK)
+
+
+def _shades(families: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A colour a member, the same in all families: the more repeats the darker; ink for what was never trained on."""
+    seen = sorted({member for members in families.values() for member in members} - set(COMPARED), key=_repeats)
+    shade = matplotlib.colormaps["viridis_r"]
+    colours = {member: shade(0.12 + 0.88 * rank / max(1, len(seen) - 1)) for rank, member in enumerate(seen)}
+    return colours | dict.fromkeys(COMPARED, INK)
+
+
+def _families(history: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
+    """Members of each family with a loss in any row, by number of repeats; the controls last."""
+    families: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in history for name in row if name.startswith("loss/")):
+        _, family, member = name.split("/")
+        families.setdefault(family, []).append(member)
+    return {family: sorted(members, key=_repeats) for family, members in families.items()}
+
+
+def _repeats(member: str) -> float:
+    """``x64``: 64; ``8-15``: 8; ``twins``: infinite."""
+    digits = member.split("-")[0].lstrip("x")
+    return float(digits) if digits.isdigit() else math.inf
+
+
+def _series(history: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in history if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
