@@ -1,0 +1,1 @@
+"""What the package claims, measured: ``python -m benchmarks.NAME [--seeds N] [--quick] [--json FILE]``."""

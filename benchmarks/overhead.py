@@ -1,0 +1,136 @@
+"""What watching costs: the same fit with and without, in turns; and whether it changes a single weight.
+
+Time is processor time of the whole process per training step, from the first steps' end to the fit's: validations,
+the detector's evaluations and logging lie within, imports, set-up and reports lie without. Both fits validate alike.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+
+import wandb
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import WandbLogger
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.workloads import WORKLOADS, Workload
+from lightning_memsink import memsink
+
+RATIO = 1.03
+SETTLING = 5
+"""Steps before the clock starts: the first ones allocate."""
+SAMPLES, CONTROLS, EVALUATIONS = 1024, 128, 3
+
+
+class Clock(Callback):
+    """Processor seconds per step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == SETTLING:
+            self.start = time.process_time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = (time.process_time() - self.start) / (trainer.global_step - SETTLING)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One workload: seconds per step of each plain and each watched fit, and the largest change of a weight."""
+
+    name: str
+    plain: list[float]
+    watched: list[float]
+    change: float
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.watched) / statistics.median(self.plain)
+
+    @property
+    def noise(self) -> float:
+        """The same ratio between the plain fits that came first in their block and those that came last."""
+        return statistics.median(self.plain[::2]) / statistics.median(self.plain[1::2])
+
+
+def compare(workload: Workload, seeds: Sequence[int]) -> Comparison:
+    """One block a seed: plain, watched, watched, plain; so a drift of the machine hits both alike."""
+    plain, watched, change = [], [], 0.0
+    for seed in seeds:
+        fits = [_fit(workload, seed, watch) for watch in (False, True, True, False)]
+        plain += [fits[0][0], fits[3][0]]
+        watched += [fits[1][0], fits[2][0]]
+        change = max(change, *(_largest_change(fits[0][1], weights) for _, weights in fits[1:]))
+    return Comparison(workload.name, plain, watched, change)
+
+
+def _fit(workload: Workload, seed: int, watch: bool) -> tuple[float, dict[str, Tensor]]:
+    seed_everything(seed, verbose=False)
+    module, clock = workload.module(), Clock()
+    # The report's own words would bury the table; silent W&B still writes its files.
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=workload.steps,
+            val_check_interval=max(1, workload.steps // EVALUATIONS),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            callbacks=[*(memsink(path=None) if watch else []), clock],
+            logger=WandbLogger(save_dir=folder, offline=True, settings=wandb.Settings(silent=True)) if watch else False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            module,
+            DataLoader(workload.data(SAMPLES, seed), workload.batch_size, shuffle=True),
+            DataLoader(workload.data(CONTROLS, seed + 1), CONTROLS),
+        )
+        if watch:
+            wandb.finish()
+    return clock.seconds, {name: weight.clone() for name, weight in module.state_dict().items()}
+
+
+def _largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max(float((before[name].double() - after[name].double()).abs().max()) for name in before)
+
+
+def report(compared: Sequence[Comparison], seeds: Sequence[int]) -> Report:
+    table = Table("workload", "plain ms/step", "watched ms/step", "ratio", "plain against plain", "largest change")
+    for each in compared:
+        milliseconds = (f"{1000 * statistics.median(times):.2f}" for times in (each.plain, each.watched))
+        table.add_row(each.name, *milliseconds, f"{each.ratio:.3f}", f"{each.noise:.3f}", f"{each.change:g}")
+    ratio = statistics.median(each.ratio for each in compared)
+    return Report(
+        name="overhead",
+        tables=[table],
+        criteria=[
+            Criterion("time per step against plain, median of workloads", ratio, "<=", RATIO),
+            Criterion("largest change of any weight", max(each.change for each in compared), "<=", 0),
+        ],
+        figure=f"overhead: {ratio:.3f}x plain, {len(seeds)} blocks of four fits for each of {len(compared)} workloads",
+        settings={"seeds": list(seeds), "ratios": {each.name: each.ratio for each in compared}},
+    )
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("overhead", "Cost of watching, and whether it changes training.", seeds=3)
+    parser.add_argument("--tracking", action="store_true", required=True, help="memsink() and W&B offline against none")
+    options = parser.parse_args(arguments_given)
+    seeds = fresh_seeds(options)
+    settle_down()
+    workloads = [replace(each, steps=each.steps // 5) for each in WORKLOADS] if options.quick else WORKLOADS
+    return report([compare(each, seeds) for each in workloads], seeds).tell(options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

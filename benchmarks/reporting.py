@@ -1,0 +1,122 @@
+"""The one language of all benchmarks: arguments, criteria, a table, JSON, the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("torch", "lightning", "transformers", "scikit-learn", "wandb", "lightning-memsink")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A measured ``value`` and the ``bound`` it must not miss; ``sense`` says on which side of it. NaN falls short."""
+
+    name: str
+    value: float
+    sense: Literal[">=", "<="]
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.value >= self.bound if self.sense == ">=" else self.value <= self.bound
+
+    def __str__(self) -> str:
+        verdict = "holds      " if self.holds else "falls short"
+        return f"{verdict}  {self.name}: {self.value:.4g} (bound {self.sense} {self.bound:.4g})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one benchmark has to say. ``figure`` is one line: the number to remember."""
+
+    name: str
+    tables: Sequence[Table]
+    criteria: Sequence[Criterion]
+    figure: str
+    settings: dict[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        return all(criterion.holds for criterion in self.criteria)
+
+    def as_json(self) -> dict[str, Any]:
+        criteria = [
+            asdict(each) | {"value": each.value if isfinite(each.value) else None, "holds": each.holds}
+            for each in self.criteria
+        ]
+        return {"name": self.name, "criteria": criteria, "environment": environment() | self.settings}
+
+    def tell(self, to: Path | None = None, console: Console | None = None) -> int:
+        """Print it, write JSON if asked; the exit code: 1 if a criterion falls short."""
+        console = console or Console(width=None if os.isatty(1) else 110, markup=False)
+        for table in self.tables:
+            console.print(table)
+        for criterion in self.criteria:
+            console.print(str(criterion), highlight=False, soft_wrap=True)
+        console.print(self.figure, highlight=False, soft_wrap=True)
+        if to is not None:
+            to.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        return 0 if self.holds else 1
+
+
+def arguments(name: str, about: str, *, seeds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"number of seeds, default {seeds}")
+    parser.add_argument("--first-seed", type=int, help="to repeat a run; drawn anew by default")
+    parser.add_argument("--quick", action="store_true", help="smaller and less sure; bounds may be missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write criteria and environment")
+    return parser
+
+
+def fresh_seeds(options: argparse.Namespace) -> list[int]:
+    """Seeds that nobody tuned on: they follow a number drawn at every call, unless ``--first-seed`` repeats a run."""
+    first = options.first_seed if options.first_seed is not None else secrets.randbelow(1_000_000)
+    return list(range(first, first + options.seeds))
+
+
+def settle_down() -> None:
+    """One thread, so that seeds repeat and times compare; and no advice from libraries between the tables."""
+    torch.set_num_threads(1)
+    for library in ("lightning.pytorch", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for advice in (".*LeafSpec", ".*does not have many workers", ".*logging interval"):
+        warnings.filterwarnings("ignore", advice)
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, and nothing that names a host, a person or a path."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    } | {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range over seeds: ``.978 [.975, .995]``."""
+    return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
