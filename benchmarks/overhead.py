@@ -54,17 +54,21 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        return statistics.median(self.watched) / statistics.median(self.plain)
+        """Median over blocks, in each of which two watched fits lie between two plain ones."""
+        plain, watched = self.plain, self.watched
+        blocks = [sum(watched[at : at + 2]) / sum(plain[at : at + 2]) for at in range(0, len(plain), 2)]
+        return statistics.median(blocks)
 
     @property
     def noise(self) -> float:
-        """The same ratio between the plain fits that came first in their block and those that came last."""
-        return statistics.median(self.plain[::2]) / statistics.median(self.plain[1::2])
+        """What a ratio of two fits can be off by: the median over blocks of the first plain fit by the last."""
+        return statistics.median(first / last for first, last in zip(self.plain[::2], self.plain[1::2], strict=True))
 
 
 def compare(workload: Workload, seeds: Sequence[int]) -> Comparison:
     """One block a seed: plain, watched, watched, plain; so a drift of the machine hits both alike."""
     plain, watched, change = [], [], 0.0
+    _fit(replace(workload, steps=2 * SETTLING), seeds[0], watch=True)  # imports and the first allocations
     for seed in seeds:
         fits = [_fit(workload, seed, watch) for watch in (False, True, True, False)]
         plain += [fits[0][0], fits[3][0]]

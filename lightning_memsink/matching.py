@@ -19,21 +19,27 @@ class Matching:
         self.counts = NgramCounts()
         self._control_bits: dict[int, float] = {}
 
-    def describe(self, table: LossTable, ids: Tensor, new: Tensor, tokens: Tokens | None, extra: Tensor | None) -> None:
+    def describe(
+        self, table: LossTable, ids: Tensor, seen_anew: Tensor, tokens: Tokens | None, extra: Tensor | None
+    ) -> None:
         """Counts what samples ``ids`` ``[V]`` were just trained on and writes their features to ``table``.
 
-        ``new`` ``[V]`` bool: seen for the first time, so that the compressed size, which never changes, is due.
+        ``seen_anew``: the ids seen for the first time; their compressed size, which never changes, is due.
         ``extra`` ``[V, F]``: the user's features.
         """
-        parts = []
         if tokens is not None:
             self.counts.update(tokens.ids, tokens.mask)
+        ids, last = _last_of_each(ids)  # of a sample that came twice only the last description stands
+        parts = []
+        if tokens is not None:
+            new = torch.isin(ids, seen_anew)
+            tokens = Tokens(tokens.ids[last], tokens.mask[last])
             parts.append(self._ngrams(tokens, table.exposures_of(ids)))
             compressed = table.described(ids, column=_COMPRESSED)
             compressed[new] = compressed_bits(tokens.ids[new], tokens.mask[new])
             parts.append(compressed[:, None])
         if extra is not None:
-            parts.append(extra)
+            parts.append(extra[last])
         if parts:
             table.describe(ids, torch.cat(parts, 1))
 
@@ -54,3 +60,9 @@ class Matching:
     def _ngrams(self, tokens: Tokens, exposures: Tensor) -> Tensor:
         likelihood = self.counts.nll(tokens.ids, tokens.mask, exposures)
         return torch.cat([likelihood, self.counts.coverage(tokens.ids, tokens.mask, exposures)[:, None]], 1)
+
+
+def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted unique ids and the position of the last of each."""
+    unique, inverse = torch.unique(ids, return_inverse=True)
+    return unique, torch.zeros_like(unique).scatter_reduce(0, inverse, torch.arange(len(ids)), "amax")

@@ -127,12 +127,10 @@ class LossTable:
         return torch.where(rows < 0, 0, self.exposures[rows.clamp(min=0)])
 
     def describe(self, ids: Tensor, features: Tensor) -> None:
-        """Matching features ``[V, F]`` of known samples ``ids`` ``[V]``; the last one stands where an id came twice."""
+        """Matching features ``[V, F]`` of known samples ``ids`` ``[V]``, each named once."""
         if self.features.shape[1] != features.shape[1]:
             self._columns["features"] = torch.zeros(len(self._columns["exposures"]), features.shape[1]).half()
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        last = torch.zeros_like(unique).scatter_reduce(0, inverse, torch.arange(len(ids)), "amax")
-        self.features[self.index.find(unique)] = features[last].half()
+        self.features[self.index.find(ids)] = features.half()
 
     def described(self, ids: Tensor, column: int) -> Tensor:
         """``[V]`` one feature of known samples; 0 where none was described yet."""

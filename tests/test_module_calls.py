@@ -1,0 +1,101 @@
+"""Inputs and gradients meet once per call, checkpointed or not, and the hooks leave no trace."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_memsink.module_calls import ModuleCalls
+
+CHECKPOINTING = {"none": None, "reentrant": True, "non-reentrant": False}
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, checkpointing: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.reentrant = CHECKPOINTING[checkpointing]
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+def met(module: TwoLayers, side: str) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], list[str]]:
+    """What met in one step, and the names that were lost."""
+    found = defaultdict(list)
+    calls = ModuleCalls({"up": module.up, "down": module.down}, side, lambda name, *pair: found[name].append(pair))
+    calls.open()
+    x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+    module(x).square().sum().backward()
+    lost = calls.close()
+    calls.remove()
+    return found, lost
+
+
+def by_hand(module: TwoLayers, side: str) -> dict[str, tuple[Tensor, Tensor]]:
+    x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+    up = module.up(x)
+    hidden = torch.relu(up)
+    down = module.down(hidden)
+    places = [x, hidden] if side == "input" else [up, down]
+    gradients = torch.autograd.grad(down.square().sum(), places)
+    return {"up": (x, gradients[0]), "down": (hidden, gradients[1])}
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_input_and_gradient_meet_once_per_call(checkpointing, side):
+    module = TwoLayers(checkpointing)
+    found, lost = met(module, side)
+    assert not lost
+    for name, pair in by_hand(module, side).items():
+        [(given, gradient)] = found[name]
+        torch.testing.assert_close((given, gradient), pair)
+
+
+def test_a_module_used_twice_meets_twice():
+    module = TwoLayers("none")
+    module.down = module.up = nn.Linear(4, 4)
+    found, _ = met(module, "output")
+    assert len(found["down"]) == len(found["up"]) == 2
+
+
+def test_closed_or_removed_hooks_see_nothing():
+    module, seen = TwoLayers("none"), []
+    calls = ModuleCalls({"up": module.up}, "output", lambda *met: seen.append(met))
+    module(torch.ones(2, 4)).sum().backward()
+    calls.open()
+    calls.remove()
+    module(torch.ones(2, 4)).sum().backward()
+    assert not seen and not module.up._forward_hooks and not module.up._forward_pre_hooks
+
+
+def test_nothing_is_kept_alive_that_autograd_lets_go():
+    module = TwoLayers("non-reentrant")
+    calls = ModuleCalls({"down": module.down}, "output", lambda *met: None)
+    calls.open()
+    loss = module(torch.ones(2, 4, requires_grad=True)).sum()
+    [call] = calls._calls["down"]
+    assert call.input() is None, "the hidden activation was dropped by the checkpoint"
+    loss.backward()
+    assert call.done and call.strong is None and call.gradient is None
+
+
+def test_a_gradient_that_never_meets_its_input_is_named():
+    module = TwoLayers("none")
+    calls = ModuleCalls({"up": module.up}, "output", lambda *met: None)
+    calls.open()
+    output = module.up(torch.ones(2, 4) * 2)
+    calls._calls["up"][0].weak = lambda: None
+    output.sum().backward()
+    assert calls.close() == ["up"]
