@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_memsink.loss_graph import find_loss_calls, names_near
 from lightning_memsink.losses import (
+    IDS_KEY,
     LOSSES_KEY,
     Captured,
     LossCall,
@@ -222,6 +223,14 @@ def read_report(outputs: Any, batch_size: int, step: str) -> Captured | NotCaptu
             f"End it with `return per_sample(losses, ids)`, one loss and one id per sample."
         )
     return Captured(losses)
+
+
+def reported_ids(outputs: Any, ids: Tensor) -> Tensor:
+    """The ids that the step reported with ``per_sample(losses, ids)``, if it did."""
+    if isinstance(outputs, Mapping) and IDS_KEY in outputs and outputs[IDS_KEY].numel() == len(ids):
+        reported: Tensor = outputs[IDS_KEY]
+        return reported.detach().reshape(-1).long().cpu()
+    return ids
 
 
 def remedy(step: str, found: str) -> str:

@@ -9,11 +9,13 @@ So callbacks may be listed in any order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
     from lightning_memsink.controls import ControlTable
     from lightning_memsink.table import LossTable
@@ -51,17 +53,30 @@ class Slot(Generic[T]):
         ledger._facts[self.name] = value
 
 
+@dataclass
+class BatchInHand:
+    """The training batch that is passing: known from its start on, until the next begins."""
+
+    ids: Tensor | None = None
+    """``[B]`` int64; None where nobody can tell whose it is."""
+
+
 class Ledger:
     """The slots of one Trainer. Written in ``on_fit_start`` (after a restore), required in ``on_train_start``."""
 
     losses: Slot[LossTable] = Slot("LossTracker")
     controls: Slot[ControlTable] = Slot("LossTracker")
+    batch: Slot[BatchInHand] = Slot("LossTracker")
     flags: Slot[Flags] = Slot("MemorizationDetector")
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
     history: Slot[list[dict[str, float]]] = Slot("LiveCurves")
 
     def __init__(self) -> None:
         self._facts: dict[str, object] = {}
+
+    def has(self, slot: str) -> bool:
+        """Whether anybody writes a slot that a reader can do without."""
+        return slot in self._facts
 
     @staticmethod
     def of(trainer: Trainer) -> Ledger:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_memsink.capture import EvaluationCapture, StepCapture
+from lightning_memsink.capture import EvaluationCapture, StepCapture, reported_ids
 from lightning_memsink.controls import ControlTable
 from lightning_memsink.gathering import gather
 from lightning_memsink.identity import SampleIds, content_ids
-from lightning_memsink.ledger import Ledger
-from lightning_memsink.losses import IDS_KEY, NotCaptured
+from lightning_memsink.ledger import BatchInHand, Ledger
+from lightning_memsink.losses import NotCaptured
 from lightning_memsink.matching import Matching
 from lightning_memsink.probing import ControlProbe
 from lightning_memsink.table import LossTable
@@ -79,6 +79,7 @@ class LossTracker(Callback):
         self.witnesses = Witnesses()
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
+        self.batch = BatchInHand()
         self._visits: list[_Visit] = []
         self._current: tuple[Tensor, Tokens | None, Tensor | None] | None = None
         self._step = 0
@@ -94,6 +95,7 @@ class LossTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).losses = self.table
         Ledger.of(trainer).controls = self.controls
+        Ledger.of(trainer).batch = self.batch
         self.controls.expected = self.probe.wanted
 
     # Training -------------------------------------------------------------------------------------------------
@@ -101,7 +103,9 @@ class LossTracker(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._current = self._look_at(batch, "train")
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
+        self.batch.ids = None
         if self._current is not None:
+            self.batch.ids = self._current[0]
             self.capture.begin()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -114,7 +118,7 @@ class LossTracker(Callback):
         found, self._current = self._current, None
         if found is not None:
             ids, tokens, features = found
-            ids = _reported_ids(outputs, ids)
+            ids = reported_ids(outputs, ids)
             captured = self.capture.finish(outputs, len(ids), loss_scale=_loss_scale(trainer))
             if isinstance(captured, NotCaptured):
                 self._say_once(captured.reason)
@@ -224,7 +228,7 @@ class LossTracker(Callback):
         seen = None
         if found is not None:
             ids, tokens, features = found
-            ids = _reported_ids(outputs, ids)
+            ids = reported_ids(outputs, ids)
             captured = self.control_capture.finish(outputs, len(ids))
             if isinstance(captured, NotCaptured):
                 self._say_once(captured.reason)
@@ -290,11 +294,3 @@ def _loss_scale(trainer: Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
     return scale / trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else scale
-
-
-def _reported_ids(outputs: Any, ids: Tensor) -> Tensor:
-    """The ids that the step reported with ``per_sample(losses, ids)``, if it did."""
-    if isinstance(outputs, Mapping) and IDS_KEY in outputs and outputs[IDS_KEY].numel() == len(ids):
-        reported: Tensor = outputs[IDS_KEY]
-        return reported.detach().reshape(-1).long().cpu()
-    return ids
