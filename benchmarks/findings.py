@@ -19,7 +19,7 @@ from benchmarks.twin_runs import Run, Schedule, Sequences, gradient_norms, token
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.data import python_docs, tokenized
-from lightning_memsink.detection import Measurement, Rule, Samples, measure
+from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure
 from lightning_memsink.features import compressed_bits
 from lightning_memsink.judging import samples_of
 from lightning_memsink.ledger import Ledger
@@ -41,7 +41,9 @@ class Findings:
     scores: dict[str, Tensor]
     """``[N]`` each, larger the more it looks memorized; ``knn gap, live`` is the detector's own."""
     flagged: Tensor
-    """Bool ``[N]``: called memorized at the end."""
+    """Bool ``[N]``: stood as memorized when training ended, by losses that training itself had passed."""
+    flagged_after: Tensor
+    """Bool ``[N]``: flagged when all losses were taken anew after training, as an auditor would."""
     bereft: dict[str, tuple[Tensor, Measurement]]
     """By kind whose controls were taken away: who of ``[N]`` had those, and what is said of all without them."""
     twins: Tensor
@@ -65,10 +67,6 @@ class Findings:
         """Against all unmemorized samples, or those of some kinds."""
         rivals = self.negative & self.population.of(*kinds) if kinds else self.negative
         return scores.auroc(self.scores[score], self.positive, rivals)
-
-    def share_flagged(self, among: Tensor) -> float:
-        """Of the samples ``among``, a mask ``[N]``; NaN if it is empty."""
-        return float(self.flagged[among].float().mean())
 
     def lead_steps(self) -> Tensor:
         """Steps from flag to first extraction, of each sample ever extracted though it is not easy; -inf unflagged."""
@@ -110,11 +108,13 @@ def investigate(sizes: Sizes, schedule: Schedule, rule: Rule, seed: int, save: P
     nll = token_nll(main.module, texts)
     ends = [token_nll(run.module, people.controls).mean(1) for run in (main, twin)]
     memorization = _truth(people, nll.mean(1), token_nll(twin.module, texts).mean(1), *ends)
+    after = _measure_after(people, main.ledger, nll.mean(1), ends[0])
     found = Findings(
         population=people,
         memorization=memorization,
-        scores=_all_scores(people, main, texts, nll, ends[0], rule, schedule),
+        scores=_all_scores(people, main, texts, nll, after, rule, schedule),
         flagged=verdicts.memorized[-1],
+        flagged_after=measure(*after, rule).flagged,
         bereft={kind: _without(kind, people, main.ledger, rule) for kind in FAMILIES},
         twins=_judge_twins(main.ledger, rule),
         flag_at=scores.first_time(torch.stack(verdicts.memorized)),
@@ -135,19 +135,31 @@ def _truth(people: Population, main: Tensor, twin: Tensor, main_controls: Tensor
     return truth
 
 
+def _measure_after(people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor) -> tuple[Samples, Controls]:
+    """What there is to measure by losses ``[N]`` and ``[M]`` taken after training."""
+    rows = ledger.losses.index.find(people.tested)
+    last = replace(samples_of(ledger.losses, ledger.controls, rows), losses=losses, weight=torch.ones(len(rows)))
+    now = of_controls[ledger.controls.ids]
+    return last, replace(ledger.controls.known(), before=now, after=now)
+
+
 def _all_scores(
-    people: Population, main: Run, texts: Tensor, nll: Tensor, end: Tensor, rule: Rule, schedule: Schedule
+    people: Population,
+    main: Run,
+    texts: Tensor,
+    nll: Tensor,
+    after: tuple[Samples, Controls],
+    rule: Rule,
+    schedule: Schedule,
 ) -> dict[str, Tensor]:
+    """Every rival is measured by a forward at the end of the run; the detector so, and live."""
     ledger = main.ledger
     rows = ledger.losses.index.find(people.tested)
-    # Every rival is measured by a forward at the end of the run; the detector live, by losses that training passed.
-    last = replace(samples_of(ledger.losses, ledger.controls, rows), losses=nll.mean(1), weight=torch.ones(len(rows)))
-    known = replace(ledger.controls.known(), before=end[ledger.controls.ids], after=end[ledger.controls.ids])
     confidence, variability = scores.cartography(main.visit_id, main.visit_probability, len(people.tokens))
     return {
-        "knn gap": measure(last, known, rule).gap,
+        "knn gap": measure(*after, rule).gap,
         "knn gap, live": ledger.flags.gap[rows].float(),
-        "ridge gap": measure(last, known, replace(rule, method="ridge")).gap,
+        "ridge gap": measure(*after, replace(rule, method="ridge")).gap,
         "final loss": scores.final_loss(nll),
         "loss drop": scores.loss_drop(nll, ledger.losses.first_loss[rows]),
         "compressed size": scores.compressed_ratio(nll, compressed_bits(texts, torch.ones_like(texts).bool())),
