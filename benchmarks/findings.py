@@ -23,6 +23,7 @@ from lightning_memsink.detection import Controls, Measurement, Rule, Samples, me
 from lightning_memsink.features import compressed_bits
 from lightning_memsink.judging import samples_of
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.tokens import Tokens
 
 POSITIVE, NEGATIVE = 1.0, 0.3
 """A sample is memorized above the one and not memorized below the other, nats per token; in between nobody says."""
@@ -94,7 +95,8 @@ def investigate(sizes: Sizes, schedule: Schedule, rule: Rule, seed: int, save: P
     people = populate(corpus, vocab_size, sizes, seed)
     verdicts = Verdicts(people.tested)
     texts = people.tokens[people.tested]
-    crew = [LossTracker(identity="key"), MemorizationDetector(**asdict(rule)), verdicts]
+    tracker = LossTracker(identity="key")
+    crew = [tracker, MemorizationDetector(**asdict(rule)), verdicts]
     main, twin = (
         train(
             Sequences(people.tokens, rows, people.noise, vocab_size, seed),
@@ -108,6 +110,7 @@ def investigate(sizes: Sizes, schedule: Schedule, rule: Rule, seed: int, save: P
     nll = token_nll(main.module, texts)
     ends = [token_nll(run.module, people.controls).mean(1) for run in (main, twin)]
     memorization = _truth(people, nll.mean(1), token_nll(twin.module, texts).mean(1), *ends)
+    _describe_again(tracker, people.tested, texts)
     after = _measure_after(people, main.ledger, nll.mean(1), ends[0])
     found = Findings(
         population=people,
@@ -133,6 +136,12 @@ def _truth(people: Population, main: Tensor, twin: Tensor, main_controls: Tensor
         of, like = people.of(kind), people.controls_of(kind)
         truth[of] = scores.counterfactual(main[of], twin[of], main_controls[like], twin_controls[like])
     return truth
+
+
+def _describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
+    """Matching features as of now: of a sample last visited long ago they are as old as that visit."""
+    tokens = Tokens(texts, torch.ones_like(texts, dtype=torch.bool))
+    tracker.matching.describe(tracker.table, ids, ids, tokens, None)
 
 
 def _measure_after(people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor) -> tuple[Samples, Controls]:

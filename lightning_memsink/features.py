@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKEN_FEATURES = ("unigram_nll", "bigram_nll", "coverage", "compressed_bits")
+TOKEN_FEATURES = ("unigram_nll", "bigram_nll", "familiarity", "compressed_bits")
 _RUN = 4
 
 
@@ -36,14 +36,15 @@ class NgramCounts:
         run, whole = self._runs(tokens, mask)
         self.runs.index_add_(0, run.flatten(), whole.flatten().float())
 
-    def coverage(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
-        """``[B]`` share in 0…1 of a sample's runs of four tokens that occur elsewhere in training.
+    def familiarity(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
+        """``[B]`` mean of log(1 + times) over a sample's runs of four tokens: how often each occurs elsewhere.
 
-        Text with near-duplicates in training gets a low loss without ever having been trained on.
+        Text with near-duplicates in training gets a low loss without ever having been trained on, and the lower the
+        more there are: a template filled in a hundred ways is easier than prose of which as many runs are known.
         """
         run, whole = self._runs(tokens, mask)
         seen = self.runs[run] - exposures.float()[:, None] * _own(run, whole)
-        return _mean((seen > 0.5).float(), whole)
+        return _mean(seen.clamp(min=0).log1p(), whole)
 
     def nll(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
         """``[B, 2]`` mean unigram and bigram negative log-likelihood, in nats per token.

@@ -19,16 +19,18 @@ class Matching:
         self.counts = NgramCounts()
         self._control_bits: dict[int, float] = {}
 
+    def count(self, tokens: Tokens) -> None:
+        """What was just trained on."""
+        self.counts.update(tokens.ids, tokens.mask)
+
     def describe(
         self, table: LossTable, ids: Tensor, seen_anew: Tensor, tokens: Tokens | None, extra: Tensor | None
     ) -> None:
-        """Counts what samples ``ids`` ``[V]`` were just trained on and writes their features to ``table``.
+        """Writes to ``table`` the features that samples ``ids`` ``[V]`` have by what was counted so far.
 
         ``seen_anew``: the ids seen for the first time; their compressed size, which never changes, is due.
         ``extra`` ``[V, F]``: the user's features.
         """
-        if tokens is not None:
-            self.counts.update(tokens.ids, tokens.mask)
         ids, last = _last_of_each(ids)  # of a sample that came twice only the last description stands
         parts = []
         if tokens is not None:
@@ -59,7 +61,7 @@ class Matching:
 
     def _ngrams(self, tokens: Tokens, exposures: Tensor) -> Tensor:
         likelihood = self.counts.nll(tokens.ids, tokens.mask, exposures)
-        return torch.cat([likelihood, self.counts.coverage(tokens.ids, tokens.mask, exposures)[:, None]], 1)
+        return torch.cat([likelihood, self.counts.familiarity(tokens.ids, tokens.mask, exposures)[:, None]], 1)
 
 
 def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:

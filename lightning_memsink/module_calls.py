@@ -38,7 +38,8 @@ class ModuleCalls:
     Args:
         modules: by name. Attach before the first compiled call: later hooks are ignored by compiled code.
         side: at which end of the module the gradient is taken: of its ``input`` or of its ``output``.
-        meet: gets the detached input and the gradient of whatever is differentiated. It runs within backward.
+        meet: gets the detached input and the gradient of whatever is differentiated. It runs within backward, where an
+            error of ours must not end the user's training: the first one is kept in `failed`.
 
     Nothing is kept alive that autograd would have let go: in a checkpointed region the input is taken from the forward
     that backward runs again. Closed, a hook costs a function call.
@@ -47,6 +48,7 @@ class ModuleCalls:
     def __init__(self, modules: Mapping[str, nn.Module], side: Literal["input", "output"], meet: Meet) -> None:
         self.side, self.meet = side, meet
         self.is_open = False
+        self.failed: Exception | None = None
         self._calls: dict[str, list[_Call]] = {name: [] for name in modules}
         self._entered: dict[str, _Call] = {}
         self._handles: list[RemovableHandle] = []
@@ -134,4 +136,7 @@ class ModuleCalls:
         if given is None or call.gradient is None:
             return
         gradient, call.gradient, call.strong, call.done = call.gradient, None, None, True
-        self.meet(name, given.detach(), gradient)
+        try:
+            self.meet(name, given.detach(), gradient)
+        except Exception as error:
+            self.failed = self.failed or error

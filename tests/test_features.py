@@ -47,21 +47,23 @@ def test_a_text_shown_often_looks_as_difficult_as_shown_once():
     counts.update(background, whole(background))
     sample = torch.randint(10, (1, 12), generator=torch.Generator().manual_seed(1))
     before = counts.nll(sample, whole(sample), torch.zeros(1))
-    covered = counts.coverage(sample, whole(sample), torch.zeros(1))
+    familiar = counts.familiarity(sample, whole(sample), torch.zeros(1))
     for _ in range(64):
         counts.update(sample, whole(sample))
     torch.testing.assert_close(counts.nll(sample, whole(sample), torch.tensor([64])), before, rtol=1e-3, atol=1e-3)
-    assert counts.coverage(sample, whole(sample), torch.tensor([64])) == covered
-    assert counts.coverage(sample, whole(sample), torch.zeros(1)) == 1
+    assert counts.familiarity(sample, whole(sample), torch.tensor([64])) == familiar
+    assert counts.familiarity(sample, whole(sample), torch.zeros(1)) > math.log(64)
 
 
-def test_coverage_is_the_share_of_runs_of_four_seen_elsewhere():
+def test_familiarity_grows_with_the_runs_of_four_that_occur_elsewhere_and_how_often():
     counts = NgramCounts()
     known = torch.tensor([[1, 2, 3, 4, 5, 6]])
-    counts.update(known, whole(known))
-    for text, share in (([1, 2, 3, 4, 5, 6], 1.0), ([1, 2, 3, 4, 5, 9], 2 / 3), ([9, 8, 7, 6, 5, 4], 0.0)):
-        tokens = torch.tensor([text])
-        assert counts.coverage(tokens, whole(tokens), torch.zeros(1)).item() == pytest.approx(share)
+    for times in (1, 2):
+        counts.update(known, whole(known))
+        for text, share in (([1, 2, 3, 4, 5, 6], 1.0), ([1, 2, 3, 4, 5, 9], 2 / 3), ([9, 8, 7, 6, 5, 4], 0.0)):
+            tokens = torch.tensor([text])
+            expected = share * math.log(1 + times)
+            assert counts.familiarity(tokens, whole(tokens), torch.zeros(1)).item() == pytest.approx(expected)
 
 
 def test_padding_counts_for_nothing():
@@ -74,11 +76,11 @@ def test_padding_counts_for_nothing():
     torch.testing.assert_close(counts.nll(tokens, mask, torch.ones(2))[:1], alone)
 
 
-def test_texts_shorter_than_a_run_have_no_coverage_rather_than_an_error():
+def test_texts_shorter_than_a_run_are_familiar_to_nobody_rather_than_an_error():
     counts = NgramCounts()
     tokens = torch.tensor([[1, 2]])
     counts.update(tokens, whole(tokens))
-    assert counts.coverage(tokens, whole(tokens), torch.ones(1)).tolist() == [0.0]
+    assert counts.familiarity(tokens, whole(tokens), torch.ones(1)).tolist() == [0.0]
 
 
 def test_compressed_bits_are_deflates_and_low_where_a_text_repeats_itself():

@@ -99,3 +99,14 @@ def test_a_gradient_that_never_meets_its_input_is_named():
     calls._calls["up"][0].weak = lambda: None
     output.sum().backward()
     assert calls.close() == ["up"]
+
+
+def test_an_error_of_ours_is_kept_and_the_backward_goes_on():
+    def fail(*met: object) -> None:
+        raise ZeroDivisionError
+
+    module = TwoLayers("none")
+    calls = ModuleCalls({"up": module.up}, "output", fail)
+    calls.open()
+    module(torch.ones(2, 4)).sum().backward()
+    assert isinstance(calls.failed, ZeroDivisionError) and module.up.weight.grad is not None

@@ -266,6 +266,7 @@ class LossTracker(Callback):
         self.table.record(ids, torch.cat([visit.losses for visit in visits]), steps, elements)
         if tokens is not None:
             self._say_once(self.witnesses.look(ids, tokens))
+            self.matching.count(tokens)
         extra = None if self.features is None else [visit.features for visit in visits if visit.features is not None]
         self.matching.describe(self.table, ids, seen_anew, tokens, None if extra is None else torch.cat(extra))
 
