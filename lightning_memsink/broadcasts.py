@@ -1,0 +1,122 @@
+"""The gradient of an embedding before autograd sums it over the samples that share it.
+
+Position embeddings are looked up once, ``[1, T]`` or ``[T]``, and added to every sample. What comes back to them is a
+sum. The node that adds them still has each sample's part: it is found in the graph behind the next module's input.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEAR = 64
+"""Nodes to look through behind an input."""
+SHAPES_ONLY = frozenset(f"{name}Backward0" for name in ("Unsqueeze", "View", "UnsafeView", "ToCopy", "Alias"))
+BROADCASTS = frozenset(
+    f"{name}Backward0" for name in ("Add", "Sub", "Expand", "Mul", "Div", "Where", "Addcmul", "Lerp")
+)
+PICKS = frozenset(("IndexBackward0", "IndexSelectBackward0"))
+
+
+def picked_rows(given: Tensor) -> bool:
+    """True if the rows of ``given`` ``[N, U]`` were picked out of another such matrix: their samples are not known."""
+    for node, _, _ in _edges(given.grad_fn):
+        if node.name() in PICKS and len(node._saved_self_sym_sizes) == 2:
+            return True
+    return False
+
+
+def _edges(root: Any) -> Iterator[tuple[Any, int, Any]]:
+    """Breadth first, ``(node, number of the edge, node below)``."""
+    seen, front = {root}, [root] if root is not None else []
+    while front and len(seen) < NEAR:
+        nodes, front = front, []
+        for node in nodes:
+            for edge, (below, _) in enumerate(node.next_functions):
+                if below is None:
+                    continue
+                yield node, edge, below
+                if below not in seen:
+                    seen.add(below)
+                    front.append(below)
+
+
+class Broadcasts:
+    """Follows lookups without a sample axis from `expect` in the forward to `resolve` in the backward."""
+
+    def __init__(self, batch_axis: int) -> None:
+        self.batch_axis = batch_axis
+        self.forget()
+
+    def forget(self) -> None:
+        self._lookups: dict[Any, str] = {}
+        self._gradients: dict[str, list[tuple[Tensor, float | None]]] = defaultdict(list)
+        self._per_sample: set[str] = set()
+
+    def expect(self, name: str, ids: Tensor, output: Tensor) -> None:
+        """After a lookup of ``ids`` that may be without samples."""
+        if ids.ndim == 1 or ids.shape[self.batch_axis] == 1:
+            self._lookups[output.grad_fn] = name
+
+    def seek(self, given: Tensor) -> None:
+        """At the entry of a module: are the lookups that are still open behind its input?"""
+        if not self._lookups or given.grad_fn is None:
+            return
+        edges = list(_edges(given.grad_fn))
+        for lookup, name in list(self._lookups.items()):
+            targets = [lookup]
+            for target in targets:  # grows by the nodes that only reshape it
+                for node, edge, below in edges:
+                    if below is not target:
+                        continue
+                    self._lookups.pop(lookup, None)
+                    if node.name() in SHAPES_ONLY:
+                        targets.append(node)
+                    elif node.name() in BROADCASTS:
+                        node.register_prehook(self._catch(name, _factor(node, edge)))
+                    else:
+                        self._per_sample.add(name)
+
+    def _catch(self, name: str, factor: float | None) -> Callable[[Sequence[Tensor | None]], None]:
+        gradients = self._gradients[name]
+
+        def catch(outputs: Sequence[Tensor | None]) -> None:
+            if outputs[0] is not None:
+                gradients.append((outputs[0].detach(), factor))
+
+        return catch
+
+    def resolve(self, name: str, ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Ids and gradient of a lookup with an axis for the samples; None if that can't be had exactly."""
+        if ids.ndim > 1 and ids.shape[self.batch_axis] > 1:
+            return ids, gradient
+        for full, factor in self._gradients[name]:
+            if full.shape == gradient.shape:
+                return ids, gradient
+            if factor is None or full.ndim <= self.batch_axis + 1:
+                continue
+            full = full if factor == 1 else full * factor
+            summed = full.sum(self.batch_axis)
+            # Parts that don't add up to the whole would mean that the lookup is used in another place too.
+            if summed.numel() == gradient.numel() and torch.allclose(
+                summed.reshape(gradient.shape), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())
+            ):
+                own = ids if ids.ndim == 1 else ids.squeeze(self.batch_axis)
+                return own.unsqueeze(self.batch_axis).expand(full.shape[:-1]), full
+        return (ids, gradient) if ids.ndim > 1 or name in self._per_sample else None
+
+
+def _factor(node: Any, edge: int) -> float | None:
+    """What a node multiplies the gradient with on its way to an input, if that is a number."""
+    match node.name():
+        case "ExpandBackward0":
+            return 1.0
+        case "AddBackward0":
+            return float(node._saved_alpha) if edge else 1.0
+        case "SubBackward0":
+            return -float(node._saved_alpha) if edge else 1.0
+    return None

@@ -1,0 +1,280 @@
+"""Each sample's squared gradient norm from what went into a layer and the gradient that came out of it.
+
+A layer's gradient for one sample is a sum over positions. Where that sum is an outer product, its norm needs no
+gradient: ``|sum_t b_t a_t'|^2 = sum_tu (a_t . a_u)(b_t . b_u)`` (Goodfellow 2015, arXiv 1510.01799; for sequences
+Li et al. 2022, arXiv 2110.05679, section 4, "ghost clipping"). A parameter that is used several times has several
+contributions, and the norm is that of their sum.
+
+    B  samples    T  positions of a sample    I, O  inputs and outputs of a layer    V  rows of an embedding
+    P  elements of a parameter
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LARGEST = 2**24
+"""Elements of per-sample gradients to hold at once."""
+WRITING = 8
+"""What it costs to write and read back an element, in multiply-adds."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """How a Conv1d, Conv2d or Conv3d moves over an input that is padded already."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def patches(self, given: Tensor) -> Tensor:
+        """``[B, C, *kernel, *positions]`` of ``given`` ``[B, C, *sizes]``: a view."""
+        for axis, (kernel, step, reach) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            given = given.unfold(2 + axis, reach * (kernel - 1) + 1, step)[..., ::reach]
+        axes = len(self.kernel)
+        return given.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``gradient`` is ``[B, P]``."""
+
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The gradient of a ``[O, I]`` matrix: ``left`` ``[B, T, O]`` times ``right`` ``[B, T, I]``, over positions."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The gradient of a ``[V, I]`` table: ``gradients`` ``[B, T, I]`` added to the rows of ``ids`` ``[B, T]``."""
+
+    ids: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class Tied:
+    """An `Outer` that will meet one `Rows` of known ids, without its large ``left``: its squared ``norm`` ``[B]``, of
+    ``left`` what the table's rows will need, ``picked`` ``[B, S, T]``, and ``right`` ``[B, S, I]``."""
+
+    norm: Tensor
+    picked: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """The gradient of a convolution's ``weight`` ``[O, C / groups, *kernel]``, of which only the shape counts.
+
+    ``given`` is the padded input ``[B, C, *sizes]``, ``gradient`` ``[B, O, *sizes]`` that at the output.
+    """
+
+    given: Tensor
+    gradient: Tensor
+    weight: Tensor
+    how: Convolution
+
+
+Contribution = Dense | Outer | Rows | Tied | Convolved
+
+
+def squared_norm(parts: Sequence[Contribution], shape: torch.Size) -> Tensor:
+    """``[B]``, of the sum of ``parts``, which are contributions to one parameter of this ``shape``.
+
+    Raises:
+        ValueError: a `Tied` is among other parts than its `Rows`.
+    """
+    match parts:
+        case [Dense(gradient)]:
+            return _square(gradient)
+        case [Convolved(given, gradient, weight, how)]:
+            return convolution_weight_squared_norm(given, gradient, weight, how)
+        case [Tied(norm)]:
+            return norm
+        case [Tied(norm, picked, right), Rows(ids, gradients)]:
+            return norm + rows_squared_norm(ids, gradients) + 2 * _dot_(torch.bmm(right, gradients.mT), picked)
+    if all(isinstance(part, Outer) for part in parts):
+        return outer_squared_norm(*_joined([(part.left, part.right) for part in parts if isinstance(part, Outer)]))
+    if all(isinstance(part, Rows) for part in parts):
+        return rows_squared_norm(*_joined([(part.ids, part.gradients) for part in parts if isinstance(part, Rows)]))
+    return _square(torch.stack([dense(part, shape) for part in parts]).sum(0))
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several calls as one with more positions."""
+    if len(pairs) == 1:
+        return pairs[0]
+    ones, others = zip(*pairs, strict=True)
+    return torch.cat(ones, 1), torch.cat(others, 1)
+
+
+def samples_of(part: Contribution) -> int:
+    """B."""
+    match part:
+        case Dense(gradient) | Convolved(_, gradient) | Rows(_, gradient):
+            return len(gradient)
+        case Outer(left):
+            return len(left)
+        case Tied(norm):
+            return len(norm)
+
+
+def tie(outer: Outer, ids: Tensor) -> Tied:
+    """For a table that is read at ``ids`` ``[B, T]`` too."""
+    picked = outer.left.gather(2, ids[:, None, :].expand(-1, outer.left.shape[1], -1))
+    return Tied(outer_squared_norm(outer.left, outer.right), picked, outer.right)
+
+
+def dense(part: Contribution, shape: torch.Size) -> Tensor:
+    """``[B, P]``, the contribution written out."""
+    match part:
+        case Dense(gradient):
+            return gradient
+        case Outer(left, right):
+            return (left.mT @ right).flatten(1)
+        case Rows(ids, gradients):
+            table = gradients.new_zeros(len(ids), *shape)
+            return table.scatter_add_(1, ids[..., None].expand_as(gradients), gradients).flatten(1)
+        case Convolved(given, gradient, weight, how):
+            return convolution_weight_gradient(given, gradient, weight, how)
+        case Tied():
+            raise ValueError("What is left of a tied matrix has no gradient of its own.")
+
+
+def outer_squared_norm(left: Tensor, right: Tensor) -> Tensor:
+    """``[B]`` of ``left`` ``[B, T, O]`` times ``right`` ``[B, T, I]`` over positions, in the cheaper form."""
+    positions = left.shape[1]
+    if positions == 1:
+        return _square(left[:, 0]) * _square(right[:, 0])
+    if gram_is_cheaper(positions, left.shape[2], right.shape[2]):
+        return _dot_(gram(left), gram(right))
+    return _written_out(left, right)
+
+
+def gram_is_cheaper(positions: int, outputs: int, inputs: int) -> bool:
+    """True if products between positions cost less than the gradient itself."""
+    return positions**2 * (outputs + inputs) < outputs * inputs * (positions + WRITING)
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """``[B, T, T]`` inner products between the positions of ``[B, T, U]``."""
+    return torch.bmm(vectors, vectors.mT)
+
+
+def _written_out(left: Tensor, right: Tensor) -> Tensor:
+    at_once = max(1, LARGEST // (left.shape[2] * right.shape[2]))
+    pieces = zip(torch.split(left, at_once), torch.split(right, at_once), strict=True)
+    return torch.cat([_square(torch.bmm(one.mT, other).flatten(1)) for one, other in pieces])
+
+
+def rows_squared_norm(ids: Tensor, gradients: Tensor) -> Tensor:
+    """``[B]`` of ``gradients`` ``[B, T, I]`` added to the rows that ``ids`` ``[B, T]`` name."""
+    batch, positions = ids.shape
+    if positions == 1:
+        return _square(gradients[:, 0])
+    if positions <= gradients.shape[2]:
+        return _dot_(gram(gradients), (ids[:, :, None] == ids[:, None, :]).to(gradients.dtype))
+    span = int(ids.max()) + 1
+    own = ids + span * torch.arange(batch, device=ids.device)[:, None]
+    rows, place = torch.unique(own, return_inverse=True)
+    sums = gradients.new_zeros(len(rows), gradients.shape[2]).index_add_(0, place.flatten(), gradients.flatten(0, 1))
+    return gradients.new_zeros(batch).index_add_(0, rows // span, _square(sums))
+
+
+def embedding_rows(ids: Tensor, gradients: Tensor, padding_idx: int | None) -> Rows:
+    """``ids`` ``[B, T]``, ``gradients`` ``[B, T, I]``; the padding's row gets none."""
+    if padding_idx is not None:
+        gradients = gradients.masked_fill((ids == padding_idx)[..., None], 0.0)
+    return Rows(ids, gradients)
+
+
+def layer_norm_gradients(given: Tensor, gradient: Tensor, shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """``[B, P]`` of a LayerNorm's weight and of its bias; ``given``, ``gradient``: ``[B, ..., *shape]``."""
+    weight = functional.layer_norm(given, list(shape), eps=eps).mul_(gradient)
+    return _over_positions(weight, len(shape)), _over_positions(gradient, len(shape))
+
+
+def rms_norm_gradient(given: Tensor, gradient: Tensor, shape: Sequence[int], eps: float) -> Tensor:
+    """``[B, P]`` of an RMSNorm's weight; ``given``, ``gradient``: ``[B, ..., *shape]``."""
+    return _over_positions(functional.rms_norm(given, list(shape), eps=eps).mul_(gradient), len(shape))
+
+
+def group_norm_gradients(given: Tensor, gradient: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """``[B, C]`` of a GroupNorm's weight and of its bias; ``given``, ``gradient``: ``[B, C, ...]``."""
+    weight = functional.group_norm(given, groups, eps=eps).mul_(gradient)
+    return weight.flatten(2).sum(2), gradient.flatten(2).sum(2)
+
+
+def _over_positions(gradient: Tensor, trailing: int) -> Tensor:
+    size = math.prod(gradient.shape[gradient.ndim - trailing :])
+    return gradient.reshape(len(gradient), -1, size).sum(1)
+
+
+def convolution_weight_squared_norm(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> Tensor:
+    """``[B]`` of a convolution's weight.
+
+    Args:
+        given: ``[B, C, *sizes]`` input, padded.
+        gradient: ``[B, O, *sizes]`` at the output.
+        weight: ``[O, C / groups, *kernel]``; only its shape counts.
+    """
+    if how.groups > 1:
+        return torch.stack([_square(each.flatten()) for each in _convolution_gradients(given, gradient, weight, how)])
+    outputs, patches, inputs = gradient.flatten(2), how.patches(given), weight[0].numel()
+    if given.device.type != "cpu":
+        return outer_squared_norm(outputs.mT, patches.reshape(len(given), inputs, -1).mT)
+    small = gram_is_cheaper(outputs.shape[2], len(weight), inputs)
+    # One sample's patches stay in the cache; all of them would be a copy of the input for each tap of the kernel.
+    room = given.new_empty(inputs, outputs.shape[2])
+    product = given.new_empty((outputs.shape[2],) * 2 if small else (len(weight), inputs))
+    norms = []
+    for patch, output in zip(patches, outputs, strict=True):
+        room.view(patch.shape).copy_(patch)
+        if small:
+            torch.mm(room.T, room, out=product)
+            norms.append(torch.dot(product.view(-1), (output.T @ output).view(-1)))
+        else:
+            torch.mm(output, room.T, out=product)
+            norms.append(torch.dot(product.view(-1), product.view(-1)))
+    return torch.stack(norms)
+
+
+def convolution_weight_gradient(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> Tensor:
+    """``[B, P]``; see `convolution_weight_squared_norm`."""
+    return torch.stack([each.flatten() for each in _convolution_gradients(given, gradient, weight, how)])
+
+
+def _convolution_gradients(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> list[Tensor]:
+    """A call per sample."""
+    zeros = [0] * len(how.kernel)
+    rest: tuple[Any, ...] = (weight, None, how.stride, zeros, how.dilation, False, zeros, how.groups)
+    backward = torch.ops.aten.convolution_backward
+    return [
+        backward(one, other, *rest, [False, True, False])[1]
+        for one, other in zip(torch.split(gradient, 1), torch.split(given, 1), strict=True)
+    ]
+
+
+def _square(vectors: Tensor) -> Tensor:
+    """Squared lengths along the last axis; no product as large as ``vectors`` is made on the way."""
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norm.square()
+
+
+def _dot_(one: Tensor, other: Tensor) -> Tensor:
+    """``[B]`` inner products of ``[B, S, T]`` tensors. ``one`` is overwritten: fresh memory costs more than sums."""
+    return one.mul_(other).flatten(1).sum(1)
