@@ -24,6 +24,9 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3
 	$(VENV)/bin/python -m benchmarks.overhead --tracking
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(VENV)/bin/python -m benchmarks.overhead --attribution
+	$(VENV)/bin/python -m benchmarks.localization --seeds 3
 
 clean:
 	rm -rf $(VENV) runs

@@ -128,8 +128,14 @@ def report(compared: Sequence[Comparison], seeds: Sequence[int]) -> Report:
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = arguments("overhead", "Cost of watching, and whether it changes training.", seeds=3)
-    parser.add_argument("--tracking", action="store_true", required=True, help="memsink() and W&B offline against none")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
+    what.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
     options = parser.parse_args(arguments_given)
+    if options.attribution:
+        from benchmarks.attribution_cost import run  # which needs transformers, and peers where there are any
+
+        return run(options)
     seeds = fresh_seeds(options)
     settle_down()
     workloads = [replace(each, steps=each.steps // 5) for each in WORKLOADS] if options.quick else WORKLOADS

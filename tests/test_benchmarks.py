@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import detection, findings, overhead, scores
+from benchmarks import attribution_cost, detection, findings, overhead, scores
+from benchmarks.attribution_tasks import Text, texts
+from benchmarks.gradient_peers import OURS, Task
 from benchmarks.population import Sizes, populate
 from benchmarks.reporting import Criterion, Report, arguments, environment, fresh_seeds
 from benchmarks.twin_runs import CONTINUATION, PROMPT, Schedule, Sequences, TextModel, exact_match, token_nll
@@ -184,3 +186,10 @@ def test_watching_changes_no_weight():
     compared = overhead.compare(replace(WORKLOADS[2], steps=8), seeds=[0])
     assert compared.change == 0
     assert len(compared.plain) == len(compared.watched) == 2
+
+
+def test_attribution_costs_are_of_exact_norms():
+    task = Task("small", lambda: Text(1, 32), texts(3), bound=9)
+    found = attribution_cost.measure(task, OURS, dict.fromkeys(["plain", *OURS], 0.0), rounds=1, seed=0)
+    assert not any(way.fault for way in found.values())
+    assert found[attribution_cost.READ].error <= attribution_cost.ERROR
