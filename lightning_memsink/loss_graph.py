@@ -86,7 +86,7 @@ def find_loss_calls(loss: Tensor) -> list[LossCall]:
 
 def names_near(loss: Tensor, most: int = 4) -> list[str]:
     """Names of the graph nodes nearest ``loss``, each once; those of sums and means only if there is nothing else."""
-    names = dict.fromkeys(node.name() for node, _ in _walk(loss.grad_fn, 64))
+    names = dict.fromkeys(node.name() for node, _ in walk(loss.grad_fn, 64))
     telling = [name for name in names if _stem(name) not in LINEAR and name != "torch::autograd::AccumulateGrad"]
     return (telling or list(names))[:most]
 
@@ -95,7 +95,7 @@ def _stem(name: str) -> str:
     return name.rpartition("Backward")[0]
 
 
-def _walk(
+def walk(
     root: Any, most: int = MOST_NODES, stop: Callable[[Any], bool] = lambda node: False
 ) -> Iterator[tuple[Any, bool]]:
     """Nodes from ``root`` breadth first, each with whether the loss is linear in it; nothing below a ``stop``."""
@@ -120,7 +120,7 @@ def _loss_nodes(root: Any) -> Iterator[Any]:
     found: dict[Any, Any] = {}  # node -> the log-softmax below it
     softmaxes: dict[Any, int] = {}  # log-softmax -> ways to it that are no lone likelihood
     is_found = found.__contains__
-    for node, linear in _walk(root, stop=lambda node: is_found(node) or node.name() == LOG_SOFTMAX):
+    for node, linear in walk(root, stop=lambda node: is_found(node) or node.name() == LOG_SOFTMAX):
         name = node.name()
         if name in NEGATIVE_LIKELIHOOD:
             below = _log_softmax_below(node)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ class _Call:
     def input(self) -> Tensor | None:
         return self.strong if self.strong is not None else self.weak()
 
-    def hold(self, gradient: Tensor) -> None:
+    def hold(self) -> None:
         given = self.input()
         if not self.done and given is not None:
             self.strong = given.detach()
@@ -66,6 +67,20 @@ class ModuleCalls:
     def uses(self) -> dict[str, int]:
         """How often each module was called since `open`, as far as a gradient can come back."""
         return {name: len(calls) for name, calls in self._calls.items()}
+
+    def inputs(self) -> list[Tensor]:
+        """Of all calls so far, those that still exist and have a gradient to come."""
+        given = [call.input() for calls in self._calls.values() for call in calls]
+        return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, a backward passes unseen, and what was forwarded waits for the next."""
+        was_open, self.is_open = self.is_open, False
+        try:
+            yield
+        finally:
+            self.is_open = was_open
 
     def close(self) -> list[str]:
         """No more; the names of modules whose gradient came but whose input never did."""
@@ -113,15 +128,22 @@ class ModuleCalls:
                 return
             self._calls[name].append(call)
             if self.side == "output":
-                output.register_hook(self._arrival(name, call))  # type: ignore[no-untyped-call]
+                output.register_hook(self._arrival(name, call))
                 return
             given = call.input()
             if given is not None and given.requires_grad:
                 # The module's own backward lets go of its input before the gradient comes out at that end.
-                output.register_hook(call.hold)  # type: ignore[no-untyped-call]
-                given.register_hook(self._arrival(name, call))  # type: ignore[no-untyped-call]
+                output.register_hook(self._keeper(call))
+                given.register_hook(self._arrival(name, call))
 
         return leave
+
+    def _keeper(self, call: _Call) -> Callable[[Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            if self.is_open:
+                call.hold()
+
+        return keep
 
     def _arrival(self, name: str, call: _Call) -> Callable[[Tensor], None]:
         def arrive(gradient: Tensor) -> None:
