@@ -1,0 +1,203 @@
+"""One seed of the localization benchmark: train a model that memorizes, ask every localizer, zero what it says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.twin_runs import PROMPT, Schedule, Sequences, TextModel, exact_match, train
+from lightning_memsink.ablation import ablated
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.canaries import plant_canaries
+from lightning_memsink.data import apart, python_docs, tokenized, unshared
+from lightning_memsink.data.text import distinct_rows
+from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.judging_localizers import (
+    Curve,
+    Deletion,
+    Groups,
+    Injection,
+    ablation_curve,
+    injected,
+    judge_deletion,
+    judge_injection,
+    prefix_stress,
+)
+from lightning_memsink.localization import masks_of, top_units
+from lightning_memsink.localizers import DEFAULT, METHODS, Samples, Scores, Task
+
+ZEROED = 0.05
+"""Share of units zeroed for a single target."""
+PLACEBO = "placebo: default's units of another target"
+SLOW = ("zero-out", "slimming", "hard concrete")
+KINDS = ("natural", "canary")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``repeats`` are per epoch."""
+
+    background: int = 3000
+    held_out: int = 128
+    planted: int = 12
+    repeats: int = 64
+    twins: int = 32
+    epochs: int = 2
+    targets: int = 6
+    """Of each kind, at most; slow localizers get one."""
+    injections: int = 4
+    """Of each kind; slow localizers get one."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and what it may know. Sequences are ``[., T]``."""
+
+    module: TextModel
+    layers: Sequence[HiddenLayer]
+    memorized: dict[str, Tensor]
+    """By kind: planted sequences that it says word for word."""
+    twins: dict[str, Tensor]
+    """By kind: never trained on."""
+    held_out: Tensor
+    vocab_size: int
+
+    def task(self, kind: str, targets: Tensor, controls: Tensor | None = None) -> Task:
+        against = self.twins[kind] if controls is None else controls
+        return Task(self.module, self.layers, self.loss, batches(targets), batches(against))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        return self.module.gpt(input_ids=tokens, labels=tokens).loss
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One localizer on one target."""
+
+    method: str
+    kind: str
+    seconds: float
+    curve: Curve
+    """Nothing zeroed, and then ``ZEROED`` of the units."""
+    returns: float
+    """1 if the target comes back with a changed prompt, 0 if not, NaN if it was not gone."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One seed."""
+
+    attempts: list[Attempt]
+    recalls: dict[str, list[float]]
+    """By method."""
+    injections: list[Injection]
+    sets: dict[str, tuple[int, Deletion]]
+    """By kind: how many sequences together, and what zeroing their units did."""
+
+    def of(self, method: str, *kinds: str) -> list[Attempt]:
+        return [each for each in self.attempts if each.method == method and each.kind in (kinds or KINDS)]
+
+
+def batches(tokens: Tensor) -> list[Samples]:
+    return [Samples(part, len(part)) for part in tokens.split(64)] if len(tokens) else []
+
+
+def learn(sizes: Sizes, seed: int) -> Subject:
+    corpus = tokenized(python_docs(), seed=seed)
+    vocab_size = corpus.tokenizer.get_vocab_size()
+    generator = torch.Generator().manual_seed(seed)
+    pool = distinct_rows(corpus.train[torch.randperm(len(corpus.train), generator=generator)])
+    held_out = corpus.held_out[torch.randperm(len(corpus.held_out), generator=generator)[: sizes.held_out]]
+    background = pool[: sizes.background]
+    planted = plant_canaries(
+        background,
+        held_out,
+        unshared(apart(pool[sizes.background :]), torch.cat([background, held_out])),
+        vocab_size=vocab_size,
+        repeats=(sizes.repeats,),
+        per_rung=sizes.planted,
+        canaries=sizes.planted,
+        easy=0,
+        twins=2 * sizes.twins,
+        seed=seed,
+    )
+    rungs = {rung.kind: rung for rung in planted.rungs if rung.kind in KINDS}
+    data = Sequences(planted.train, torch.arange(len(planted.train)), torch.empty(0), vocab_size, seed)
+    shown = torch.cat([rung.sequences for rung in rungs.values()])
+    run = train(data, held_out, shown, [LossTracker(identity="key")], Schedule(epochs=sizes.epochs), seed)
+    return Subject(
+        run.module,
+        find_hidden_layers(run.module),
+        {kind: rung.sequences[exact_match(run.module, rung.sequences)] for kind, rung in rungs.items()},
+        {kind: rung.twins for kind, rung in rungs.items()},
+        held_out,
+        vocab_size,
+    )
+
+
+def investigate(sizes: Sizes, seed: int) -> Found:
+    """Everything of one seed."""
+    subject = learn(sizes, seed)
+    attempts = [attempt for kind in KINDS for attempt in _single_targets(subject, kind, sizes)]
+    recalls, injections = _injections(subject, sizes, seed)
+    exact = partial(exact_match, subject.module)
+    sets = {}
+    for kind, targets in subject.memorized.items():
+        if len(targets) > 1:
+            task = subject.task(kind, targets)
+            sets[kind] = len(targets), judge_deletion(task, METHODS[DEFAULT](task), _groups(subject, kind, None), exact)
+    return Found(attempts, recalls, injections, sets)
+
+
+def _single_targets(subject: Subject, kind: str, sizes: Sizes) -> list[Attempt]:
+    many = min(sizes.targets, len(subject.memorized[kind]))
+    attempts, placebo = [], []
+    for method, localizer in METHODS.items():
+        for row in range(min(many, 1) if method in SLOW else many):
+            task, start = subject.task(kind, subject.memorized[kind][row][None]), time.perf_counter()
+            scores = partial(localizer, seed=row)(task) if method == "random" else localizer(task)
+            seconds = time.perf_counter() - start
+            attempts.append(_zero(subject, kind, row, method, scores, seconds))
+            if method == DEFAULT and many > 1:
+                placebo.append(_zero(subject, kind, (row + 1) % many, PLACEBO, scores, seconds))
+    return attempts + placebo
+
+
+def _zero(subject: Subject, kind: str, row: int, method: str, scores: Scores, seconds: float) -> Attempt:
+    target, exact = subject.memorized[kind][row][None], partial(exact_match, subject.module)
+    mask = masks_of(top_units(scores, ZEROED), {name: len(own) for name, own in scores.items()})
+    curve = ablation_curve(subject.task(kind, target), [mask], _groups(subject, kind, row), exact)
+    returns = float("nan")
+    if method == DEFAULT:
+        with ablated(subject.layers, mask):
+            returns = prefix_stress(exact, target, PROMPT, subject.vocab_size).returns
+    return Attempt(method, kind, seconds, curve, returns)
+
+
+def _groups(subject: Subject, kind: str, row: int | None) -> Groups:
+    """One memorized sequence against all others, or a whole kind against the other."""
+    own = subject.memorized[kind]
+    chosen = torch.ones(len(own), dtype=torch.bool) if row is None else torch.arange(len(own)) == row
+    others = torch.cat([own[~chosen], *(rows for name, rows in subject.memorized.items() if name != kind)])
+    return Groups(*(batches(rows) for rows in (own[chosen], others, subject.twins[kind], subject.held_out)))
+
+
+def _injections(subject: Subject, sizes: Sizes, seed: int) -> tuple[dict[str, list[float]], list[Injection]]:
+    """Recall of each method, and each injection; the first of a kind is the only one for slow methods."""
+    recalls: dict[str, list[float]] = {method: [] for method in METHODS}
+    done = []
+    for kind in KINDS:
+        for row in range(sizes.injections):
+            twins = subject.twins[kind]
+            task = subject.task(kind, twins[row][None], twins[sizes.injections :])
+            with injected(task, seed=seed + row) as injection:
+                done.append(injection)
+                for method, localizer in METHODS.items():
+                    if row == 0 or method not in SLOW:
+                        recalls[method].append(judge_injection(localizer, task, injection).recall)
+    return recalls, done
