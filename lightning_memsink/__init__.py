@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
     from lightning_memsink.callbacks.progress import MemSinkProgressBar
     from lightning_memsink.callbacks.run_report import RunReport
+    from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
     from lightning_memsink.canaries import plant_canaries
     from lightning_memsink.default_set import memsink
     from lightning_memsink.ledger import Ledger
     from lightning_memsink.losses import per_sample
+    from lightning_memsink.sinks import Sinks
     from lightning_memsink.verdicts import Verdict
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "MemSinkProgressBar",
     "MemorizationDetector",
     "RunReport",
+    "SinkLocalizer",
+    "Sinks",
     "Verdict",
     "memsink",
     "per_sample",
@@ -40,6 +44,8 @@ _HOMES = {
     "MemSinkProgressBar": "callbacks.progress",
     "MemorizationDetector": "callbacks.memorization_detector",
     "RunReport": "callbacks.run_report",
+    "SinkLocalizer": "callbacks.sink_localizer",
+    "Sinks": "sinks",
     "Verdict": "verdicts",
     "memsink": "default_set",
     "per_sample": "losses",

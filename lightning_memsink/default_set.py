@@ -12,28 +12,31 @@ from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.run_report import RunReport
+from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.integrations.wandb import offline_without_key
 
 _SET: tuple[type[Callback], ...] = (LossTracker, MemorizationDetector, LiveCurves, RunReport)
 
 
-def memsink(mitigation: Callback | None = None, **options: Any) -> list[Callback]:
+def memsink(mitigation: Callback | None = None, *, localize: bool = False, **options: Any) -> list[Callback]:
     """The callbacks to hand to ``Trainer(callbacks=...)``: track, judge, show, report.
 
     Args:
         mitigation: a callback that acts on what the others find; None only watches.
-        options: any argument of ``LossTracker``, ``MemorizationDetector``, ``LiveCurves`` or ``RunReport``, by name:
-            ``memsink(identity="content", k=16, path=None)``.
+        localize: also say in which layers and units, by a ``SinkLocalizer``; the model must have hidden layers.
+        options: any argument of ``LossTracker``, ``MemorizationDetector``, ``LiveCurves`` or ``RunReport`` (and of
+            ``SinkLocalizer``), by name: ``memsink(identity="content", k=16, path=None)``.
 
     Raises:
         TypeError: for an option that none of them has.
     """
-    owner = {name: kind for kind in _SET for name in signature(kind).parameters}
+    kinds = (*_SET, SinkLocalizer) if localize else _SET
+    owner = {name: kind for kind in kinds for name in signature(kind).parameters}
     for name in options:
         if name not in owner:
             close = get_close_matches(name, owner, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(sorted(owner))}."
             raise TypeError(f"memsink() has no option `{name}`: {hint}")
     offline_without_key()
-    callbacks = [kind(**{name: value for name, value in options.items() if owner[name] is kind}) for kind in _SET]
+    callbacks = [kind(**{name: value for name, value in options.items() if owner[name] is kind}) for kind in kinds]
     return callbacks if mitigation is None else [*callbacks, mitigation]

@@ -127,7 +127,7 @@ def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
     count = len(samples.losses)
     gap, score, p = torch.zeros(count), torch.zeros(count), torch.ones(count)
     beyond = torch.zeros(count, dtype=torch.bool)
-    static, own_static = _standardize(samples.features, controls.features)
+    static, own_static = standardize(samples.features, controls.features)
     nulls = []
     for moment in sorted(set(samples.snapshot.tolist())):
         group = (samples.snapshot == moment).nonzero().flatten()
@@ -269,7 +269,7 @@ def _within_reach(points: Tensor, own: Tensor, rule: Rule) -> Tensor:
     return distance <= rule.reach * nearest(own, own, rule.k, fellows=True)[1].quantile(0.99).clamp(min=1e-6)
 
 
-def _standardize(features: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def standardize(features: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Both in units of the controls' standard deviation; what is unknown sits at the mean."""
     known = torch.where(torch.isfinite(own), own, torch.nan)
     mean = known.nanmean(0)

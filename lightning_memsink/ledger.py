@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_memsink.controls import ControlTable
+    from lightning_memsink.propagation import Attribution
+    from lightning_memsink.sinks import Sinks
     from lightning_memsink.table import LossTable
     from lightning_memsink.verdicts import Flags, Onset
 
@@ -69,6 +71,8 @@ class Ledger:
     batch: Slot[BatchInHand] = Slot("LossTracker")
     flags: Slot[Flags] = Slot("MemorizationDetector")
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
+    attribution: Slot[Attribution] = Slot("SinkLocalizer")
+    sinks: Slot[Sinks | None] = Slot("SinkLocalizer")
     history: Slot[list[dict[str, float]]] = Slot("LiveCurves")
 
     def __init__(self) -> None:

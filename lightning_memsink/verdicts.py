@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_memsink.table import LossTable
 
 
 class Verdict(IntEnum):
@@ -151,6 +154,15 @@ class Flags:
         for name in (*_COLUMNS, "null_gaps"):
             setattr(self, name, state[name].clone())
         self.evaluations = [Evaluation(**record) for record in state["evaluations"]]
+
+
+def verdicts_of(ids: Tensor, table: LossTable, flags: Flags) -> Tensor:
+    """Codes ``[B]`` of samples ``ids``; one that came after the last evaluation is unseen."""
+    rows = table.index.find(ids)
+    known = (rows >= 0) & (rows < len(flags.verdict))
+    codes = torch.full_like(rows, int(Verdict.UNSEEN))
+    codes[known] = flags.verdict[rows[known]].long()
+    return codes
 
 
 _COLUMNS = {

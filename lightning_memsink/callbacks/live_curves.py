@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.propagation import Spread
 from lightning_memsink.reporting.curves import (
     HasRungs,
     PlantedIds,
@@ -21,6 +22,7 @@ from lightning_memsink.reporting.curves import (
 )
 from lightning_memsink.reporting.settings import settings_of, versions
 from lightning_memsink.reporting.wandb_run import WandbRun
+from lightning_memsink.reporting.where import series
 
 MOST_ROWS = 1000
 
@@ -78,12 +80,15 @@ class LiveCurves(Callback):
         self._show(trainer)
         if not self.history:
             return
-        row, onset = self.history[-1], Ledger.of(trainer).onset
+        ledger = Ledger.of(trainer)
+        row, onset = self.history[-1], ledger.onset
 
         def end(logger: Logger) -> None:
             run = self._wandb_run(logger)
             if run is not None:
                 run.end(row, onset)
+                if ledger.has("attribution") and ledger.attribution.rows:
+                    run.heat_map(ledger.attribution)
 
         self._tell(trainer, end)
 
@@ -101,6 +106,9 @@ class LiveCurves(Callback):
         if not flags.evaluations or (self.history and flags.evaluations[-1].step <= self.history[-1]["step"]):
             return
         row = scalars(ledger.losses, ledger.controls, flags, ledger.onset, self._planted)
+        spread = _spread(ledger)
+        if spread is not None:
+            row |= series(spread)
         self.history.append(row)
         if not trainer.is_global_zero:
             return
@@ -120,6 +128,8 @@ class LiveCurves(Callback):
                 logger.log_metrics({f"memsink/{name}": value for name, value in row.items() if name != "step"}, step)
             else:
                 run.evaluation(row, samples, measured_gaps(flags))
+                if spread is not None:
+                    run.layers(int(row["step"]), spread.shares)
                 if onset is not None:
                     run.onset(onset)
 
@@ -150,3 +160,12 @@ class LiveCurves(Callback):
         if message not in self._said:
             self._said.add(message)
             rank_zero_warn(message + detail)
+
+
+def _spread(ledger: Ledger) -> Spread | None:
+    """What the last evaluation found of layers, if anybody localizes."""
+    if not ledger.has("attribution"):
+        return None
+    ledger.attribution.settle(ledger.losses, ledger.flags)
+    rows = ledger.attribution.rows
+    return rows[-1] if rows and rows[-1].step == ledger.flags.evaluations[-1].step else None

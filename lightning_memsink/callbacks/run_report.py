@@ -39,7 +39,8 @@ class RunReport(Callback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         ledger = Ledger.of(trainer)
-        findings = Findings(ledger.losses, ledger.flags, ledger.onset, ledger.history)
+        attribution = ledger.attribution if ledger.has("attribution") else None
+        findings = Findings(ledger.losses, ledger.flags, ledger.onset, ledger.history, attribution)
         opening = _opening(trainer)
         if self.path is not None:
             try:
@@ -86,11 +87,17 @@ def _draw(findings: Findings) -> dict[str, Figure]:
     flags, table, unit = findings.flags, findings.table, findings.unit
     known, threshold = len(flags.verdict), findings.evaluation.threshold
     gaps = flags.gap.float()
-    return {
+    drawn = {
         "loss_by_rung": loss_by_rung(findings.history, findings.onset, unit),
         "gap_distribution": gap_distribution(gaps[gaps.isfinite()], flags.null_gaps.float(), threshold, unit),
         "verdict_map": verdict_map(table.early_loss[:known].float(), gaps, flags.verdict, threshold, unit),
     }
+    if findings.attribution is not None:
+        from lightning_memsink.reporting.heat_maps import layer_heat_map
+
+        seen = findings.attribution
+        drawn["layers"] = layer_heat_map(seen.rows, list(seen.units), seen.blocks)
+    return drawn
 
 
 def _opening(trainer: Trainer) -> list[str]:

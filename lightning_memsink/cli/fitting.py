@@ -16,6 +16,7 @@ from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
 from lightning_memsink.callbacks.run_report import RunReport
+from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.cli.explaining import explain
 from lightning_memsink.cli.recipes import config_path
 from lightning_memsink.integrations.wandb import offline_without_key
@@ -25,14 +26,16 @@ GROUPS: dict[str, type[Callback]] = {
     "detector": MemorizationDetector,
     "curves": LiveCurves,
     "report": RunReport,
+    "localizer": SinkLocalizer,
 }
 
 
 class MemSinkCLI(LightningCLI):
     """A LightningCLI that watches what it trains. Give it your own classes, or let the config name them.
 
-    Beside LightningCLI's options it has ``memsink.enabled``, the arguments of the four callbacks under
-    ``memsink.tracker``, ``.detector``, ``.curves`` and ``.report``, and ``memsink.mitigation``, any callback or null.
+    Beside LightningCLI's options it has ``memsink.enabled`` and ``memsink.localize``, the arguments of the callbacks
+    under ``memsink.tracker``, ``.detector``, ``.curves``, ``.report`` and ``.localizer``, and ``memsink.mitigation``,
+    any callback or null.
     A callback that the config also lists under ``trainer.callbacks`` is used as listed there, and where it lists no
     progress bar, ours shows what is memorized.
     A config may be the name of a shipped recipe, and an error is one line with a remedy.
@@ -48,6 +51,7 @@ class MemSinkCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--memsink.enabled", type=bool, default=True, help="Watch for memorization at all.")
+        parser.add_argument("--memsink.localize", type=bool, default=False, help="Also say in which layers and units.")
         for name, kind in GROUPS.items():
             parser.add_class_arguments(kind, f"memsink.{name}")
         parser.add_argument(
@@ -77,7 +81,8 @@ class MemSinkCLI(LightningCLI):
         if memsink.enabled:
             listed = trainer.callbacks or []
             listed = listed if isinstance(listed, list) else [listed]
-            ours = [memsink[name] for name in GROUPS if GROUPS[name] not in map(type, listed)]
+            wanted = [name for name in GROUPS if name != "localizer" or memsink.localize]
+            ours = [memsink[name] for name in wanted if GROUPS[name] not in map(type, listed)]
             if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in listed):
                 ours.append(MemSinkProgressBar())
             kwargs["callbacks"] = [*listed, *ours, *([memsink.mitigation] if memsink.mitigation else [])]

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from lightning_memsink.detection import LN2
+from lightning_memsink.propagation import Attribution
 from lightning_memsink.reporting.curves import MemorizedSample, top_memorized
+from lightning_memsink.reporting.where import where
 from lightning_memsink.table import LossTable
 from lightning_memsink.verdicts import Evaluation, Flags, Onset, Verdict
 
@@ -17,6 +19,7 @@ FIGURES = {
     "loss_by_rung": "Loss of repeated samples against samples never trained on",
     "gap_distribution": "How far samples lie below their controls, against what controls do among themselves",
     "verdict_map": "Early loss, gap and verdict of every measured sample",
+    "layers": "Where memorized, learned and hard samples have their effect and their gradient, layer by step",
 }
 """File stem and caption of each figure of the report, in its order."""
 
@@ -29,6 +32,8 @@ class Findings:
     flags: Flags
     onset: Onset | None
     history: Sequence[Mapping[str, float]]
+    attribution: Attribution | None = None
+    """None where nobody localizes."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -54,6 +59,7 @@ def summary(findings: Findings) -> str:
     parts = {
         "When": _when(findings),
         "Which": _which(findings),
+        **({} if findings.attribution is None else {"Where": where(findings.attribution)}),
         "How sure": _how_sure(findings),
         "What this does not show": _limits(findings),
     }
@@ -75,6 +81,8 @@ def markdown(findings: Findings, figures: str | None, opening: Sequence[str] = (
     if figures is not None:
         lines += ["## Figures", ""]
         for stem, caption in FIGURES.items():
+            if stem == "layers" and findings.attribution is None:
+                continue
             lines += [f"![{caption}]({figures}/{stem}.png)", "", f"*{caption}.* [SVG]({figures}/{stem}.svg)", ""]
     if opening:
         lines += ["## The logged run", "", *(f"- {line}" for line in opening), ""]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_memsink.propagation import Attribution
 from lightning_memsink.reporting.curves import COLUMNS, MemorizedSample, cells
 from lightning_memsink.verdicts import Onset
 
@@ -45,6 +46,27 @@ class WandbRun:
         if samples:
             content["memsink/memorized_samples"] = self._table
         self._run.log({STEP: int(row["step"]), **content})
+
+    def layers(self, step: int, shares: Mapping[str, Sequence[float]]) -> None:
+        """``shares[group]`` ``[L]``: as a histogram with a bin a layer, which W&B draws over steps as a heat map."""
+        import wandb
+
+        heat = {
+            f"memsink/layers/{group}": wandb.Histogram(np_histogram=(list(values), list(range(len(values) + 1))))
+            for group, values in shares.items()
+        }
+        self._run.log({STEP: step, **heat})
+
+    def heat_map(self, attribution: Attribution) -> None:
+        """The picture of all evaluations, where there is matplotlib to draw it."""
+        import wandb
+
+        try:
+            from lightning_memsink.reporting.heat_maps import layer_heat_map
+        except ImportError:
+            return
+        figure = layer_heat_map(attribution.rows, list(attribution.units), attribution.blocks)
+        self._run.log({STEP: attribution.rows[-1].step, "memsink/layer_heat_map": wandb.Image(figure)})
 
     def onset(self, onset: Onset) -> None:
         """An alert: an e-mail or a Slack message, as the user has set W&B up."""

@@ -1,0 +1,200 @@
+"""Where memorization sits: attribution by unit and layer, from the user's own backward on sampled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_memsink.attribution import margins, shares
+from lightning_memsink.gathering import gather
+from lightning_memsink.gradient_norms import GradientNorms
+from lightning_memsink.hidden_layers import HiddenLayer, describe, find_hidden_layers
+from lightning_memsink.ledger import Ledger
+from lightning_memsink.movement import Movement
+from lightning_memsink.propagation import Attribution, block_of
+from lightning_memsink.unit_recorder import UnitRecorder
+from lightning_memsink.verdicts import verdicts_of
+
+
+class SinkLocalizer(Callback):
+    """Says in which layers and units memorized samples have their effect, at each validation.
+
+    On a look, every sample's activation times gradient is read at the hidden layers of the MLPs, and its gradient norm
+    in every block, in the backward that training runs anyway. Weights stay bit-identical.
+
+    Args:
+        modules: name patterns (``"model.*.mlp.down_proj"``) of the modules that read the hidden units. None finds them.
+        every: optimizer steps between two looks; 1 looks at every step.
+        objective: what is attributed. ``loss``: nothing is added to the step. ``margin``: by how much the right class
+            beats the next, which tells more of samples whose loss has vanished, for one more backward on each look.
+        norms: also take exact gradient norms, and how far each block's weights move.
+        fraction: of all units, named as sinks.
+
+    Raises:
+        ValueError: at the start of fit, if the model has no hidden layer, is compiled, or a pattern matches nothing.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[str] | None = None,
+        every: int = 8,
+        objective: Literal["loss", "margin"] = "loss",
+        norms: bool = True,
+        fraction: float = 0.01,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every is a number of optimizer steps, at least 1, but it is {every}.")
+        if objective not in ("loss", "margin"):
+            raise ValueError(f"objective is 'loss' or 'margin', but it is {objective!r}.")
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction is a share of all units between 0 and 1, but it is {fraction}.")
+        self.modules, self.every, self.objective, self.fraction = modules, every, objective, fraction
+        self.with_norms = norms
+        self.attribution = Attribution(fraction=fraction)
+        self.layers: list[HiddenLayer] = []
+        self.units: UnitRecorder | None = None
+        self.norms: GradientNorms | None = None
+        self.movement: Movement | None = None
+        self._looking = False
+        self._effects: dict[str, Tensor] = {}
+        self._said: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._let_go()
+        self.layers = find_hidden_layers(pl_module, self.modules)
+        blocks = dict.fromkeys(block_of(name) for name, weight in pl_module.named_parameters() if weight.requires_grad)
+        sizes = {layer.name: layer.units for layer in self.layers}
+        self.attribution = Attribution(sizes, list(blocks), self.fraction)
+        self.units = UnitRecorder(self.layers)
+        self.norms = GradientNorms(pl_module) if self.with_norms else None
+        self.movement = Movement(pl_module) if self.with_norms else None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ledger = Ledger.of(trainer)
+        ledger.attribution, ledger.sinks = self.attribution, self.attribution.sinks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ledger = Ledger.of(trainer)
+        _ = ledger.batch, ledger.losses, ledger.flags  # raises if nobody writes them
+        rank_zero_info(f"memsink attributes to the hidden units of\n{describe(self.layers)}")
+        if self.norms is not None and self.norms.uncovered:
+            left_out = ", ".join(f"{name} ({why})" for name, why in list(self.norms.uncovered.items())[:4])
+            rank_zero_info(f"memsink takes gradient norms without {left_out}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._looking = self.units is not None and trainer.global_step % self.every == 0
+        if self._looking and self.units is not None:
+            self.units.open()
+            if self.norms is not None:
+                self.norms.open()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._looking and self.objective == "margin":
+            self._attribute_margin(loss, Ledger.of(trainer).batch.ids)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._looking and self.movement is not None:
+            self.movement.before_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._looking or self.units is None:
+            return
+        self._looking = False
+        ids = Ledger.of(trainer).batch.ids
+        try:
+            seen = None if ids is None else (ids, *self._finish(len(ids)))
+        except Exception as error:  # nothing we look at is worth the training
+            self._give_up(error)
+            seen = None
+        ledger = Ledger.of(trainer)
+        for one in gather(seen):
+            if one is not None:
+                ids, by_unit, norms, movement = one
+                self.attribution.record(ids, verdicts_of(ids, ledger.losses, ledger.flags), by_unit, norms, movement)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._settle(trainer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Evaluations between validations are written in on_before_backward; this is the next hook nobody writes in.
+        self._settle(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.attribution.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.attribution.load_state_dict(state_dict)
+
+    def _settle(self, trainer: Trainer) -> None:
+        ledger = Ledger.of(trainer)
+        self.attribution.settle(ledger.losses, ledger.flags)
+        ledger.sinks = self.attribution.sinks
+
+    def _attribute_margin(self, loss: Tensor, ids: Tensor | None) -> None:
+        """A backward of our own, down to the hidden units only; the user's follows and finds nothing recording them."""
+        units, norms = self.units, self.norms
+        if units is None or ids is None:
+            return
+        try:
+            with norms.paused() if norms is not None else nullcontext():
+                torch.autograd.grad(-margins(loss), units.inputs(), retain_graph=True, allow_unused=True)
+            self._effects = units.finish(len(ids))
+        except (ValueError, RuntimeError) as error:
+            self._say_once(f"SinkLocalizer attributes the loss instead of the margin here: {error}")
+
+    def _finish(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Shares ``[B, U]``, norms ``[B, K]`` and movement ``[K]`` of the look that ends."""
+        assert self.units is not None
+        effects, self._effects = self._effects or self.units.finish(size), {}
+        by_layer = shares(effects)
+        by_unit = torch.cat([by_layer[layer.name].float().cpu() for layer in self.layers], 1)
+        norms = movement = None
+        if self.norms is not None and self.movement is not None:
+            squared = self.norms.finish(size)
+            norms = torch.zeros(size, len(self.attribution.blocks))
+            for name, values in squared.items():
+                norms[:, self.attribution.blocks.index(block_of(f"{name}.weight"))] += values.float().cpu()
+            norms = norms.sqrt()
+            movement = self.movement.finish(self.attribution.blocks)
+        return by_unit, norms, movement
+
+    def _give_up(self, error: Exception) -> None:
+        self._say_once(
+            f"SinkLocalizer failed to attribute a step and looks no more; training goes on. "
+            f"{type(error).__name__}: {error}"
+        )
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for hooks in (self.units, self.norms):
+            if hooks is not None:
+                hooks.remove()
+        self.units = self.norms = self.movement = None
+        self._looking = False
+        self._effects = {}
+
+    def _say_once(self, message: str | None) -> None:
+        if message and message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(message)
