@@ -73,10 +73,10 @@ class Attribution:
     def record(
         self, ids: Tensor, verdicts: Tensor, shares: Tensor, norms: Tensor | None, movement: Tensor | None
     ) -> None:
-        """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not yet
+        """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), signed ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not yet
         squared), ``movement`` ``[K]``.
         """
-        layers = torch.stack([part.sum(1) for part in shares.split(list(self.units.values()), 1)], 1)
+        layers = torch.stack([part.sum(1) for part in shares.abs().split(list(self.units.values()), 1)], 1)
         self._window.add(verdicts, layers, norms, movement)
         most = max(8, min(MOST_REMEMBERED, BUDGET // max(1, shares.shape[1])))
         stands = verdicts == Verdict.MEMORIZED
@@ -90,7 +90,7 @@ class Attribution:
         if last <= (self.rows[-1].step if self.rows else -1) or not self._window.looks:
             return
         target, control = self._contrast(table, flags)
-        concentration = _clustering(target, control)
+        concentration = _clustering(target.abs(), control.abs())
         self.rows.append(self._window.spread(last, concentration))
         self._window = _Window()
         if len(target) and len(control):
@@ -142,7 +142,7 @@ class Attribution:
 
 
 class _Newest:
-    """The shares of the samples seen last, a row a sample: ``ids`` ``[R]``, ``shares`` ``[R, U]`` f16."""
+    """The shares of the samples seen last, a row a sample: ``ids`` ``[R]``, signed ``shares`` ``[R, U]`` f16."""
 
     def __init__(self) -> None:
         self.ids = torch.zeros(0, dtype=torch.int64)

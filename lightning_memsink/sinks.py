@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 _KEY = "lightning_memsink.sinks"
@@ -102,6 +105,23 @@ class Sinks:
             shown = ", ".join(map(str, chosen[:_UNITS_SHOWN])) + (", …" if len(chosen) > _UNITS_SHOWN else "")
             table.add_row(name, f"{len(chosen):,}", f"{size:,}", shown)
         return table
+
+    def plot(self) -> Figure:
+        """Share of each layer's units that are sinks, and the line an even spread would follow. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.0, 1.4 + 0.35 * len(self.sizes)), layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        shares = [len(self.units.get(name, ())) / size for name, size in self.sizes.items()]
+        axes.barh(list(self.sizes), shares, color="#D55E00")
+        axes.axvline(self.fraction, color="#333333", linestyle="--", linewidth=1, label="spread evenly")
+        axes.invert_yaxis()  # as text is read, from the input down
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+        axes.set_xlabel("sinks, of the layer's units")
+        axes.set_title(f"{len(self):,} sinks by {self.method or 'no named method'}", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        return figure
 
     def __str__(self) -> str:
         console = Console(width=_WIDTH, color_system=None)

@@ -105,3 +105,9 @@ def test_top_keeps_the_highest_scores_of_all_layers(count, left):
 def test_the_table_names_layers_units_and_how_sure_they_are(stability, said):
     told = str(some_sinks(stability=stability))
     assert said in told and "h.2.mlp" in told and "3, 1" in told and "15 % of units" in told
+
+
+def test_the_plot_has_a_bar_for_every_layer_searched():
+    axes = some_sinks().plot().axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.125, 0.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["h.0.mlp", "h.1.mlp", "h.2.mlp"]

@@ -48,6 +48,7 @@ def test_the_summary_tells_layer_movement_clustering_and_units():
         "Of the effect that hidden units have on memorized samples, 60 % lies in layer 2, the largest of 3; of other "
         "samples, 20 %.",
         "It moved: layer 2 held 10 % of it at step 20 and holds 60 % at step 40, the largest change.",
+        "Of their squared gradient norm 10 % lies in wte; of other samples', 40 %. Nowhere do the two differ more.",
         "Weights moved most in h.1. Memorized samples hold 12.5 % of the gradient norm in h.2, where their part is "
         "largest.",
         "It is more clustered than the effect on matched other samples: the top 1 % of units hold 25.0 % of it, Gini "
@@ -116,4 +117,5 @@ def test_a_run_shows_it_in_every_logger_and_in_the_report(tmp_path, capsys):
     report = (tmp_path / "told.md").read_text()
     assert "## Where" in report and "layers.png" in report
     assert (tmp_path / "told_files" / "layers.png").stat().st_size > 5000
+    assert not Sinks.load(tmp_path / "told_files" / "sinks.safetensors").empty
     assert "Where\n" in capsys.readouterr().out

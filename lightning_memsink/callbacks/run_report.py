@@ -45,8 +45,13 @@ class RunReport(Callback):
         if self.path is not None:
             try:
                 write_report(findings, self.path, opening)
-                write_ledger(_beside(self.path) / "ledger", ledger.losses, ledger.controls, ledger.flags)
-                opening = [*opening, f"Report: {self.path}\nLedger: {_beside(self.path) / 'ledger'} (Parquet)"]
+                beside = _beside(self.path)
+                write_ledger(beside / "ledger", ledger.losses, ledger.controls, ledger.flags)
+                written = f"Report: {self.path}\nLedger: {beside / 'ledger'} (Parquet)"
+                if ledger.has("sinks") and ledger.sinks is not None:
+                    ledger.sinks.save(beside / "sinks.safetensors")
+                    written += f"\nUnits: {beside / 'sinks.safetensors'} (lightning_memsink.Sinks.load)"
+                opening = [*opening, written]
             except Exception as error:  # a full disk, say: training is over and must not end in an error of ours
                 rank_zero_warn(f"RunReport can't write {self.path}: {error}. The summary below is all of it.")
         _print("\n\n".join([summary(findings), *opening]))

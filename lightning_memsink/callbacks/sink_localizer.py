@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_memsink.attribution import margins, shares
+from lightning_memsink.attribution import margins
 from lightning_memsink.gathering import gather
 from lightning_memsink.gradient_norms import GradientNorms
 from lightning_memsink.hidden_layers import HiddenLayer, describe, find_hidden_layers
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.localization import signed_shares
 from lightning_memsink.movement import Movement
 from lightning_memsink.propagation import Attribution, block_of
 from lightning_memsink.unit_recorder import UnitRecorder
@@ -164,10 +165,10 @@ class SinkLocalizer(Callback):
             self._say_once(f"SinkLocalizer attributes the loss instead of the margin here: {error}")
 
     def _finish(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Shares ``[B, U]``, norms ``[B, K]`` and movement ``[K]`` of the look that ends."""
+        """Signed shares ``[B, U]``, norms ``[B, K]`` and movement ``[K]`` of the look that ends."""
         assert self.units is not None
         effects, self._effects = self._effects or self.units.finish(size), {}
-        by_layer = shares(effects)
+        by_layer = signed_shares(effects)
         by_unit = torch.cat([by_layer[layer.name].float().cpu() for layer in self.layers], 1)
         norms = movement = None
         if self.norms is not None and self.movement is not None:

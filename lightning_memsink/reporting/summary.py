@@ -19,7 +19,7 @@ FIGURES = {
     "loss_by_rung": "Loss of repeated samples against samples never trained on",
     "gap_distribution": "How far samples lie below their controls, against what controls do among themselves",
     "verdict_map": "Early loss, gap and verdict of every measured sample",
-    "layers": "Where memorized, learned and hard samples have their effect and their gradient, layer by step",
+    "layers": "Where samples have their effect and their gradient, layer by step; grey where none of a group passed",
 }
 """File stem and caption of each figure of the report, in its order."""
 

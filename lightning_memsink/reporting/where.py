@@ -40,13 +40,19 @@ def series(row: Spread) -> dict[str, float]:
 
 
 def _layers(row: Spread, attribution: Attribution) -> list[str]:
-    names = short_names(list(attribution.units))
-    shares = row.shares["memorized"]
+    lines = [*_of_units(row, attribution), *_of_gradients(row, attribution)]
+    return [line.replace("%", " %") for line in lines]
+
+
+def _of_units(row: Spread, attribution: Attribution) -> list[str]:
+    names, shares = short_names(list(attribution.units)), row.shares["memorized"]
+    if len(names) < 2:
+        return []
     top = max(range(len(shares)), key=lambda layer: shares[layer])
+    others = f"; of other samples, {_others(row, 'shares', top):.0%}" if len(row.shares) > 1 else ""
     lines = [
-        f"Of the effect that hidden units have on memorized samples, {shares[top]:.0%} lies in layer "
-        f"{names[top]}, the largest of {len(names)}"
-        + (f"; of other samples, {_others(row, 'shares', top):.0%}." if len(row.shares) > 1 else ".")
+        f"Of the effect that hidden units have on memorized samples, {shares[top]:.0%} lies in layer {names[top]}, the "
+        f"largest of {len(names)}{others}."
     ]
     first = next(each for each in attribution.rows if "memorized" in each.shares)
     if first is not row:
@@ -56,7 +62,18 @@ def _layers(row: Spread, attribution: Attribution) -> list[str]:
             f"It moved: layer {names[moved]} held {before:.0%} of it at step {first.step:,} and holds "
             f"{shares[moved]:.0%} at step {row.step:,}, the largest change."
         )
-    return [line.replace("%", " %") for line in lines]
+    return lines
+
+
+def _of_gradients(row: Spread, attribution: Attribution) -> list[str]:
+    if "memorized" not in row.norms or len(row.norms) < 2:
+        return []
+    names, own = short_names(attribution.blocks), row.norms["memorized"]
+    apart = max(range(len(own)), key=lambda block: abs(own[block] - _others(row, "norms", block)))
+    return [
+        f"Of their squared gradient norm {own[apart]:.0%} lies in {names[apart]}; of other samples', "
+        f"{_others(row, 'norms', apart):.0%}. Nowhere do the two differ more."
+    ]
 
 
 def _movement(row: Spread, attribution: Attribution) -> list[str]:
