@@ -48,6 +48,8 @@ class Spread:
     by_memorized: list[float]
     concentration: Concentration | None
     """Of memorized samples against matched others; None where there are too few of them."""
+    agreement: Mapping[str, float]
+    """Mean cosine of a group's gradients with that of held-out samples; empty where it was not taken."""
 
 
 class Attribution:
@@ -71,13 +73,19 @@ class Attribution:
         self._window = _Window()
 
     def record(
-        self, ids: Tensor, verdicts: Tensor, shares: Tensor, norms: Tensor | None, movement: Tensor | None
+        self,
+        ids: Tensor,
+        verdicts: Tensor,
+        shares: Tensor,
+        norms: Tensor | None = None,
+        movement: Tensor | None = None,
+        agreement: Tensor | None = None,
     ) -> None:
-        """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), signed ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not yet
-        squared), ``movement`` ``[K]``.
+        """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), signed ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not
+        squared yet), ``movement`` ``[K]``, ``agreement`` ``[B]``.
         """
         layers = torch.stack([part.sum(1) for part in shares.abs().split(list(self.units.values()), 1)], 1)
-        self._window.add(verdicts, layers, norms, movement)
+        self._window.add(verdicts, layers, norms, movement, agreement)
         most = max(8, min(MOST_REMEMBERED, BUDGET // max(1, shares.shape[1])))
         stands = verdicts == Verdict.MEMORIZED
         self.memorized.put(ids[stands], shares[stands], most)
@@ -172,13 +180,22 @@ class _Window:
         self.looks = self.moves = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, verdicts: Tensor, layers: Tensor, norms: Tensor | None, movement: Tensor | None) -> None:
+    def add(
+        self,
+        verdicts: Tensor,
+        layers: Tensor,
+        norms: Tensor | None,
+        movement: Tensor | None,
+        agreement: Tensor | None,
+    ) -> None:
         self.looks += 1
         for group, verdict in GROUPS.items():
             rows = verdicts == verdict
             if rows.any():
                 self._add(f"visits/{group}", rows.sum())
                 self._add(f"shares/{group}", layers[rows].sum(0))
+                if agreement is not None:
+                    self._add(f"agreement/{group}", torch.stack([agreement[rows].sum(), rows.sum()]))
                 if norms is not None:
                     squared = norms[rows].square()
                     self._add(f"norms/{group}", (squared / squared.sum(1, keepdim=True).clamp(min=1e-30)).sum(0))
@@ -202,7 +219,14 @@ class _Window:
         none = torch.zeros(0)
         movement = self.sums.get("movement", none) / max(1, self.moves)
         part = self.sums.get("gradient/memorized", none) / self.sums.get("gradient/all", none).clamp(min=1e-30)
-        return Spread(step, visits, means["shares"], means["norms"], movement.tolist(), part.tolist(), concentration)
+        agreement = {
+            group: float(self.sums[f"agreement/{group}"][0] / self.sums[f"agreement/{group}"][1])
+            for group in visits
+            if f"agreement/{group}" in self.sums
+        }
+        return Spread(
+            step, visits, means["shares"], means["norms"], movement.tolist(), part.tolist(), concentration, agreement
+        )
 
     def _add(self, name: str, values: Tensor) -> None:
         values = values.detach().double().cpu()

@@ -44,8 +44,8 @@ def facts(run: Trainer, model: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"every": 1}, {"every": 1, "objective": "margin"}, {"norms": False}],
-    ids=["default", "every step", "margin", "without norms"],
+    [{}, {"every": 1}, {"every": 1, "objective": "margin"}, {"norms": False}, {"every": 2, "agreement": True}],
+    ids=["default", "every step", "margin", "without norms", "agreement"],
 )
 def test_looking_changes_no_weight(plain, options):
     _, model = fit([*watch(), SinkLocalizer(**options)], DeepLM())
@@ -80,6 +80,14 @@ def test_an_evaluation_has_a_row_whose_shares_add_up(localized):
             assert sum(values) == pytest.approx(1, abs=1e-4)
         assert len(row.movement) == len(ledger.attribution.blocks) and min(row.movement) > 0
         assert all(0 <= part <= 1 for part in row.by_memorized)
+
+
+def test_agreement_is_a_cosine_with_the_gradient_of_the_controls():
+    run, _ = fit([*watch(), SinkLocalizer(every=1, agreement=True)], DeepLM())
+    rows = Ledger.of(run).attribution.rows
+    assert {"memorized", "learned"} <= set(rows[-1].agreement)
+    assert all(-1 <= cosine <= 1 for row in rows for cosine in row.agreement.values())
+    assert rows[-1].agreement["learned"] > rows[-1].agreement["memorized"], "what memorizes helps nobody else"
 
 
 def test_sinks_are_named_of_the_layers_that_were_found(localized):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_memsink.agreement import Agreement
 from lightning_memsink.attribution import margins
 from lightning_memsink.gathering import gather
 from lightning_memsink.gradient_norms import GradientNorms
@@ -36,6 +37,8 @@ class SinkLocalizer(Callback):
         objective: what is attributed. ``loss``: nothing is added to the step. ``margin``: by how much the right class
             beats the next, which tells more of samples whose loss has vanished, for one more backward on each look.
         norms: also take exact gradient norms, and how far each block's weights move.
+        agreement: also take the cosine of each sample's gradient with that of a batch of controls, for a forward and a
+            backward of our own after each validation. Not under manual optimization.
         fraction: of all units, named as sinks.
 
     Raises:
@@ -48,6 +51,7 @@ class SinkLocalizer(Callback):
         every: int = 8,
         objective: Literal["loss", "margin"] = "loss",
         norms: bool = True,
+        agreement: bool = False,
         fraction: float = 0.01,
     ) -> None:
         if every < 1:
@@ -57,12 +61,13 @@ class SinkLocalizer(Callback):
         if not 0 < fraction < 1:
             raise ValueError(f"fraction is a share of all units between 0 and 1, but it is {fraction}.")
         self.modules, self.every, self.objective, self.fraction = modules, every, objective, fraction
-        self.with_norms = norms
+        self.with_norms, self.with_agreement = norms, agreement
         self.attribution = Attribution(fraction=fraction)
         self.layers: list[HiddenLayer] = []
         self.units: UnitRecorder | None = None
         self.norms: GradientNorms | None = None
         self.movement: Movement | None = None
+        self.agreement: Agreement | None = None
         self._looking = False
         self._effects: dict[str, Tensor] = {}
         self._said: set[str] = set()
@@ -76,8 +81,15 @@ class SinkLocalizer(Callback):
         sizes = {layer.name: layer.units for layer in self.layers}
         self.attribution = Attribution(sizes, list(blocks), self.fraction)
         self.units = UnitRecorder(self.layers)
-        self.norms = GradientNorms(pl_module) if self.with_norms else None
+        axis = self.layers[0].batch_axis
+        self.norms = GradientNorms(pl_module, axis) if self.with_norms else None
         self.movement = Movement(pl_module) if self.with_norms else None
+        if self.with_agreement and not pl_module.automatic_optimization:
+            raise ValueError(
+                "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
+                "under manual optimization. Leave agreement off."
+            )
+        self.agreement = Agreement(pl_module, axis) if self.with_agreement else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -93,8 +105,11 @@ class SinkLocalizer(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._looking = self.units is not None and trainer.global_step % self.every == 0
-        if self._looking and self.units is not None:
-            self.units.open()
+        if self._looking:
+            if self.agreement is not None:
+                self._open_agreement(trainer, pl_module, self.agreement)  # before the others, who must not see its own
+            if self.units is not None:
+                self.units.open()
             if self.norms is not None:
                 self.norms.open()
 
@@ -121,8 +136,15 @@ class SinkLocalizer(Callback):
         ledger = Ledger.of(trainer)
         for one in gather(seen):
             if one is not None:
-                ids, by_unit, norms, movement = one
-                self.attribution.record(ids, verdicts_of(ids, ledger.losses, ledger.flags), by_unit, norms, movement)
+                seen_ids, by_unit, *rest = one
+                verdicts = verdicts_of(seen_ids, ledger.losses, ledger.flags)
+                self.attribution.record(seen_ids, verdicts, by_unit, *rest)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.agreement is not None and batch_idx == dataloader_idx == 0 and trainer.state.fn == "fit":
+            self.agreement.keep(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -164,8 +186,14 @@ class SinkLocalizer(Callback):
         except (ValueError, RuntimeError) as error:
             self._say_once(f"SinkLocalizer attributes the loss instead of the margin here: {error}")
 
-    def _finish(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Signed shares ``[B, U]``, norms ``[B, K]`` and movement ``[K]`` of the look that ends."""
+    def _open_agreement(self, trainer: Trainer, pl_module: LightningModule, agreement: Agreement) -> None:
+        try:
+            agreement.open(trainer, pl_module)
+        except Exception as error:
+            self._give_up(error)
+
+    def _finish(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Signed shares ``[B, U]``, norms ``[B, K]``, movement ``[K]`` and agreement ``[B]`` of the look that ends."""
         assert self.units is not None
         effects, self._effects = self._effects or self.units.finish(size), {}
         by_layer = signed_shares(effects)
@@ -178,7 +206,8 @@ class SinkLocalizer(Callback):
                 norms[:, self.attribution.blocks.index(block_of(f"{name}.weight"))] += values.float().cpu()
             norms = norms.sqrt()
             movement = self.movement.finish(self.attribution.blocks)
-        return by_unit, norms, movement
+        agreement = None if self.agreement is None else self.agreement.finish(size)
+        return by_unit, norms, movement, None if agreement is None else agreement.float().cpu()
 
     def _give_up(self, error: Exception) -> None:
         self._say_once(
@@ -188,10 +217,10 @@ class SinkLocalizer(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        for hooks in (self.units, self.norms):
+        for hooks in (self.units, self.norms, self.agreement):
             if hooks is not None:
                 hooks.remove()
-        self.units = self.norms = self.movement = None
+        self.units = self.norms = self.movement = self.agreement = None
         self._looking = False
         self._effects = {}
 

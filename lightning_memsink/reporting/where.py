@@ -18,7 +18,8 @@ def where(attribution: Attribution) -> list[str]:
     told = next((row for row in reversed(attribution.rows) if "memorized" in row.shares), None)
     if told is None:
         return ["No memorized sample passed on a step that was looked at, so there is nothing to attribute."]
-    return [*_layers(told, attribution), *_movement(told, attribution), *_clusters(attribution), *_sinks(attribution)]
+    parts = (_layers(told, attribution), _movement(told, attribution), _agreement(told))
+    return [line for part in (*parts, _clusters(attribution), _sinks(attribution)) for line in part]
 
 
 def series(row: Spread) -> dict[str, float]:
@@ -29,6 +30,7 @@ def series(row: Spread) -> dict[str, float]:
     for group, shares in row.shares.items():
         if len(shares) > 1:
             told[f"depth/{group}"] = sum(n * share for n, share in enumerate(shares)) / (len(shares) - 1)
+    told |= {f"agreement/{group}": cosine for group, cosine in row.agreement.items()}
     found = row.concentration
     if found is not None:
         told |= {
@@ -85,6 +87,16 @@ def _movement(row: Spread, attribution: Attribution) -> list[str]:
     return [
         f"Weights moved most in {names[most]}. Memorized samples hold {row.by_memorized[part]:.1%} of the gradient "
         f"norm in {names[part]}, where their part is largest.".replace("%", " %")
+    ]
+
+
+def _agreement(row: Spread) -> list[str]:
+    if "memorized" not in row.agreement:
+        return []
+    others = ", ".join(f"{group} {cosine:.2f}" for group, cosine in row.agreement.items() if group != "memorized")
+    return [
+        "Gradients of memorized samples agree with that of the controls by a cosine of "
+        f"{row.agreement['memorized']:.2f}" + (f" ({others})." if others else ".")
     ]
 
 
