@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
+from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.verdicts import Verdict
@@ -25,6 +26,7 @@ class Writes(Callback):
             "exposures": int(ledger.losses.exposures.sum()),
             "samples": len(ledger.losses),
             "controls": len(ledger.controls),
+            "where": repr((ledger.attribution.state_dict(), str(ledger.sinks))),
             "canaries": ledger.flags.verdict[rows].tolist(),
         }
         torch.save(facts, self.folder / f"rank{trainer.global_rank}.pt")
@@ -34,7 +36,7 @@ class Writes(Callback):
 @pytest.mark.filterwarnings("ignore:.*recommended to use .*sync_dist")
 def test_ranks_hold_the_same_ledger_of_all_samples(tmp_path):
     fit(
-        [*watch(), Writes(tmp_path)],
+        [*watch(), SinkLocalizer(every=2), Writes(tmp_path)],
         strategy="ddp_fork",
         devices=2,
         max_epochs=6,
@@ -44,4 +46,5 @@ def test_ranks_hold_the_same_ledger_of_all_samples(tmp_path):
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert one == other
     assert (one["samples"], one["controls"], one["exposures"]) == (204, 120, 6 * len(TRAIN))
+    assert "sinks" in one["where"]
     assert one["canaries"] == [Verdict.MEMORIZED] * 4

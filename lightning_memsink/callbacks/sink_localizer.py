@@ -104,7 +104,7 @@ class SinkLocalizer(Callback):
             rank_zero_info(f"memsink takes gradient norms without {left_out}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._looking = self.units is not None and trainer.global_step % self.every == 0
+        self._looking = trainer.global_step % self.every == 0
         if self._looking:
             if self.agreement is not None:
                 self._open_agreement(trainer, pl_module, self.agreement)  # before the others, who must not see its own
@@ -124,16 +124,16 @@ class SinkLocalizer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._looking or self.units is None:
+        if not self._looking:
             return
-        self._looking = False
-        ids = Ledger.of(trainer).batch.ids
-        try:
-            seen = None if ids is None else (ids, *self._finish(len(ids)))
-        except Exception as error:  # nothing we look at is worth the training
-            self._give_up(error)
-            seen = None
+        self._looking, seen = False, None
         ledger = Ledger.of(trainer)
+        if self.units is not None and ledger.batch.ids is not None:
+            try:
+                seen = (ledger.batch.ids, *self._finish(len(ledger.batch.ids)))
+            except Exception as error:  # nothing we look at is worth the training
+                self._give_up(error)
+        # Also by a process that has given up: the others wait for it.
         for one in gather(seen):
             if one is not None:
                 seen_ids, by_unit, *rest = one
