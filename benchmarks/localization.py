@@ -38,7 +38,7 @@ def _measured(attempts: Sequence[Attempt], measure: str, group: str) -> float:
 
 
 def criteria(found: Sequence[Found]) -> list[Criterion]:
-    """Each the mean over targets of the worst seed, and of the worse kind."""
+    """Each of the worst seed: the mean over its targets of both kinds, which the tables tell apart."""
     told = [
         ("target still said", DEFAULT, "exact", "target", "<=", TARGET),
         ("others still said", DEFAULT, "exact", "others", ">=", OTHERS),
@@ -48,10 +48,9 @@ def criteria(found: Sequence[Found]) -> list[Criterion]:
     recall = min(mean(each.recalls[DEFAULT]) for each in found)
     result = [Criterion("recall of injected units", recall, ">=", RECALL)]
     for name, method, measure, group, sense, bound in told:
-        for kind in KINDS:
-            values = [_measured(each.of(method, kind), measure, group) for each in found]
-            worst = float("nan") if any(v != v for v in values) else (max if sense == "<=" else min)(values)
-            result.append(Criterion(f"{kind}: {name}", worst, sense, bound))
+        values = [_measured(each.of(method), measure, group) for each in found]
+        worst = float("nan") if any(v != v for v in values) else (max if sense == "<=" else min)(values)
+        result.append(Criterion(name, worst, sense, bound))
     return result
 
 
@@ -75,9 +74,22 @@ def plain_words(found: Sequence[Found]) -> list[str]:
 
 
 def table(found: Sequence[Found], kind: str) -> Table:
-    title = f"{kind}: zeroing {ZEROED:.0%} of units for one memorized sequence; means over targets and seeds"
+    title = (
+        f"{kind}: zeroing {ZEROED:.0%} of units for one memorized sequence; means over targets and seeds.\n"
+        "EM: share said word for word. Δ: nats. Comes back: of the silenced, said again after a perturbed prompt."
+    )
     rows = Table(title=title, title_justify="left")
-    for column in ("method", "targets", "target EM", "others EM", "Δ target", "Δ twins", "Δ held-out", "back", "s"):
+    for column in (
+        "method",
+        "targets",
+        "target EM",
+        "others EM",
+        "Δ target",
+        "Δ twins",
+        "Δ held-out",
+        "comes back",
+        "seconds",
+    ):
         rows.add_column(column, justify="left" if column == "method" else "right")
     for method in (*METHODS, PLACEBO):
         own = [attempt for each in found for attempt in each.of(method, kind)]

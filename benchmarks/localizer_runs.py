@@ -48,7 +48,7 @@ class Sizes:
     repeats: int = 64
     twins: int = 32
     epochs: int = 2
-    targets: int = 6
+    targets: int = 12
     """Of each kind, at most; slow localizers get one."""
     injections: int = 4
     """Of each kind; slow localizers get one."""
