@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,12 +9,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def every_test_ends_its_wandb_service() -> Iterator[None]:
+def every_test_ends_its_wandb_run_and_service() -> Iterator[None]:
     """An open run would be taken over by the next logger, and a service is found by a variable of the environment,
     which a test that gives back the environment it found would bring back when the service is long gone."""
     yield
+    wandb = sys.modules.get("wandb")
+    if wandb is None:
+        return
+    if wandb.run is not None:  # a disabled one has no service
+        wandb.finish()
     if "WANDB_SERVICE" in os.environ:
-        import wandb
-
         wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
