@@ -5,6 +5,7 @@ B  samples in a batch      D  numbers of a sketch
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Agreement:
             self._waiting = None
             self._control = self._gradient(trainer, module, move_data_to_device(batch, module.device))
         self._sketches.open()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside, a backward passes unseen."""
+        return self._sketches.paused()
 
     def finish(self, size: int) -> Tensor | None:
         """``[B]`` cosines in -1…1, after the backward; None before the first validation."""

@@ -40,7 +40,7 @@ class ModuleCalls:
         modules: by name. Attach before the first compiled call: later hooks are ignored by compiled code.
         side: at which end of the module the gradient is taken: of its ``input`` or of its ``output``.
         meet: gets the detached input and the gradient of whatever is differentiated. It runs within backward, where an
-            error of ours must not end the user's training: the first one is kept in `failed`.
+            error of ours must not end the user's training: the first one is kept in `failed`, for `close`.
 
     Nothing is kept alive that autograd would have let go: in a checkpointed region the input is taken from the forward
     that backward runs again. Closed, a hook costs a function call.
@@ -62,6 +62,7 @@ class ModuleCalls:
     def open(self) -> None:
         """From the next forward on."""
         self._forget()
+        self.failed = None
         self.is_open = True
 
     def uses(self) -> dict[str, int]:
@@ -83,15 +84,19 @@ class ModuleCalls:
             self.is_open = was_open
 
     def close(self) -> list[str]:
-        """No more; the names of modules whose gradient came but whose input never did."""
+        """No more; the names of modules whose gradient came but whose input never did. Raises what `meet` raised."""
         lost = [name for name, calls in self._calls.items() for call in calls if call.gradient is not None]
         self._forget()
         self.is_open = False
+        failed, self.failed = self.failed, None
+        if failed is not None:
+            raise failed
         return lost
 
     def remove(self) -> None:
         """Takes the hooks away; a second time does nothing."""
-        self.close()
+        self._forget()
+        self.is_open = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -79,6 +80,10 @@ class GradientSketches:
         """From the next forward on."""
         self._sketches.clear()
         self._calls.open()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside, a backward passes unseen."""
+        return self._calls.paused()
 
     def finish(self, batch_size: int, weights: Tensor | None = None) -> Tensor:
         """``[B, D]`` of the samples' gradients; a layer that was not called, or whose input has no sample axis, is 0.

@@ -172,3 +172,22 @@ def test_movement_is_the_norm_of_a_step_and_exact_for_small_weights():
     expected = torch.stack([parts[0] + parts[1], parts[2] + parts[3]]).sqrt()
     torch.testing.assert_close(moved.finish(["0", "1"]), expected)
     assert moved.finish(["0", "1"]) is None, "there was no step since"
+
+
+def test_agreement_is_of_the_loss_whatever_is_attributed():
+    runs = [
+        fit([*watch(), SinkLocalizer(every=2, agreement=True, objective=objective)], DeepLM())[0]
+        for objective in ("loss", "margin")
+    ]
+    loss, margin = ([row.agreement for row in Ledger.of(run).attribution.rows] for run in runs)
+    assert loss == margin
+
+
+def test_a_layer_below_which_all_is_frozen_is_named_and_the_others_are_attributed():
+    model = DeepLM()
+    for part in (model.embed, model.mlp[0]):
+        part.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"SinkLocalizer attributes nothing to mlp\.2: no gradient came"):
+        run, _ = fit([*watch(), SinkLocalizer(every=1)], model)
+    first, *others = Ledger.of(run).attribution.rows[-1].shares["learned"]
+    assert first == 0 and sum(others) == pytest.approx(1, abs=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -76,6 +76,11 @@ class SinkLocalizer(Callback):
         if stage != "fit":
             return
         self._let_go()
+        if self.with_agreement and not pl_module.automatic_optimization:
+            raise ValueError(
+                "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
+                "under manual optimization. Leave agreement off."
+            )
         self.layers = find_hidden_layers(pl_module, self.modules)
         blocks = dict.fromkeys(block_of(name) for name, weight in pl_module.named_parameters() if weight.requires_grad)
         sizes = {layer.name: layer.units for layer in self.layers}
@@ -84,11 +89,6 @@ class SinkLocalizer(Callback):
         axis = self.layers[0].batch_axis
         self.norms = GradientNorms(pl_module, axis) if self.with_norms else None
         self.movement = Movement(pl_module) if self.with_norms else None
-        if self.with_agreement and not pl_module.automatic_optimization:
-            raise ValueError(
-                "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
-                "under manual optimization. Leave agreement off."
-            )
         self.agreement = Agreement(pl_module, axis) if self.with_agreement else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,11 +176,14 @@ class SinkLocalizer(Callback):
 
     def _attribute_margin(self, loss: Tensor, ids: Tensor | None) -> None:
         """A backward of our own, down to the hidden units only; the user's follows and finds nothing recording them."""
-        units, norms = self.units, self.norms
+        units = self.units
         if units is None or ids is None:
             return
         try:
-            with norms.paused() if norms is not None else nullcontext():
+            with ExitStack() as stack:
+                for others in (self.norms, self.agreement):
+                    if others is not None:
+                        stack.enter_context(others.paused())
                 torch.autograd.grad(-margins(loss), units.inputs(), retain_graph=True, allow_unused=True)
             self._effects = units.finish(len(ids))
         except (ValueError, RuntimeError) as error:
@@ -196,8 +199,11 @@ class SinkLocalizer(Callback):
         """Signed shares ``[B, U]``, norms ``[B, K]``, movement ``[K]`` and agreement ``[B]`` of the look that ends."""
         assert self.units is not None
         effects, self._effects = self._effects or self.units.finish(size), {}
-        by_layer = signed_shares(effects)
-        by_unit = torch.cat([by_layer[layer.name].float().cpu() for layer in self.layers], 1)
+        for name, why in self.units.left_out.items():
+            self._say_once(f"SinkLocalizer attributes nothing to {name}: {why}.")
+        by_layer = signed_shares(effects) if effects else {}
+        nothing = {layer.name: torch.zeros(size, layer.units) for layer in self.layers}
+        by_unit = torch.cat([by_layer.get(name, zeros).float().cpu() for name, zeros in nothing.items()], 1)
         norms = movement = None
         if self.norms is not None and self.movement is not None:
             squared = self.norms.finish(size)
@@ -221,7 +227,6 @@ class SinkLocalizer(Callback):
             if hooks is not None:
                 hooks.remove()
         self.units = self.norms = self.movement = self.agreement = None
-        self._looking = False
         self._effects = {}
 
     def _say_once(self, message: str | None) -> None:
