@@ -74,7 +74,7 @@ def find_hidden_layers(model: nn.Module, modules: Sequence[str] | None = None) -
     if isinstance(modules, str):
         modules = [modules]
     readers = dict(_readers(model))
-    pairs = _pairs(model)
+    pairs = writers_by_reader(model)
     if not modules and not pairs:
         raise ValueError(
             f"No hidden layer found in {type(model).__name__}. Looked for MLPs (an up and a down projection in one "
@@ -172,8 +172,9 @@ def _children_stream(name: str, module: nn.Module) -> list[_Reader | str]:
     return [part for child, inner in children for part in _stream(child, inner)]
 
 
-def _pairs(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Names of the modules that read hidden layers, each with those of the modules that write it."""
+def writers_by_reader(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Names of the modules that read hidden layers (down projections), each with those of the modules that write it
+    (the up projection; gate and up, where the MLP is gated)."""
     pairs: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleDict) or _reader(name, module) is not None:
@@ -182,7 +183,7 @@ def _pairs(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for up, down, path in around.steps():
             if down.groups == 1 and around.is_hidden(up, down, path):
                 alike = [reader.name for reader in around.readers() if around.same_work(reader, up)]
-                pairs.setdefault(down.name, (up.name, *alike))
+                pairs.setdefault(down.name, tuple(dict.fromkeys((up.name, *alike))))
     return pairs
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from lightning_memsink.actions import Actions
+    from lightning_memsink.certificate import Certificate
     from lightning_memsink.controls import ControlTable
     from lightning_memsink.propagation import Attribution
     from lightning_memsink.sinks import Sinks
@@ -74,9 +76,12 @@ class Ledger:
     attribution: Slot[Attribution] = Slot("SinkLocalizer")
     sinks: Slot[Sinks | None] = Slot("SinkLocalizer")
     history: Slot[list[dict[str, float]]] = Slot("LiveCurves")
+    certificate: Slot[Certificate | None] = Slot("MemSinks")
 
     def __init__(self) -> None:
         self._facts: dict[str, object] = {}
+        self.actions: dict[str, Actions] = {}
+        """By name of the mitigation, each written by that one and read by logs and reports."""
 
     def has(self, slot: str) -> bool:
         """Whether anybody writes a slot that a reader can do without."""
