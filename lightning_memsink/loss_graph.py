@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_memsink.losses import LossCall, Rows
+from lightning_memsink.losses import LOSSES_KEY, LossCall, Rows
 
 MOST_NODES = 4096
 DEEPEST = 16  # nodes between a loss call and the tensor whose sizes tell its samples
@@ -69,6 +69,14 @@ def find_loss_calls(loss: Tensor) -> list[LossCall]:
     Their ``upstream`` is filled in by the backward that must follow. None is found in compiled code, in a custom
     autograd function, or where reading would recompute a checkpointed forward.
     """
+    found = find_loss_nodes(loss)
+    for node, call in found:
+        node.register_prehook(note_upstream(node, call))
+    return [call for _, call in found]
+
+
+def find_loss_nodes(loss: Tensor) -> list[tuple[Any, LossCall]]:
+    """The same, each with its node of the graph, and nothing hooked: ``upstream`` stays empty."""
     root = loss.grad_fn
     try:
         with _NoForward():
@@ -79,9 +87,7 @@ def find_loss_calls(loss: Tensor) -> list[LossCall]:
         return []
     with torch.no_grad():
         calls = [_read(*found) for found in zip(nodes, saved, rows, strict=True)]
-    for node, call in zip(nodes, calls, strict=True):
-        node.register_prehook(_record_upstream(node, call))
-    return calls
+    return list(zip(nodes, calls, strict=True))
 
 
 def names_near(loss: Tensor, most: int = 4) -> list[str]:
@@ -122,6 +128,8 @@ def _loss_nodes(root: Any) -> Iterator[Any]:
     is_found = found.__contains__
     for node, linear in walk(root, stop=lambda node: is_found(node) or node.name() == LOG_SOFTMAX):
         name = node.name()
+        if is_report(node):
+            return iter([node])
         if name in NEGATIVE_LIKELIHOOD:
             below = _log_softmax_below(node)
             if below is not None and below in found.values():
@@ -135,6 +143,11 @@ def _loss_nodes(root: Any) -> Iterator[Any]:
             found[node] = None
     nodes = [node for node, below in found.items() if below is None or below not in softmaxes]
     return iter(sorted([*nodes, *softmaxes], key=lambda node: node._sequence_nr()))
+
+
+def is_report(node: Any) -> bool:
+    """True for the mean that `per_sample` takes."""
+    return node.name() == "MeanBackward0" and LOSSES_KEY in node.metadata
 
 
 def _log_softmax_below(node: Any) -> Any:
@@ -161,6 +174,8 @@ def _is_difference(node: Any) -> bool:
 
 def _rows(node: Any) -> Rows:
     """Follows the first input down to the tensor that was flattened into the call's rows."""
+    if is_report(node):
+        return Rows()
     sizes: list[tuple[int, ...]] = []
     classes = int(node.name() in NEGATIVE_LIKELIHOOD or node.name() == LOG_SOFTMAX)
     index, picked_by = None, ""
@@ -194,6 +209,8 @@ def _saved(node: Any) -> dict[str, Any]:
         wanted: tuple[str, ...] = LIKELIHOOD
     elif name == LOG_SOFTMAX:
         wanted = ("result", "dim")
+    elif is_report(node):
+        wanted = ()
     elif name in DIFFERENCES:
         wanted = ("self",)
     else:
@@ -207,7 +224,10 @@ def _read(node: Any, saved: dict[str, Any], rows: Rows) -> LossCall:
         return _read_likelihood(rows=rows, **saved)
     if name == LOG_SOFTMAX:
         result = saved["result"].detach()
-        return LossCall("cross_entropy", result.shape[_signed(saved["dim"])], result, rows=rows)
+        return LossCall("cross_entropy", result.shape[signed(saved["dim"])], result, rows=rows)
+    if is_report(node):
+        losses = node.metadata[LOSSES_KEY].float()
+        return LossCall("reported", 0, losses, divisor=max(1, losses.numel()))
     if name in DIFFERENCES:
         difference = saved["self"].detach().float()
         losses = difference.abs() if DIFFERENCES[name] == "l1_loss" else difference.square()
@@ -229,7 +249,7 @@ def _read(node: Any, saved: dict[str, Any], rows: Rows) -> LossCall:
 def _read_likelihood(
     rows: Rows, self: Tensor, target: Tensor, weight: Any, total_weight: Tensor, ignore_index: int, reduction: int
 ) -> LossCall:
-    losses, weights = gather_likelihood(self.detach(), target, weight, _signed(ignore_index))
+    losses, weights = gather_likelihood(self.detach(), target, weight, signed(ignore_index))
     buffer = None
     if target.ndim == 1 and target.is_contiguous():
         storage = target.untyped_storage()
@@ -254,14 +274,14 @@ def gather_likelihood(
     return losses, weight.detach().float()[torch.where(counted, target, 0)] * counted
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """Autograd shows a negative integer as an unsigned one."""
     return number - 2**64 if number >= 2**63 else number
 
 
-def _record_upstream(node: Any, call: LossCall) -> Callable[[Any], None]:
+def note_upstream(node: Any, call: LossCall) -> Callable[[Any], None]:
     """The pre-hook that notes the gradient arriving at a call; the first one, should the graph be walked twice."""
-    dim = _signed(node._saved_dim) if node.name() == LOG_SOFTMAX else None
+    dim = signed(node._saved_dim) if node.name() == LOG_SOFTMAX else None
 
     def note(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ def per_sample(losses: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
         if ids.shape != losses.shape:
             raise ValueError(f"per_sample got {losses.numel()} losses but {ids.numel()} ids. Pass one id per loss.")
         report[IDS_KEY] = ids.detach()
+    node: Any = report["loss"].grad_fn
+    if node is not None and not torch.compiler.is_compiling():
+        # Outputs are seen after the backward; what acts on it finds the report in the graph.
+        node.metadata.update({key: value for key, value in report.items() if key != "loss"})
     return report
 
 
@@ -165,27 +170,35 @@ def sample_of_row(call: LossCall, batch_size: int) -> Tensor | None:
     return None
 
 
+def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Tensor:
+    """``[R]`` sample numbers of the R equal runs, one after the other, that the call's elements fall into.
+
+    Args:
+        samples: ``[N]`` the rows' samples, where the call's graph doesn't tell them.
+
+    Raises:
+        SampleAxisLost: the elements can't be told apart by sample.
+    """
+    if samples is None:
+        samples = sample_of_row(call, batch_size)
+    if samples is not None:
+        return samples
+    shape, steps = call.losses.shape, time_steps(call, batch_size)
+    if call.losses.numel() % (batch_size * max(steps, 1)) or (not steps and (shape or (1,))[0] % batch_size):
+        raise SampleAxisLost(f"{call.kind} was computed on {list(shape)} elements, not on {batch_size} samples")
+    return torch.arange(batch_size, device=call.losses.device).repeat(max(steps, 1))
+
+
 def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
     """Sums a call's elements by sample: those that ``samples`` ``[N]`` names, or those the call's graph tells."""
     weights, scale = call.coefficients()
     sums = call.losses * weights
     if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
         sums = torch.where(weights == 0, 0.0, sums)
-    if samples is None:
-        samples = sample_of_row(call, batch_size)
-    steps = time_steps(call, batch_size)
-    if samples is not None:
-        by_sample = [
-            part.new_zeros(batch_size).index_add(0, samples, part.reshape(part.shape[0], -1).sum(1))
-            for part in (sums, weights)
-        ]
-    elif sums.numel() % (batch_size * max(steps, 1)) or (not steps and (sums.shape or (1,))[0] % batch_size):
-        raise SampleAxisLost(f"{call.kind} was computed on {list(sums.shape)} elements, not on {batch_size} samples")
-    elif steps:
-        by_sample = [part.reshape(steps, batch_size, -1).sum((0, 2)) for part in (sums, weights)]
-    else:
-        by_sample = [part.reshape(batch_size, -1).sum(1) for part in (sums, weights)]
-    return Term(call.kind, call.classes, by_sample[0], by_sample[1], scale, steps > 0)
+    owners = sample_of_run(call, batch_size, samples)
+    runs = (len(owners), sums.numel() // max(1, len(owners)))
+    by_sample = [part.new_zeros(batch_size).index_add(0, owners, part.reshape(runs).sum(1)) for part in (sums, weights)]
+    return Term(call.kind, call.classes, by_sample[0], by_sample[1], scale, time_steps(call, batch_size) > 0)
 
 
 def merge(terms: Sequence[Term]) -> Term:
@@ -194,6 +207,14 @@ def merge(terms: Sequence[Term]) -> Term:
     sums = torch.stack([term.sums * term.scale for term in terms]).masked_fill(absent, 0.0).sum(0)
     weights = torch.stack([term.weights * term.scale for term in terms]).masked_fill(absent, 0.0).sum(0)
     return replace(terms[0], sums=sums, weights=weights, scale=1.0, calls=len(terms))
+
+
+def alike(calls: Sequence[LossCall]) -> list[list[LossCall]]:
+    """The calls by kind and number of classes: what may be chunks of one loss."""
+    kinds: dict[tuple[str, int], list[LossCall]] = {}
+    for call in calls:
+        kinds.setdefault((call.kind, call.classes), []).append(call)
+    return list(kinds.values())
 
 
 def samples_by_offset(calls: Sequence[LossCall], batch_size: int) -> list[Tensor] | None:
@@ -221,12 +242,9 @@ def terms_of(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0
     Raises:
         SampleAxisLost: no call has a sample axis.
     """
-    kinds: dict[tuple[str, int], list[LossCall]] = {}
-    for call in calls:
-        kinds.setdefault((call.kind, call.classes), []).append(call)
     terms: list[Term] = []
     lost: list[SampleAxisLost] = []
-    for same in kinds.values():
+    for same in alike(calls):
         tiles = samples_by_offset(same, batch_size)
         folded: list[Term] = []
         kept: list[LossCall] = []

@@ -16,6 +16,7 @@ from lightning_memsink.controls import ControlTable
 from lightning_memsink.gathering import gather
 from lightning_memsink.identity import SampleIds, content_ids
 from lightning_memsink.ledger import BatchInHand, Ledger
+from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.losses import NotCaptured
 from lightning_memsink.matching import Matching
 from lightning_memsink.probing import ControlProbe
@@ -119,7 +120,7 @@ class LossTracker(Callback):
         if found is not None:
             ids, tokens, features = found
             ids = reported_ids(outputs, ids)
-            captured = self.capture.finish(outputs, len(ids), loss_scale=_loss_scale(trainer))
+            captured = self.capture.finish(outputs, len(ids), loss_scale=loss_scale(trainer))
             if isinstance(captured, NotCaptured):
                 self._say_once(captured.reason)
                 losses = torch.full((len(ids),), torch.nan)
@@ -288,10 +289,3 @@ class LossTracker(Callback):
         self.capture.abandon()
         self.control_capture.abandon()
         self._current = None
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """What Lightning multiplied the loss by before backward: accumulation, and the AMP scaler where there is one."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = float(scaler.get_scale()) if scaler is not None else 1.0
-    return scale / trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else scale

@@ -1,0 +1,160 @@
+"""Weights on the samples or tokens of a loss, in the backward that is about to run.
+
+The loss calls are found in the graph. What leaves a call towards the model is multiplied, row by row, on its way: the
+forward, the loss and its denominators stay as they were. Under a mean the rest weigh what they weighed.
+
+    B  samples in a batch      R  runs of a loss call: equal pieces of its elements, each of one sample
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
+
+from lightning_memsink.attribution import sample_weights
+from lightning_memsink.loss_graph import (
+    LOG_SOFTMAX,
+    NEGATIVE_LIKELIHOOD,
+    find_loss_nodes,
+    is_report,
+    names_near,
+    note_upstream,
+    signed,
+)
+from lightning_memsink.losses import (
+    IDS_KEY,
+    LossCall,
+    SampleAxisLost,
+    alike,
+    sample_of_run,
+    samples_by_offset,
+    terms_of,
+    weigh,
+)
+
+
+class Unweighable(ValueError):
+    """The loss calls of a step can't be weighed by sample. The message says what was found, and what to type."""
+
+
+@dataclass(frozen=True)
+class OpenCall:
+    """A loss call that is about to be differentiated."""
+
+    node: Any
+    call: LossCall
+    """With its ``upstream``; only up to a factor where there is one for all elements of the step."""
+    owners: Tensor
+    """``[R]`` sample numbers."""
+
+
+class OpenLoss:
+    """The loss calls behind ``loss``, before its backward, and hooks that weigh them in it.
+
+    Calls without a sample axis (a penalty on the router, say) belong to no sample and keep their weight.
+
+    Args:
+        loss: as it will be differentiated, scaled as it may be.
+        batch_size: B.
+        loss_scale: what accumulation and gradient scaling multiplied the loss with.
+
+    Raises:
+        Unweighable: no loss call is found (compiled code, custom autograd functions), or none has a sample axis.
+    """
+
+    def __init__(self, loss: Tensor, batch_size: int, loss_scale: float = 1.0) -> None:
+        self.batch_size, self.loss_scale = batch_size, loss_scale
+        found = find_loss_nodes(loss)
+        if not found:
+            raise Unweighable(
+                f"the loss comes from {', '.join(names_near(loss)) or 'no graph'}, where the part of a sample can't be "
+                "told. End training_step with `return per_sample(losses, ids)`"
+            )
+        _note_upstreams(loss, found)
+        self.calls: list[OpenCall] = []
+        lost = ""
+        for same in alike([call for _, call in found]):
+            tiles = samples_by_offset(same, batch_size)
+            for number, call in enumerate(same):
+                node = next(node for node, its_call in found if its_call is call)
+                try:
+                    owners = sample_of_run(call, batch_size, None if tiles is None else tiles[number])
+                    self.calls.append(OpenCall(node, call, owners))
+                except SampleAxisLost as error:
+                    lost = str(error)
+        if not self.calls:
+            raise Unweighable(
+                f"the loss has no sample axis: {lost}. End training_step with `return per_sample(losses, ids)`"
+            )
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def ids(self) -> Tensor | None:
+        """``[B]`` ids that the step itself reported with `per_sample`."""
+        node = self.calls[0].node
+        return node.metadata.get(IDS_KEY) if is_report(node) else None
+
+    def losses(self) -> Tensor:
+        """``[B]`` each sample's loss now, as the ledger will have it: the mean over its elements that count, several
+        losses added as the step adds them; NaN where none counts."""
+        return weigh(terms_of([each.call for each in self.calls], self.batch_size, self.loss_scale))
+
+    def shares(self) -> Tensor:
+        """``[B]`` each sample's part of the loss's coefficients, adding up to 1: ``1/B`` each under a batch mean."""
+        weights = sample_weights([each.call for each in self.calls], self.batch_size, self.loss_scale)
+        assert weights is not None  # every call here has a sample axis
+        return weights / weights.sum()
+
+    def weigh_samples(self, weights: Tensor) -> None:
+        """In the backward that follows, ``weights`` ``[B]`` times each sample's gradient; 0 leaves it out exactly."""
+        for each in self.calls:
+            self.weigh_runs(each, weights.to(each.owners.device)[each.owners])
+
+    def weigh_runs(self, each: OpenCall, weights: Tensor) -> None:
+        """The same for one call, ``weights`` ``[R]`` or as many for each run as it has elements."""
+        self._handles.append(each.node.register_hook(_scale(each, weights)))
+
+    def close(self) -> None:
+        """After the backward: a second one through the same graph is weighed anew or not at all."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _note_upstreams(loss: Tensor, found: Sequence[tuple[Any, LossCall]]) -> None:
+    """Fills in ``upstream`` as the backward would, by a walk from ``loss`` down to the calls and no further."""
+    if len(found) == 1 and (is_report(found[0][0]) or getattr(found[0][0], "_saved_reduction", False)):
+        found[0][1].upstream = torch.ones((), device=loss.device)  # one number for all elements cancels
+        return
+    edges = [GradientEdge(node, 0) for node, _ in found]
+    gradients = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True, allow_unused=True)
+    for (node, call), gradient in zip(found, gradients, strict=True):
+        note_upstream(node, call)((gradient,))
+
+
+def _scale(each: OpenCall, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
+    node, shape = each.node, each.call.losses.shape
+    per_run = each.call.losses.numel() // max(1, len(each.owners))
+    if weights.numel() < each.call.losses.numel():
+        weights = weights[:, None].expand(-1, per_run)
+    weights = weights.reshape(shape)
+    if node.name() in NEGATIVE_LIKELIHOOD:
+        weights = weights.unsqueeze(1)
+    elif node.name() == LOG_SOFTMAX:
+        weights = weights.unsqueeze(signed(node._saved_dim))
+
+    def scale(leaving: Sequence[Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
+        scaled = []
+        for gradient in leaving:
+            if gradient is not None and gradient.ndim == weights.ndim:
+                gradient = (gradient * weights.to(gradient.dtype)).masked_fill_(weights == 0, 0)  # 0 * inf is NaN
+            scaled.append(gradient)
+        return tuple(scaled)
+
+    return scale
