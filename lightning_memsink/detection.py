@@ -265,19 +265,28 @@ def _within_reach(points: Tensor, own: Tensor, rule: Rule) -> Tensor:
 
     The early loss has no say: memorization that began before it moves it, and would leave a sample without fellows.
     """
-    distance = nearest(points, own, rule.k)[1]
-    return distance <= rule.reach * nearest(own, own, rule.k, fellows=True)[1].quantile(0.99).clamp(min=1e-6)
+    return nearest(points, own, rule.k)[1] <= farthest(own, rule.k, rule.reach)
+
+
+def farthest(own: Tensor, k: int, reach: float) -> Tensor:
+    """The mean distance to k controls up to which a sample has a match: see ``Rule.reach``."""
+    return reach * nearest(own, own, k, fellows=True)[1].quantile(0.99).clamp(min=1e-6)
 
 
 def standardize(features: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Both in units of the controls' standard deviation; what is unknown sits at the mean."""
+    mean, scale = standard_units(own)
+    return torch.nan_to_num((features - mean) * scale), torch.nan_to_num((own - mean) * scale)
+
+
+def standard_units(own: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal of the standard deviation ``[F]`` of the controls' features; 0 for one that tells nothing."""
     known = torch.where(torch.isfinite(own), own, torch.nan)
     mean = known.nanmean(0)
     spread = (known - mean).square().nanmean(0).sqrt()
     usable = torch.isfinite(mean) & (spread > 1e-9)
     scale = torch.where(usable, 1 / spread.clamp(min=1e-9), 0.0)
-    mean = torch.where(usable, mean, 0.0)
-    return torch.nan_to_num((features - mean) * scale), torch.nan_to_num((own - mean) * scale)
+    return torch.where(usable, mean, 0.0), scale
 
 
 def _blocks(rows: int, columns: int, cells: int = 1 << 22) -> Iterator[slice]:
