@@ -132,24 +132,36 @@ def plan(active_fraction: float, deleted: int) -> str:
     )
 
 
-def lay_out(mask: Tensor, hidden: Tensor, layer: HiddenLayer, tokens: int | None = None) -> Tensor | None:
-    """``mask`` shaped to be multiplied with what ``layer`` reads; None where its rows are not the mask's.
+def apply_mask(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None = None) -> Tensor | None:
+    """``hidden`` times ``mask``, in the dtype of ``hidden``; None where the rows of ``hidden`` are not the mask's.
 
     Args:
+        hidden: ``[B, ..., U]``, ``[T, B, U]`` or ``[B, U, ...]`` as the layer's axes tell; ``[B * T, U]``, where some
+            models have put all tokens in a row; or a nested tensor, as torch's encoder makes of padded batches.
         mask: ``[U]``, by sample ``[B, U]``, or by token ``[B, T, U]``.
-        hidden: ``[B, ..., U]``, ``[T, B, U]`` or ``[B, U, ...]`` as the layer's axes tell, or ``[B * T, U]``, where
-            some models have put all tokens in a row.
         tokens: T, for a mask by sample on tokens in a row. Without it such rows are not the mask's.
     """
+    if hidden.is_nested:
+        parts = hidden.unbind()
+        each = [mask] * len(parts) if mask.ndim == 1 else list(mask)
+        if len(each) != len(parts):
+            return None
+        pairs = zip(parts, each, strict=True)
+        masked_parts = [part * (own[: len(part)] if own.ndim > 1 else own).to(part) for part, own in pairs]
+        nested: Tensor = torch.nested.as_nested_tensor(masked_parts, layout=hidden.layout)
+        return nested
+    shaped = _laid_out(hidden, mask, layer, tokens)
+    return None if shaped is None else hidden * shaped.to(hidden)
+
+
+def _laid_out(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None) -> Tensor | None:
     unit, batch = layer.unit_axis % hidden.ndim, layer.batch_axis % hidden.ndim
-    if hidden.shape[unit] != mask.shape[-1]:
+    if hidden.shape[unit] != mask.shape[-1] or (unit == batch and mask.ndim > 1):
         return None
     shape = [1] * hidden.ndim
     shape[unit] = hidden.shape[unit]
     if mask.ndim == 1:
         return mask.view(shape)
-    if unit == batch:
-        return None
     shape[batch] = hidden.shape[batch]
     if mask.ndim == 2 and len(mask) == hidden.shape[batch]:
         return mask.view(shape)
@@ -163,33 +175,31 @@ def lay_out(mask: Tensor, hidden: Tensor, layer: HiddenLayer, tokens: int | None
     return by_token if by_token.shape == hidden.shape else None
 
 
-def apply_mask(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None = None) -> Tensor:
-    """``hidden`` times ``mask``, in the dtype of ``hidden``; arguments as in `lay_out`.
-
-    Raises:
-        ValueError: the mask's samples are not the rows of ``hidden``.
-    """
-    shaped = lay_out(mask, hidden, layer, tokens)
-    if shaped is None:
-        raise ValueError(
-            f"{layer.name} reads {list(hidden.shape)}, which a mask {list(mask.shape)} does not fit. A mask is [U], "
-            "[B, U] by sample or [B, T, U] by token."
-        )
-    return hidden * shaped.to(hidden)
-
-
 @contextmanager
 def masked(layers: Sequence[HiddenLayer], mask: Callable[[int], Tensor], tokens: int | None = None) -> Iterator[None]:
     """Within, every hidden layer is multiplied by ``mask(U)``, and the masks of a `MemSinks` callback give way.
 
     So ``masked(layers, pool.dropped)`` is how the model is served, and
-    ``masked(layers, lambda units: pool.own(ids, units))`` gives each sample of one batch its own units.
+    ``masked(layers, lambda units: pool.own(ids, units))`` gives each sample of one batch its own units. Arguments as in
+    `apply_mask`.
+
+    Raises:
+        ValueError: from the forward, where a layer's rows are not the mask's.
     """
     masks = {units: mask(units) for units in {layer.units for layer in layers}}
     mine = {layer.module for layer in layers} - set(_HELD)
 
     def by(layer: HiddenLayer) -> Callable[[Tensor], Tensor]:
-        return lambda hidden: apply_mask(hidden, masks[layer.units], layer, tokens)
+        def change(hidden: Tensor) -> Tensor:
+            changed = apply_mask(hidden, masks[layer.units], layer, tokens)
+            if changed is None:
+                raise ValueError(
+                    f"{layer.name} reads {list(hidden.shape)}, which a mask {list(masks[layer.units].shape)} does not "
+                    "fit. A mask is [U], [B, U] by sample or [B, T, U] by token."
+                )
+            return changed
+
+        return change
 
     with ExitStack() as stack:
         for layer in layers:

@@ -9,16 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_memsink.designed_sinks import (
-    Pool,
-    apply_mask,
-    gives_way,
-    lay_out,
-    masked,
-    own_units,
-    plan,
-    union_fraction,
-)
+from lightning_memsink.designed_sinks import Pool, apply_mask, gives_way, masked, own_units, plan, union_fraction
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
 
 ODD_IDS = [0, 1, -1, 2**63 - 1, -(2**63), 2**31, -(2**40), 12345678901234567]
@@ -179,9 +170,22 @@ def test_each_number_meets_the_mask_of_its_sample_token_and_unit(layout, dtype):
 )
 def test_rows_that_are_not_the_masks_are_told(hidden, mask):
     layer = HiddenLayer("mlp.down", nn.Identity(), 6)
-    assert lay_out(torch.ones(mask), torch.ones(hidden), layer) is None
-    with pytest.raises(ValueError, match=r"mlp.down reads \[.*which a mask \[.*does not fit"):
-        apply_mask(torch.ones(hidden), torch.ones(mask), layer)
+    assert apply_mask(torch.ones(hidden), torch.ones(mask), layer) is None
+    message = r"mlp.down reads \[.*which a mask \[.*does not fit"
+    with pytest.raises(ValueError, match=message), masked([layer], lambda units: torch.ones(mask)):
+        layer.module(torch.ones(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype")
+@pytest.mark.parametrize("mask", [(6,), (2, 6), (2, 4, 6)], ids=str)
+def test_nested_rows_are_masked_each_by_its_own(mask):
+    layer, parts = HiddenLayer("layer", nn.Identity(), 6), [torch.randn(4, 6), torch.randn(2, 6)]
+    kept = torch.rand(mask) < 0.5
+    found = apply_mask(torch.nested.nested_tensor(parts), kept, layer)
+    for row, (got, part) in enumerate(zip(found.unbind(), parts, strict=True)):
+        own = kept if kept.ndim == 1 else kept[row]
+        assert torch.equal(got, part * (own[: len(part)] if own.ndim == 2 else own))
+    assert apply_mask(torch.nested.nested_tensor(parts), torch.ones(3, 6), layer) is None
 
 
 class TwoBlocks(nn.Module):
