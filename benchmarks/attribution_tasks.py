@@ -98,9 +98,9 @@ def images(samples: int) -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 TASKS = (
-    Task("GPT-2 2x64", lambda: Logits(TextModel(VOCABULARY, CONTEXT, 2, 64).gpt), texts(32), GPT),
+    Task("GPT-2 2x64", lambda: Logits(TextModel(VOCABULARY, CONTEXT, 2, 64).gpt), texts(32), GPT, by_floor=True),
     Task("GPT-2 4x256", lambda: Logits(TextModel(VOCABULARY, CONTEXT, 4, 256).gpt), texts(16), GPT),
-    Task("untied 2x64", lambda: Text(2, 64), texts(32), GPT),
+    Task("untied 2x64", lambda: Text(2, 64), texts(32), GPT, by_floor=True),
     Task("untied 4x256", lambda: Text(4, 256), texts(16), GPT),
     Task("ViT", Vision, images(32), VIT),
     Task("CNN", cnn, images(32), CNN),

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from lightning_memsink.ghost_norms import outer_squared_norm
 from lightning_memsink.gradient_norms import GradientNorms, total
 from lightning_memsink.hidden_layers import find_hidden_layers
+from lightning_memsink.layer_gradients import outer_of
 from lightning_memsink.unit_recorder import UnitRecorder
 
 IGNORED = -100
@@ -31,6 +33,9 @@ class Task:
     batch: Callable[[int], tuple[Tensor, Tensor]]
     bound: float
     """Of exact norms every step, against a plain one."""
+    by_floor: bool = False
+    """Held against `bare_products` instead: where samples are as long as the model is wide, the products alone, which
+    no exact method can do without, come to more than the bound."""
 
 
 Step = Callable[[Tensor, Tensor], Tensor | None]
@@ -93,6 +98,27 @@ def closed_norms(model: nn.Module) -> Step:
     """A step between two that are read: the hooks are there and closed."""
     GradientNorms(model)
     return plain(model)
+
+
+def bare_products(model: nn.Module) -> Step:
+    """A plain step and, on tensors of the same shapes, the products that exact norms of linear layers come down to:
+    no hook, no other layer, nothing kept. What any exact method that reads the user's own backward costs at least."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if given[0].ndim == 3:
+            pairs.append((torch.randn_like(output), torch.randn_like(given[0])))
+
+    handles = [each.register_forward_hook(note) for each in model.modules() if outer_of(each) is not None]
+
+    def gradients(inputs: Tensor, targets: Tensor) -> None:
+        mean_loss(model(inputs), targets).backward()
+        for handle in handles:
+            handle.remove()
+        for left, right in pairs:
+            outer_squared_norm(left, right)
+
+    return _training(model, gradients)
 
 
 def opacus_hooks(model: nn.Module) -> Step:
@@ -217,10 +243,12 @@ def loop(model: nn.Module) -> Step:
     return _training(model, gradients)
 
 
+FLOOR = "floor: the products of linear layers alone"
 OURS: dict[str, Way] = {
     "units, every step": units,
     "exact norms, every step": norms,
     "exact norms, between two": closed_norms,
+    FLOOR: bare_products,
 }
 PEERS: dict[str, Way] = {
     "Opacus hooks": opacus_hooks,
