@@ -82,6 +82,7 @@ class MemSinks(Callback):
         self._within_step = self._has_kept = self._capturing = False
         self._own: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}  # masks of this batch
         self._handles: list[RemovableHandle] = []
+        self._misfits: set[str] = set()  # layers whose rows were seen not to be samples
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -184,10 +185,12 @@ class MemSinks(Callback):
                 changed = apply_mask(hidden, self._own_units(owners, layer.units, hidden), layer, self._tokens())
                 if changed is not None:
                     return changed
+                self._misfits.add(layer.name)
                 self._say_once(
                     f"{layer.name} reads {list(hidden.shape)} where the batch has samples {list(owners.shape)}, so "
                     "nobody can tell which row is whose. MemSinks drops the pool there, as in evaluation; leave the "
-                    "layer out by naming others: modules=[...]."
+                    "layer out by naming others: modules=[...].",
+                    about=layer.name,
                 )
         dropped = apply_mask(hidden, self.pool.dropped(layer.units), layer)
         assert dropped is not None  # a module reads as many units as it has
@@ -237,7 +240,8 @@ class MemSinks(Callback):
         try:
             if self.most_exposed.batches:
                 bench = Bench(trainer, pl_module, self._capture)
-                mine = bench.losses(self.most_exposed.batches, self.pool, self.layers)
+                fitting = [layer for layer in self.layers if layer.name not in self._misfits]
+                mine = bench.losses(self.most_exposed.batches, self.pool, fitting)
         except Exception as error:  # nothing we look at is worth the run
             self._say_once(f"MemSinks has no certificate. {type(error).__name__}: {error}")
         found = joined(gather(mine))
@@ -260,7 +264,7 @@ class MemSinks(Callback):
         self._module = self._in_hand = self._as_it_was = self._keyed = None
         self._within_step = self._capturing = False
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _say_once(self, message: str, about: str | None = None) -> None:
+        if (about or message) not in self._said:
+            self._said.add(about or message)
             rank_zero_warn(message)
