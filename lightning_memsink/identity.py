@@ -209,7 +209,7 @@ def content_ids(batch: Any) -> Tensor:
     if tokens is not None:
         rank = tokens.mask.cumsum(1) - 1
         weights = _weights(tokens.ids.shape[1], tokens.ids.device)[rank]
-        return _mixed(_folded(tokens.ids * tokens.mask, weights) + _mixed(tokens.mask.sum(1)))
+        return mixed(_folded(tokens.ids * tokens.mask, weights) + mixed(tokens.mask.sum(1)))
     size = batch_size(batch)
     if size is None:
         raise ValueError(f"content_ids needs a batch with tensors in it, but found {_described(batch)}.")
@@ -218,7 +218,7 @@ def content_ids(batch: Any) -> Tensor:
         if len(tensor) == size:
             words = _words(tensor.detach())
             weights = _weights(words.shape[1], words.device)
-            ids = _mixed(ids.to(words.device) * 3 + _folded(words, weights) + words.shape[1])
+            ids = mixed(ids.to(words.device) * 3 + _folded(words, weights) + words.shape[1])
     return ids
 
 
@@ -243,17 +243,17 @@ def _folded(words: Tensor, weights: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _weights(count: int, device: torch.device) -> Tensor:
-    return _mixed(torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB) | 1  # 2^64 / the golden ratio
+    return mixed(torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB) | 1  # 2^64 / the golden ratio
 
 
-def _mixed(number: Tensor) -> Tensor:
+def mixed(number: Tensor) -> Tensor:
     """The finalizer of splitmix64, in int64 that wraps; https://doi.org/10.1145/2660193.2660195 (Mix13)."""
-    number = (number ^ _shifted(number, 30)) * -0x40A7B892E31B1A47
-    number = (number ^ _shifted(number, 27)) * -0x6B2FB644ECCEEE15
-    return number ^ _shifted(number, 31)
+    number = (number ^ shifted(number, 30)) * -0x40A7B892E31B1A47
+    number = (number ^ shifted(number, 27)) * -0x6B2FB644ECCEEE15
+    return number ^ shifted(number, 31)
 
 
-def _shifted(number: Tensor, bits: int) -> Tensor:
+def shifted(number: Tensor, bits: int) -> Tensor:
     return (number >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift repeats the sign
 
 
