@@ -14,10 +14,11 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from typing import Any
 
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -82,26 +83,42 @@ def _fit(workload: Workload, seed: int, watch: bool) -> tuple[float, dict[str, T
     module, clock = workload.module(), Clock()
     # The report's own words would bury the table; silent W&B still writes its files.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=workload.steps,
-            val_check_interval=max(1, workload.steps // EVALUATIONS),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            callbacks=[*(memsink(path=None) if watch else []), clock],
-            logger=WandbLogger(save_dir=folder, offline=True, settings=wandb.Settings(silent=True)) if watch else False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(
-            module,
-            DataLoader(workload.data(SAMPLES, seed), workload.batch_size, shuffle=True),
-            DataLoader(workload.data(CONTROLS, seed + 1), CONTROLS),
-        )
+        logger = WandbLogger(save_dir=folder, offline=True, settings=wandb.Settings(silent=True)) if watch else False
+        run(module, workload, seed, [*(memsink(path=None) if watch else []), clock], logger)
         if watch:
             wandb.finish()
     return clock.seconds, {name: weight.clone() for name, weight in module.state_dict().items()}
+
+
+def run(
+    module: LightningModule,
+    workload: Workload,
+    seed: int,
+    callbacks: list[Callback],
+    logger: Logger | bool = False,
+    samples: int = SAMPLES,
+    **options: Any,
+) -> Trainer:
+    """A whole fit of the workload, validated ``EVALUATIONS`` times."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=workload.steps,
+        val_check_interval=max(1, workload.steps // EVALUATIONS),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(
+        module,
+        DataLoader(workload.data(samples, seed), workload.batch_size, shuffle=True),
+        DataLoader(workload.data(CONTROLS, seed + 1), CONTROLS),
+    )
+    return trainer
 
 
 def _largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
@@ -131,11 +148,16 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
     what.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
+    what.add_argument("--mitigation", action="store_true", help="each mitigation against watching, and against none")
     options = parser.parse_args(arguments_given)
     if options.attribution:
-        from benchmarks.attribution_cost import run  # which needs transformers, and peers where there are any
+        from benchmarks import attribution_cost  # which needs transformers, and peers where there are any
 
-        return run(options)
+        return attribution_cost.run(options)
+    if options.mitigation:
+        from benchmarks import mitigation_cost  # which runs what is here
+
+        return mitigation_cost.measure_all(options)
     seeds = fresh_seeds(options)
     settle_down()
     workloads = [replace(each, steps=each.steps // 5) for each in WORKLOADS] if options.quick else WORKLOADS

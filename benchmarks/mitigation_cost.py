@@ -1,0 +1,195 @@
+"""What each mitigation adds to a training step: whole fits in turns, plain, watched, and watched with each of them.
+
+Time is processor time of a whole step, hooks of all callbacks within, clipping and AdamW too; validations lie within.
+Every mitigation has something to do, and whether it did is a column: what has nothing to act on costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import nan
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.overhead import SETTLING, Clock, run
+from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.workloads import WORKLOADS, Workload, images
+from lightning_memsink.callbacks.goldfish import Goldfish
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.callbacks.memsinks import MemSinks
+from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
+from lightning_memsink.callbacks.sink_dropout import SinkDropout
+from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
+from lightning_memsink.hidden_layers import find_hidden_layers
+from lightning_memsink.ledger import Ledger
+from lightning_memsink.sinks import Sinks
+
+SAMPLES = 128
+"""Few, so that each comes often: a first visit is held by nobody."""
+CLIP = 1.0
+FRACTION = 0.01
+"""Of all units: as many sinks as SinkLocalizer names."""
+ACTED = 0.05
+"""Share of visits that a mitigation must have acted on, for its time to be that of acting."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A mitigation, made for a module that is about to train; ``bound`` of its time against the watched run."""
+
+    name: str
+    make: Callable[[LightningModule], Callback]
+    bound: float | None = None
+    texts_only: bool = False
+
+
+def some_sinks(module: LightningModule) -> Sinks:
+    """``FRACTION`` of all units at random, spread over all layers."""
+    layers, generator = find_hidden_layers(module), torch.Generator().manual_seed(0)
+    units = {
+        layer.name: torch.randperm(layer.units, generator=generator)[: max(1, round(FRACTION * layer.units))]
+        for layer in layers
+    }
+    scores = {name: torch.ones(len(chosen)) for name, chosen in units.items()}
+    return Sinks(units, scores, {layer.name: layer.units for layer in layers}, "at random")
+
+
+WAYS = (
+    Way("MemSinks", lambda module: MemSinks(), 1.05),
+    Way("SampleGradientMask, hold", lambda module: SampleGradientMask("hold", at=0.0), 1.03),
+    Way("SinkGradientMask", lambda module: SinkGradientMask(sinks=some_sinks(module)), 1.05),
+    Way("SinkDropout", lambda module: SinkDropout(who="all", sinks=some_sinks(module))),
+    Way("Goldfish", lambda module: Goldfish(k=4), texts_only=True),
+)
+PLAIN, WATCHED = "plain", "watched"
+
+
+@dataclass
+class Measured:
+    """One workload: by way, seconds per step of its fits, two a block; and the share of visits it acted on."""
+
+    name: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    acted: dict[str, float] = field(default_factory=dict)
+
+    def ratio(self, way: str, base: str) -> float:
+        """Median over blocks, each of which runs there and back; NaN if the way does not apply."""
+        if way not in self.seconds:
+            return nan
+        mine, its = self.seconds[way], self.seconds[base]
+        return statistics.median(sum(mine[at : at + 2]) / sum(its[at : at + 2]) for at in range(0, len(its), 2))
+
+    def noise(self) -> float:
+        """What a ratio of two fits can be off by: the median over blocks of the first watched fit by the last."""
+        watched = self.seconds[WATCHED]
+        return statistics.median(first / last for first, last in zip(watched[::2], watched[1::2], strict=True))
+
+
+def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Measured:
+    """A block a seed: all ways in a row, then in reverse; so a drift of the machine hits all alike."""
+    fitting = [way for way in ways if not (way.texts_only and is_of_images(workload))]
+    turns: list[Way | str] = [PLAIN, WATCHED, *fitting]
+    found = Measured(workload.name)
+    for turn in turns:  # imports and the first allocations
+        timed(replace(workload, steps=2 * SETTLING), seeds[0], turn)
+    for seed in seeds:
+        for turn in (*turns, *reversed(turns)):
+            seconds, acted = timed(workload, seed, turn)
+            name = turn if isinstance(turn, str) else turn.name
+            found.seconds.setdefault(name, []).append(seconds)
+            found.acted[name] = acted
+    return found
+
+
+def timed(workload: Workload, seed: int, turn: Way | str) -> tuple[float, float]:
+    """Seconds per step, and the share of visits acted on."""
+    seed_everything(seed, verbose=False)
+    module, clock = workload.module(), Clock()
+    # First, so that what the others do at the end of training, once, is not in the time of a step.
+    callbacks: list[Any] = [clock]
+    if turn != PLAIN:
+        features = brightness if is_of_images(workload) else None
+        callbacks += [LossTracker(features=features), MemorizationDetector()]
+    if isinstance(turn, Way):
+        callbacks.append(turn.make(module))
+    trainer = run(module, workload, seed, callbacks, samples=SAMPLES, gradient_clip_val=CLIP)
+    acted = [each.total("acted") / max(1.0, each.total("visits")) for each in Ledger.of(trainer).actions.values()]
+    return clock.seconds, acted[0] if acted else nan
+
+
+def is_of_images(workload: Workload) -> bool:
+    return workload.data is images
+
+
+def brightness(batch: tuple[Tensor, Tensor]) -> Tensor:
+    """``[B, 1]`` what images are matched on."""
+    return batch[0].flatten(1).mean(1, keepdim=True)
+
+
+def report(found: Sequence[Measured], seeds: Sequence[int], ways: Sequence[Way]) -> Report:
+    workloads = [each.name for each in found]
+    watched, plain, acted = (Table("", *workloads, title=title) for title in TITLES)
+    for way in ways:
+        watched.add_row(way.name, *(_cell(each.ratio(way.name, WATCHED)) for each in found))
+        acted.add_row(way.name, *(_cell(each.acted.get(way.name, nan)) for each in found))
+    watched.add_row("watched against watched", *(_cell(each.noise()) for each in found))
+    for name in (WATCHED, *(way.name for way in ways)):
+        plain.add_row(name, *(_cell(each.ratio(name, PLAIN)) for each in found))
+    plain.add_row("plain, ms a step", *(f"{1000 * statistics.median(each.seconds[PLAIN]):.2f}" for each in found))
+    typical = {way.name: _typical([each.ratio(way.name, WATCHED) for each in found]) for way in ways}
+    criteria = [
+        Criterion(f"{way.name}, time per step against watched, median of workloads", typical[way.name], "<=", way.bound)
+        for way in ways
+        if way.bound is not None
+    ]
+    least = min(each.acted.get(way.name, 1.0) for each in found for way in ways)
+    criteria.append(Criterion("share of visits acted on, least of all ways and workloads", least, ">=", ACTED))
+    figure = "mitigation against watched: " + ", ".join(f"{name} {ratio:.3f}x" for name, ratio in typical.items())
+    settings = {"seeds": list(seeds)} | {
+        f"ratios to {base}": {each.name: _ratios(each, ways, base) for each in found} for base in (WATCHED, PLAIN)
+    }
+    return Report("mitigation_cost", [watched, plain, acted], criteria, figure, settings)
+
+
+TITLES = (
+    "time of a training step against the same run, watched",
+    "time of a training step against a plain one",
+    "share of visits acted on",
+)
+
+
+def _cell(value: float) -> str:
+    return "" if value != value else f"{value:.3f}"
+
+
+def _ratios(measured: Measured, ways: Sequence[Way], base: str) -> dict[str, float]:
+    return {way.name: measured.ratio(way.name, base) for way in ways if way.name in measured.seconds}
+
+
+def _typical(ratios: Sequence[float]) -> float:
+    return statistics.median(ratio for ratio in ratios if ratio == ratio)
+
+
+def measure_all(options: argparse.Namespace) -> int:
+    seeds = fresh_seeds(options)
+    settle_down()
+    workloads = [replace(each, steps=each.steps // 5) for each in WORKLOADS] if options.quick else WORKLOADS
+    return report([measure(each, seeds, WAYS) for each in workloads], seeds, WAYS).tell(options.json)
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("mitigation_cost", "Cost of each mitigation.", seeds=3)
+    return measure_all(parser.parse_args(arguments_given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The price of each mitigation is measured while it acts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import isnan
+
+import pytest
+
+from benchmarks import mitigation_cost, overhead
+from benchmarks.mitigation_cost import PLAIN, WATCHED, WAYS, Measured, Way
+from benchmarks.twin_runs import TextModel
+from benchmarks.workloads import CONTEXT, VOCABULARY, Workload, cnn, images, texts
+from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
+
+SMALL = {
+    "texts": Workload("texts", lambda: TextModel(VOCABULARY, CONTEXT, 1, 32), texts, batch_size=8, steps=20),
+    "images": Workload("images", lambda: cnn(4), images, batch_size=8, steps=20),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """Enough for one control evaluation between two visits of each."""
+    monkeypatch.setattr(mitigation_cost, "SAMPLES", 32)
+    monkeypatch.setattr(overhead, "CONTROLS", 24)
+
+
+def test_a_ratio_is_the_median_over_blocks_that_run_there_and_back():
+    found = Measured("any", {"ours": [2.0, 4.0, 1.0, 1.0, 9.0, 9.0], WATCHED: [1.0, 2.0, 1.0, 1.0, 1.0, 1.0]})
+    assert found.ratio("ours", WATCHED) == 2.0 and found.noise() == 1.0
+    assert isnan(found.ratio("another", WATCHED))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_way_acts_on_the_workloads_it_is_timed_on(name):
+    found = mitigation_cost.measure(SMALL[name], [0], WAYS)
+    ways = [way for way in WAYS if name == "texts" or not way.texts_only]
+    assert set(found.seconds) == {PLAIN, WATCHED, *(way.name for way in ways)}
+    assert all(len(each) == 2 and min(each) > 0 for each in found.seconds.values())
+    assert all(found.acted[way.name] >= mitigation_cost.ACTED for way in ways)
+
+
+def test_one_that_has_nothing_to_do_falls_short_and_one_that_does_not_apply_does_not():
+    idle = Measured("any", {PLAIN: [1.0, 1.0], WATCHED: [1.0, 1.0], "idle": [1.0, 1.0]}, {"idle": 0.0})
+    ways = [Way("idle", lambda module: SinkGradientMask(), 1.05)]
+    told = mitigation_cost.report([idle], [0], ways)
+    assert [criterion.holds for criterion in told.criteria] == [True, False]
+    other = Measured("images", {PLAIN: [1.0, 1.0], WATCHED: [1.0, 1.0]})
+    busy = replace(idle, acted={"idle": 1.0})
+    assert mitigation_cost.report([busy, other], [0], ways).holds
+
+
+def test_the_switch_of_overhead_prints_and_writes_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(mitigation_cost, "settle_down", lambda: None)  # other tests read what libraries log
+    monkeypatch.setattr(mitigation_cost, "WORKLOADS", [replace(SMALL["images"], steps=60)])
+    monkeypatch.setattr(mitigation_cost, "WAYS", WAYS[2:3])
+    options = ["--mitigation", "--quick", "--seeds", "1", "--first-seed", "0", "--json", str(tmp_path / "out")]
+    code = overhead.main(options)
+    written = json.loads((tmp_path / "out").read_text())
+    assert code == (0 if all(each["holds"] for each in written["criteria"]) else 1)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("mitigation against watched: ")
