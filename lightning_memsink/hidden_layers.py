@@ -182,7 +182,8 @@ def writers_by_reader(model: nn.Module) -> dict[str, tuple[str, ...]]:
         around = _Surroundings(name, module, tuple(_children_stream(name, module)))
         for up, down, path in around.steps():
             if down.groups == 1 and around.is_hidden(up, down, path):
-                alike = [reader.name for reader in around.readers() if around.same_work(reader, up)]
+                beside = () if isinstance(module, nn.Sequential) else around.readers()  # in a row, none is a gate
+                alike = [reader.name for reader in beside if around.same_work(reader, up)]
                 pairs.setdefault(down.name, tuple(dict.fromkeys((up.name, *alike))))
     return pairs
 
