@@ -1,0 +1,205 @@
+"""What mitigations take from memorization and what they cost, on real text, beside what others would do.
+
+E1: sequences repeated in a domain that everything else covers, too. E2: the only source code there is, shown over
+and over. E3: fine-tuning on texts and on made-up people's numbers. Every arm of an experiment sees the same text in
+the same order from the same first weights; ours are driven by our own detector and controls.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import fine_tuning
+from benchmarks.fine_tuning import Tuned, pretrain, tune
+from benchmarks.mitigation_arms import EVERY_SEED, FINE_TUNED, HOLD, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
+from benchmarks.mitigation_data import Sizes
+from benchmarks.mitigation_figure import draw
+from benchmarks.mitigation_runs import Result, run
+from benchmarks.mitigation_tables import fine_tuning_table, table
+from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
+
+WORKERS = 2
+QUICK = Sizes(
+    background=1536, natural=8, twice=16, domain=64, canaries=8, easy=8, controls=96, twins=32, unseen=192
+)  # fmt: skip
+QUICK_TUNING = fine_tuning.Sizes(pretrained=1536, texts=200, control_texts=64, unseen=128)
+QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, "hold at 1", "deduplicated (oracle)", "goldfish, k=4")
+NAN = float("nan")
+
+
+@dataclass
+class Found:
+    """All that was measured; by experiment, arm and seed."""
+
+    results: dict[tuple[str, str, int], Result] = field(default_factory=dict)
+    tuned: dict[tuple[str, int], Tuned] = field(default_factory=dict)
+
+    def of(self, experiment: str, arm: str) -> list[Result]:
+        return [each for (where, name, _), each in self.results.items() if (where, name) == (experiment, arm)]
+
+    def worst(self, experiment: str, arm: str, measure: Callable[[Result, Result], float], sense: str) -> float:
+        """Of all seeds. ``measure`` takes the arm's result and standard's of that seed; NaN where one is missing."""
+        values = [
+            measure(each, self.results[experiment, STANDARD, each.seed])
+            for each in self.of(experiment, arm)
+            if (experiment, STANDARD, each.seed) in self.results
+        ]
+        return _worst(values, sense)
+
+    def worst_tuned(self, arm: str, measure: Callable[[Tuned, Tuned], float], sense: str) -> float:
+        values = [
+            measure(each, self.tuned[STANDARD, seed])
+            for (name, seed), each in self.tuned.items()
+            if name == arm and (STANDARD, seed) in self.tuned
+        ]
+        return _worst(values, sense)
+
+
+def _worst(values: Sequence[float], sense: str) -> float:
+    if not values or any(value != value for value in values):
+        return NAN
+    return max(values) if sense == "<=" else min(values)
+
+
+def criteria(found: Found) -> list[Criterion]:
+    """Issue by issue of the worst seed."""
+    domain = "domain"
+    runs: list[tuple[str, str, str, Callable[[Result, Result], float], Any, float]] = [
+        ("canaries said", "E1", STANDARD, lambda own, _: own.kinds["canary"].exact, ">=", 0.9),
+        ("canaries said", "E1", MEMSINKS, lambda own, _: own.kinds["canary"].exact, "<=", 0.05),
+        ("validation against standard, nats", "E1", MEMSINKS, _dearer, "<=", 0.0),
+        ("gap closed, natural", "E1", MEMSINKS, lambda own, std: own.closed(std, "natural"), ">=", 0.65),
+        ("gap closed, canaries", "E1", MEMSINKS, lambda own, std: own.closed(std, "canary"), ">=", 0.45),
+        ("gap closed, natural", "E1", SKIP, lambda own, std: own.closed(std, "natural"), ">=", 0.8),
+        ("validation against standard, nats", "E1", SKIP, _dearer, "<=", 0.0),
+        ("false flags among all that is not memorized", "E1", SKIP, lambda own, _: own.false_flags, "<=", 0.03),
+        ("validation against standard, nats", "E2", HOLD, _dearer, "<=", 0.0),
+        ("unseen text of the domain against standard, nats", "E2", HOLD,
+         lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
+        ("gap of the domain cut by", "E2", HOLD, lambda own, std: 1 - own.gap / std.gap, ">=", 0.55),
+        ("canaries said", "E2", HOLD, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
+    ]  # fmt: skip
+    tuned: list[tuple[str, str, Callable[[Tuned, Tuned], float], Any, float]] = [
+        ("numbers said at the end", STANDARD, lambda own, _: own.last.total / own.sentences, ">=", 0.6),
+        ("numbers said at any epoch", HOLD, lambda own, _: max(each.total for each in own.epochs), "<=", 0),
+        ("held-out at the end against the best of standard, nats", HOLD,
+         lambda own, std: own.last.held_out - std.best.held_out, "<=", 0.25),
+        ("held-out at its best against the best of standard, nats", HOLD,
+         lambda own, std: own.best.held_out - std.best.held_out, "<=", 0.03),
+    ]  # fmt: skip
+    said = [
+        Criterion(f"{where}, {arm}: {name}", found.worst(where, arm, measure, sense), sense, bound)
+        for name, where, arm, measure, sense, bound in runs
+    ]
+    ratios = [
+        each.kinds["natural"].shown / untied.kinds["natural"].shown
+        for each in found.of("E1", MEMSINKS)
+        for untied in found.of("E1", UNTIED)
+        if each.seed == untied.seed
+    ]
+    said.append(Criterion("E1, MemSinks: loss on repeated text, tied by untied", _worst(ratios, ">="), ">=", 3.0))
+    said += [
+        Criterion(f"E3, {arm}: {name}", found.worst_tuned(arm, measure, sense), sense, bound)
+        for name, arm, measure, sense, bound in tuned
+    ]
+    return said
+
+
+def _dearer(own: Result, standard: Result) -> float:
+    return own.validation - standard.validation
+
+
+def arms_of(experiment: str, first: bool, quick: bool) -> list[str]:
+    """What is run on a seed. Only the first has the rivals and the sweep."""
+    every = EVERY_SEED[experiment]
+    more = (FINE_TUNED if experiment == "E3" else (*ONCE, *TOLD)) if first else ()
+    names = list(dict.fromkeys((*every, *more)))
+    return [name for name in names if name in QUICK_ARMS] if quick else names
+
+
+def find_out(seeds: Sequence[int], quick: bool, model: Path | None) -> Found:
+    """Runs everything in two processes of one thread each."""
+    sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
+    found = Found()
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(WORKERS, mp_context=context, initializer=settle_down) as pool,
+    ):
+        folders = {seed: model or Path(folder) / str(seed) for seed in seeds}
+        first: dict[Future[Any], str] = {}
+        for seed in seeds if model is None else ():
+            first[pool.submit(pretrain, folders[seed], seed, tuning)] = f"E3 pretraining, seed {seed}"
+        for seed in seeds:
+            for where in ("E2", "E1"):
+                for name in arms_of(where, seed == seeds[0], quick):
+                    if name not in TOLD:
+                        first[pool.submit(run, where, name, seed, sizes)] = f"{where} {name}, seed {seed}"
+        found.results = {(each.experiment, each.arm, each.seed): each for each in _finished(first) if each is not None}
+        second: dict[Future[Any], str] = {}
+        for where in ("E2", "E1"):
+            guide = found.results.get((where, HOLD, seeds[0]))
+            for name in TOLD if guide is not None and not quick else ():
+                like = {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
+                second[pool.submit(run, where, name, seeds[0], sizes, like)] = f"{where} {name}, seed {seeds[0]}"
+        for seed in seeds:
+            for name in arms_of("E3", seed == seeds[0], quick):
+                second[pool.submit(tune, folders[seed], name, seed, tuning)] = f"E3 {name}, seed {seed}"
+        for each in _finished(second):
+            if isinstance(each, Result):
+                found.results[each.experiment, each.arm, each.seed] = each
+            else:
+                found.tuned[each.arm, each.seed] = each
+    return found
+
+
+def _finished(waiting: Mapping[Future[Any], str]) -> Iterator[Any]:
+    """Results as they come. An arm that fails is told and left out: an hour of others should not go with it."""
+    start = time.perf_counter()
+    for future in as_completed(waiting):
+        fault = future.exception()
+        told = f"failed: {fault!r}" if fault is not None else f"done after {time.perf_counter() - start:.0f} s"
+        print(f"{waiting[future]}: {told}", file=sys.stderr, flush=True)
+        if fault is None:
+            yield future.result()
+
+
+def report(found: Found, seeds: Sequence[int], seconds: float) -> Report:
+    tables = [table(found.results, where, STANDARD) for where in ("E1", "E2")]
+    said = criteria(found)
+    holding = [each for each in found.of("E2", HOLD) if ("E2", STANDARD, each.seed) in found.results]
+    cheaper = [each.validation - found.results["E2", STANDARD, each.seed].validation for each in holding]
+    mean = sum(cheaper) / len(cheaper) if cheaper else NAN
+    figure = (
+        f"mitigation: {HOLD} in E2: validation {mean:+.3f} nats against standard, "
+        f"{sum(each.holds for each in said)} of {len(said)} criteria hold; {len(seeds)} seeds, {seconds:.0f} s"
+    )
+    measured = {"/".join(map(str, key)): each.plain() for key, each in found.results.items()}
+    measured |= {f"E3/{arm}/{seed}": each.plain() for (arm, seed), each in found.tuned.items()}
+    settings = {"seeds": list(seeds), "measured": measured}
+    return Report("mitigation", [*tables, fine_tuning_table(found.tuned)], said, figure, settings)
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw memorization left against validation loss")
+    options = parser.parse_args(arguments_given)
+    seeds, start = fresh_seeds(options), time.perf_counter()
+    settle_down()
+    found = find_out(seeds, options.quick, options.model)
+    if options.figure is not None:
+        draw(found.results, options.figure)
+    return report(found, seeds, time.perf_counter() - start).tell(options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What is compared: ours, and what others would do, each in the same run of the same text.
+
+B  samples in a batch      U  different samples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import floor
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from benchmarks.mitigation_data import World
+from lightning_memsink.callbacks.goldfish import Goldfish
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.loss_truncation import LossTruncation
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.callbacks.memsinks import MemSinks
+from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
+from lightning_memsink.callbacks.sink_dropout import SinkDropout
+from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
+from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
+
+Gate = Callable[[Tensor, Tensor], Tensor]
+"""Ids ``[B]`` and losses ``[B]`` to a bool ``[B]``: whose gradient stays. How rivals act, none of them ours."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How one run differs from an ordinary one."""
+
+    acting: Callable[[], Sequence[Callback]] = tuple
+    """The callbacks that act; with any there also are those that watch."""
+    gate: Callable[[World, Mapping[str, float]], Gate] | None = None
+    """Made of a world and, by kind, the visits of a sample to let through."""
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """Of the model."""
+    weight_decay: float = 0.01
+    once: bool = False
+    """Nothing is shown twice."""
+
+
+def skip_planted(world: World, like: Mapping[str, float]) -> Gate:
+    """An oracle: what is repeated to be memorized never trains."""
+    planted = world.ids(world.repeated, "canary")
+    return lambda ids, losses: ~torch.isin(ids, planted)
+
+
+def capped(world: World, like: Mapping[str, float]) -> Gate:
+    """An oracle: the first visits of a sample, and then none."""
+    return _by_visit(world, like, lambda visit, times, let: visit < let)
+
+
+def thinned(world: World, like: Mapping[str, float]) -> Gate:
+    """An oracle: as many visits, spread over the run."""
+    return _by_visit(
+        world, like, lambda visit, times, let: floor((visit + 1) * let / times) > floor(visit * let / times)
+    )
+
+
+def _by_visit(world: World, like: Mapping[str, float], lets: Callable[[int, int, int], bool]) -> Gate:
+    times, let = world.times.tolist(), world.times.clone()
+    for kind, visits in like.items():
+        let[world.ids(kind)] = round(visits)
+    seen = [0] * len(times)
+
+    def gate(ids: Tensor, losses: Tensor) -> Tensor:
+        kept = []
+        for row in ids.tolist():
+            kept.append(lets(seen[row], times[row], int(let[row])))
+            seen[row] += 1
+        return torch.tensor(kept)
+
+    return gate
+
+
+def floored(at: float) -> Callable[[World, Mapping[str, float]], Gate]:
+    """Flooding a sample at a time (Ishida et al. 2020): no gradient while its loss is under ``at`` nats."""
+    return lambda world, like: lambda ids, losses: losses >= at
+
+
+def watching(acting: Sequence[Callback]) -> list[Callback]:
+    """What the callbacks that act read from; nothing if none acts."""
+    return [LossTracker(identity="key"), MemorizationDetector()] if acting else []
+
+
+def hold(at: float, **options: Any) -> list[Callback]:
+    return [SampleGradientMask(mode="hold", at=at, **options)]
+
+
+def pool(pool_fraction: float = 0.75, active_fraction: float = 0.3, **options: Any) -> list[Callback]:
+    return [MemSinks(pool_fraction, active_fraction, **options)]
+
+
+def localized(*acting: Callback) -> list[Callback]:
+    return [SinkLocalizer(norms=False, fraction=0.1), *acting]
+
+
+STANDARD, HOLD, HOLD_LOW, SKIP = "standard", "hold at .5", "hold at .25", "skip the flagged"
+MEMSINKS, UNTIED = "MemSinks .75/.3, dropped", "the same, untied"
+SWEEP = {"hold at .1": 0.1, HOLD_LOW: 0.25, HOLD: 0.5, "hold at 1": 1.0, "hold at 2": 2.0}
+NARROW = {"n_inner": 128}
+"""The plain model's MLPs as wide as what MemSinks leaves of 512."""
+
+OURS = {
+    **{name: Arm(partial(hold, at)) for name, at in SWEEP.items()},
+    SKIP: Arm(lambda: [SampleGradientMask(mode="skip")]),
+    "attenuate the flagged to .1": Arm(lambda: [SampleGradientMask(mode="attenuate", weight=0.1)]),
+    "route the flagged": Arm(lambda: [SampleGradientMask(mode="route")]),
+    MEMSINKS: Arm(pool),
+    UNTIED: Arm(lambda: pool(key="anew")),
+    "MemSinks .5/.05, dropped": Arm(lambda: pool(0.5, 0.05)),
+    "freeze localized units, 10 %": Arm(lambda: localized(SinkGradientMask())),
+    "drop localized units, 10 %": Arm(lambda: localized(SinkDropout())),
+}
+COMBINED = {
+    "MemSinks .75/.3 + hold at .5": Arm(lambda: pool() + hold(0.5)),
+    "MemSinks .5/.05 + hold at .5": Arm(lambda: pool(0.5, 0.05) + hold(0.5)),
+    "hold at .5 + weight decay .1": Arm(partial(hold, 0.5), weight_decay=0.1),
+    "hold at .5 + dropout .1": Arm(partial(hold, 0.5), shape={"dropout": 0.1}),
+}
+RIVALS = {
+    "deduplicated (oracle)": Arm(once=True),
+    "plain, surviving width": Arm(shape=NARROW),
+    "dropout .1": Arm(shape={"dropout": 0.1}),
+    "weight decay .1": Arm(weight_decay=0.1),
+    "goldfish, k=4": Arm(lambda: [Goldfish(k=4)]),
+    "loss truncation, 5 %": Arm(lambda: [LossTruncation()]),
+    "skip from the start (oracle)": Arm(gate=skip_planted),
+    "loss floor 3.5 (flooding)": Arm(gate=floored(3.5)),
+    "loss floor 4 (flooding)": Arm(gate=floored(4.0)),
+}
+TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)": Arm(gate=thinned)}
+"""Rivals that get as many visits through as hold at .5 did, and so come after it."""
+
+ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **TOLD}
+ONCE = tuple(name for name in ARMS if name not in TOLD)
+FINE_TUNED = (STANDARD, HOLD, HOLD_LOW, MEMSINKS, "goldfish, k=4", "dropout .1", "weight decay .1")
+EVERY_SEED = {
+    "E1": (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD),
+    "E2": (STANDARD, MEMSINKS, SKIP, HOLD),
+    "E3": FINE_TUNED[:4],
+}
+"""What a criterion or a claim stands on; everything else is run on one seed."""

@@ -1,0 +1,182 @@
+"""Who is trained on how often in E1 and E2, and who is held out: two worlds of real text.
+
+T  tokens      n  different samples of a kind      U  different samples of all kinds      R  rows of training data
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.canaries import plant_canaries
+from lightning_memsink.data import Corpus, apart, python_docs, tokenized, unshared
+from lightning_memsink.data.text import distinct_rows
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many sequences of each kind; ``times`` they are shown. One epoch."""
+
+    background: int = 6144
+    natural: int = 24
+    twice: int = 48
+    """Natural sequences shown two times: not memorized, but a detector could say so."""
+    domain: int = 256
+    domain_times: int = 16
+    canaries: int = 16
+    times: int = 64
+    easy: int = 12
+    easy_times: int = 32
+    controls: int = 128
+    """Of held-out background; others have 48."""
+    twins: int = 48
+    unseen: int = 384
+    """Held-out sequences of real text to measure on; 64 of canaries and easy ones."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Samples drawn alike, some shown and some not. Each ``[., T]``."""
+
+    name: str
+    shown: Tensor
+    times: int
+    controls: Tensor
+    """In the validation loader, where a mitigation may read their losses."""
+    unseen: Tensor
+    """For the report alone."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One experiment's data. A sample's id is its row in ``tokens``."""
+
+    kinds: tuple[Kind, ...]
+    repeated: str
+    """The kind of real text that is repeated: ``natural`` or ``domain``."""
+    vocab_size: int
+
+    def __getitem__(self, name: str) -> Kind:
+        return {kind.name: kind for kind in self.kinds}[name]
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[U, T]``"""
+        return torch.cat([kind.shown for kind in self.kinds])
+
+    @property
+    def times(self) -> Tensor:
+        """``[U]`` how often each sample is shown."""
+        return torch.cat([torch.full((len(kind.shown),), kind.times) for kind in self.kinds])
+
+    @property
+    def rows(self) -> Tensor:
+        """``[R]`` ids, each as often as it is shown."""
+        times = self.times
+        return torch.arange(len(times)).repeat_interleave(times)
+
+    @property
+    def controls(self) -> Tensor:
+        return torch.cat([kind.controls for kind in self.kinds])
+
+    def ids(self, *names: str) -> Tensor:
+        """Of the samples of some kinds."""
+        kinds = [name for kind in self.kinds for name in [kind.name] * len(kind.shown)]
+        return torch.tensor([row for row, name in enumerate(kinds) if name in names], dtype=torch.int64)
+
+    def deduplicated(self) -> World:
+        """Everything once."""
+        return replace(self, kinds=tuple(replace(kind, times=1) for kind in self.kinds))
+
+
+def covered(sizes: Sizes, seed: int) -> World:
+    """E1: what is repeated is text like all the rest."""
+    corpus = documentation(seed)
+    background, held_out, rest = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
+    vocab_size = corpus.tokenizer.get_vocab_size()
+    spare = sizes.twins + 64
+    planted = plant_canaries(
+        background, held_out, rest, vocab_size=vocab_size, repeats=(sizes.times,), per_rung=sizes.natural,
+        canaries=sizes.canaries, easy=sizes.easy, easy_repeats=sizes.easy_times, twins=spare + sizes.twice, seed=seed,
+    )  # fmt: skip
+    natural, canary, easy = planted.rungs
+    nothing = held_out[:0]
+    kinds = (
+        Kind("background", background, 1, held_out[: sizes.controls], held_out[sizes.controls :]),
+        Kind("natural", natural.sequences, natural.repeats, nothing, natural.twins[sizes.twice :]),
+        Kind("twice", natural.twins[: sizes.twice], 2, nothing, natural.twins[sizes.twice :]),
+        *(_with_twins(rung.kind, rung.sequences, rung.repeats, rung.twins, sizes.twins) for rung in (canary, easy)),
+    )
+    return World(kinds, "natural", vocab_size)
+
+
+def uncovered(sizes: Sizes, seed: int) -> World:
+    """E2: what is repeated is the only source code there is."""
+    corpus = documentation(seed)
+    background, held_out, rest = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
+    vocab_size = corpus.tokenizer.get_vocab_size()
+    planted = plant_canaries(
+        background, held_out, rest, vocab_size=vocab_size, repeats=(sizes.times,), per_rung=0,
+        canaries=sizes.canaries, easy=0, twins=sizes.twins + 64, seed=seed,
+    )  # fmt: skip
+    (canary,) = (rung for rung in planted.rungs if rung.kind == "canary")
+    code = tokenized(source_code(), held_out=0.5, seed=seed, tokenizer=corpus.tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    shown = _shuffled(unshared(distinct_rows(code.train), background), generator)[: sizes.domain]
+    unseen = _shuffled(unshared(code.held_out, torch.cat([shown, background])), generator)
+    unseen = unseen[: 2 * sizes.twins + sizes.unseen]
+    kinds = (
+        Kind("background", background, 1, held_out[: sizes.controls], held_out[sizes.controls :]),
+        _with_twins("domain", shown, sizes.domain_times, unseen, 2 * sizes.twins),
+        _with_twins("canary", canary.sequences, canary.repeats, canary.twins, sizes.twins),
+    )
+    return World(kinds, "domain", vocab_size)
+
+
+WORLDS = {"E1": covered, "E2": uncovered}
+
+
+@cache
+def documentation(seed: int) -> Corpus:
+    """Python's documentation; whole texts are held out."""
+    return tokenized(python_docs(), seed=seed)
+
+
+def source_code(root: Path | None = None) -> list[str]:
+    """The functions and classes at the top of the standard library's own modules, without comments and docstrings.
+
+    A text each, in the order of files and lines. Parsed and written anew: layout is that of ``ast.unparse``.
+    """
+    folder = root or Path(sysconfig.get_path("stdlib"))
+    return [text for file in sorted(folder.glob("*.py")) for text in _code_of(file)]
+
+
+def _code_of(file: Path) -> list[str]:
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    parts = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [ast.unparse(node) for node in tree.body if isinstance(node, parts)]
+
+
+def background_of(corpus: Corpus, many: int, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``many`` sequences, others held out, and the rest that shares half a sequence with neither nor with itself."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = distinct_rows(_shuffled(corpus.train, generator))
+    held = _shuffled(corpus.held_out, generator)[:held_out]
+    return pool[:many], held, unshared(apart(pool[many:]), torch.cat([pool[:many], held]))
+
+
+def _with_twins(name: str, shown: Tensor, times: int, twins: Tensor, controls: int) -> Kind:
+    return Kind(name, shown, times, twins[:controls], twins[controls:])
+
+
+def _shuffled(sequences: Tensor, generator: torch.Generator) -> Tensor:
+    return sequences[torch.randperm(len(sequences), generator=generator)]
