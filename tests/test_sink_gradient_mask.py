@@ -12,25 +12,13 @@ from torch import Tensor, nn
 
 from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.freezing import HeldBack
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.sinks import Sinks
-from lightning_memsink.unit_parameters import UnitSlice
 from tests.small_runs import TinyLM, fit, snapshot, train_loader, watch
+from tests.test_freezing import OPTIMIZERS
 
 UNITS = torch.tensor([5, 0, 77, 127])
 SINKS = Sinks({"mlp.2": UNITS}, {"mlp.2": torch.arange(4.0).flip(0)}, {"mlp.2": 128})
-OPTIMIZERS: dict[str, Any] = {
-    "SGD": lambda own: torch.optim.SGD(own, 0.1),
-    "momentum and decay": lambda own: torch.optim.SGD(own, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "Adam and decay": lambda own: torch.optim.Adam(own, 1e-2, weight_decay=0.1),
-    "AdamW": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1),
-    "AdamW fused": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1, fused=True),
-    "AdamW foreach": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1, foreach=True, amsgrad=True),
-    "RMSprop": lambda own: torch.optim.RMSprop(own, 1e-2, momentum=0.9, weight_decay=0.1, centered=True),
-    "Adagrad": lambda own: torch.optim.Adagrad(own, 1e-1, weight_decay=0.1),
-    "L-BFGS": lambda own: torch.optim.LBFGS(own, 1e-2, max_iter=3),
-}
 SHORT: dict[str, Any] = {"limit_train_batches": 8, "max_epochs": 1, "limit_val_batches": 0}
 
 
@@ -145,43 +133,6 @@ def test_a_direction_leaves_the_other_free(direction):
     found = units_of(model)
     assert equal(found[:2], [rows, biases]) == (direction == "in")
     assert equal(found[2:], [columns]) == (direction == "out")
-
-
-# Letting go -------------------------------------------------------------------------------------------------------
-
-
-class Frozen:
-    """A weight of two numbers, of which the first is held for a while."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.weight = nn.Parameter(torch.tensor([1.0, 1.0]))
-        self.optimizer = optimizer([self.weight])
-        self.slices = [UnitSlice(self.weight, 0, torch.tensor([0]))]
-
-    def step(self, gradient: float, held: bool) -> None:
-        self.weight.grad = torch.tensor([0.0 if held else gradient, gradient])
-        before = HeldBack(self.slices, self.optimizer)
-        self.optimizer.step()
-        if held:
-            before.freeze_()
-
-
-@pytest.mark.parametrize("name", ["momentum and decay", "Adam and decay", "AdamW", "RMSprop", "Adagrad"])
-@pytest.mark.parametrize("steps", [1, 300])
-def test_units_that_are_let_go_start_from_rest(name, steps):
-    """However long they stood: no push from before the freeze, no step larger than one that training had made."""
-    run = Frozen(OPTIMIZERS[name])
-    largest = 0.0
-    for _ in range(20):
-        before = run.weight.detach().clone()
-        run.step(-1.0, held=False)
-        largest = max(largest, float((run.weight.detach() - before).abs().max()))
-    stood = run.weight.detach().clone()
-    for _ in range(steps):
-        run.step(-1.0, held=True)
-    assert torch.equal(run.weight[0], stood[0])
-    run.step(1.0, held=False)
-    assert -largest <= run.weight[0] - stood[0] < 0, "it follows the new gradient at once, no further than ever"
 
 
 # Sinks of the ledger ----------------------------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""Numbers held back through a step start from rest when they are let go, whatever the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memsink.freezing import HeldBack, squared_norms, zero_gradients_
+from lightning_memsink.unit_parameters import UnitSlice
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda own: torch.optim.SGD(own, 0.1),
+    "momentum and decay": lambda own: torch.optim.SGD(own, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "Adam and decay": lambda own: torch.optim.Adam(own, 1e-2, weight_decay=0.1),
+    "AdamW": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1),
+    "AdamW fused": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1, fused=True),
+    "AdamW foreach": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1, foreach=True, amsgrad=True),
+    "RMSprop": lambda own: torch.optim.RMSprop(own, 1e-2, momentum=0.9, weight_decay=0.1, centered=True),
+    "Adagrad": lambda own: torch.optim.Adagrad(own, 1e-1, weight_decay=0.1),
+    "L-BFGS": lambda own: torch.optim.LBFGS(own, 1e-2, max_iter=3),
+}
+
+
+class Frozen:
+    """A weight of two numbers, of which the first is held for a while."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.weight = nn.Parameter(torch.tensor([1.0, 1.0]))
+        self.optimizer = optimizer([self.weight])
+        self.slices = [UnitSlice(self.weight, 0, torch.tensor([0]))]
+
+    def step(self, gradient: float, held: bool) -> None:
+        self.weight.grad = torch.tensor([0.0 if held else gradient, gradient])
+        before = HeldBack(self.slices, self.optimizer)
+        self.optimizer.step()
+        if held:
+            before.freeze_()
+
+
+@pytest.mark.parametrize("name", ["momentum and decay", "Adam and decay", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("steps", [1, 300])
+def test_units_that_are_let_go_start_from_rest(name, steps):
+    """However long they stood: no push from before the freeze, no step larger than one that training had made."""
+    run = Frozen(OPTIMIZERS[name])
+    largest = 0.0
+    for _ in range(20):
+        before = run.weight.detach().clone()
+        run.step(-1.0, held=False)
+        largest = max(largest, float((run.weight.detach() - before).abs().max()))
+    stood = run.weight.detach().clone()
+    for _ in range(steps):
+        run.step(-1.0, held=True)
+    assert torch.equal(run.weight[0], stood[0])
+    run.step(1.0, held=False)
+    assert -largest <= run.weight[0] - stood[0] < 0, "it follows the new gradient at once, no further than ever"
+
+
+def test_a_parameter_that_holds_units_along_both_axes_moves_by_the_rest_once():
+    weight = nn.Parameter(torch.zeros(3, 3))
+    slices = [UnitSlice(weight, 0, torch.tensor([1])), UnitSlice(weight, 1, torch.tensor([1]))]
+    weight.grad = torch.full((3, 3), -1.0)
+    optimizer = torch.optim.SGD([weight], 1.0)
+    before = HeldBack(slices, optimizer)
+    optimizer.step()
+    before.scale_(0.25)
+    assert weight.tolist() == [[1, 0.25, 1], [0.25, 0.25, 0.25], [1, 0.25, 1]]
+
+
+def test_a_parameter_without_a_gradient_has_no_norm_and_nothing_to_zero():
+    weight = nn.Parameter(torch.zeros(3))
+    slices = [UnitSlice(weight, 0, torch.tensor([1]))]
+    zero_gradients_(slices)
+    assert squared_norms(slices, [weight]) == (0.0, 0.0) and weight.grad is None
