@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memsinks import MemSinks
@@ -19,7 +22,7 @@ from lightning_memsink.certificate import Certificate
 from lightning_memsink.designed_sinks import Pool, own_units
 from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
-from tests.small_runs import LENGTH, TRAIN, TinyLM, fit, snapshot, watch
+from tests.small_runs import CONTROLS, LENGTH, TRAIN, Rows, TinyLM, fit, snapshot, watch
 
 POOL, SHARED, ACTIVE = 96, 32, 29  # of TinyLM's 128 hidden units
 
@@ -111,7 +114,7 @@ def test_evaluation_is_bit_identical_whatever_the_pool_holds():
 
 def test_memorization_that_the_sinks_hold_is_certified():
     crew = [*watch(), MemSinks()]
-    run, _ = fit(crew, max_epochs=8)
+    run, _ = fit(crew, max_epochs=6)
     certificate = Ledger.of(run).certificate
     assert certificate.verdict == "isolated" and certificate.samples >= 20
     assert certificate.own + 1 < min(certificate.dropped, certificate.placebo, certificate.random)
@@ -180,6 +183,27 @@ def test_nothing_is_left_behind_by_a_run_that_fails():
     with pytest.raises(RuntimeError, match="user's own"):
         fit([*watch(), MemSinks()], model)
     assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+class Writes(Callback):
+    """Each rank writes down what it knows at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        facts = {"weights": snapshot(trainer, pl_module), "certificate": Ledger.of(trainer).certificate.state()}
+        torch.save(facts, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.filterwarnings("ignore:.*recommended to use .*sync_dist")
+def test_ranks_train_alike_and_certify_what_both_saw(tmp_path):
+    crew = [*watch(), MemSinks(certify=32), Writes(tmp_path)]
+    batches = {"train": DataLoader(Rows(TRAIN), 8, shuffle=True), "controls": DataLoader(Rows(CONTROLS), 20)}
+    fit(crew, strategy="ddp_fork", devices=2, max_epochs=3, **batches)
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert one == other and one["certificate"]["samples"] > 32
 
 
 # Where the ids come from, or do not -----------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ class MemSinks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
+        self._misfits.clear()
         self._module = pl_module
         self.layers = find_hidden_layers(pl_module, self.modules)
         for layer in self.layers:
@@ -236,12 +237,14 @@ class MemSinks(Callback):
         self.most_exposed.see(Seen(self._as_it_was, ids, owners, *visits_of(ledger.losses, ids)))
 
     def _certify(self, trainer: Trainer, pl_module: LightningModule) -> Certificate | None:
-        mine, ledger = None, Ledger.of(trainer)
+        mine, ledger, batches = None, Ledger.of(trainer), self.most_exposed.batches
+        # As many in every process: a step that waits for the others must not wait in vain.
+        batches = batches[: min(gather(len(batches)))]
         try:
-            if self.most_exposed.batches:
+            if batches:
                 bench = Bench(trainer, pl_module, self._capture)
                 fitting = [layer for layer in self.layers if layer.name not in self._misfits]
-                mine = bench.losses(self.most_exposed.batches, self.pool, fitting)
+                mine = bench.losses(batches, self.pool, fitting)
         except Exception as error:  # nothing we look at is worth the run
             self._say_once(f"MemSinks has no certificate. {type(error).__name__}: {error}")
         found = joined(gather(mine))
