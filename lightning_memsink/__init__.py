@@ -9,44 +9,74 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_memsink.baking import bake
+    from lightning_memsink.callbacks.goldfish import Goldfish
     from lightning_memsink.callbacks.live_curves import LiveCurves
     from lightning_memsink.callbacks.loss_tracker import LossTracker
+    from lightning_memsink.callbacks.loss_truncation import LossTruncation
     from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+    from lightning_memsink.callbacks.memsinks import MemSinks
     from lightning_memsink.callbacks.progress import MemSinkProgressBar
     from lightning_memsink.callbacks.run_report import RunReport
+    from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
+    from lightning_memsink.callbacks.sink_dropout import SinkDropout
+    from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
     from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
     from lightning_memsink.canaries import plant_canaries
+    from lightning_memsink.certificate import Certificate
     from lightning_memsink.default_set import memsink
+    from lightning_memsink.designed_sinks import Pool
     from lightning_memsink.ledger import Ledger
     from lightning_memsink.losses import per_sample
+    from lightning_memsink.removal import ablate
     from lightning_memsink.sinks import Sinks
     from lightning_memsink.verdicts import Verdict
 
 __all__ = [
+    "Certificate",
+    "Goldfish",
     "Ledger",
     "LiveCurves",
     "LossTracker",
+    "LossTruncation",
     "MemSinkProgressBar",
+    "MemSinks",
     "MemorizationDetector",
+    "Pool",
     "RunReport",
+    "SampleGradientMask",
+    "SinkDropout",
+    "SinkGradientMask",
     "SinkLocalizer",
     "Sinks",
     "Verdict",
+    "ablate",
+    "bake",
     "memsink",
     "per_sample",
     "plant_canaries",
 ]
 
 _HOMES = {
+    "Certificate": "certificate",
+    "Goldfish": "callbacks.goldfish",
     "Ledger": "ledger",
     "LiveCurves": "callbacks.live_curves",
     "LossTracker": "callbacks.loss_tracker",
+    "LossTruncation": "callbacks.loss_truncation",
     "MemSinkProgressBar": "callbacks.progress",
+    "MemSinks": "callbacks.memsinks",
     "MemorizationDetector": "callbacks.memorization_detector",
+    "Pool": "designed_sinks",
     "RunReport": "callbacks.run_report",
+    "SampleGradientMask": "callbacks.sample_gradient_mask",
+    "SinkDropout": "callbacks.sink_dropout",
+    "SinkGradientMask": "callbacks.sink_gradient_mask",
     "SinkLocalizer": "callbacks.sink_localizer",
     "Sinks": "sinks",
     "Verdict": "verdicts",
+    "ablate": "removal",
+    "bake": "baking",
     "memsink": "default_set",
     "per_sample": "losses",
     "plant_canaries": "canaries",

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.propagation import Spread
+from lightning_memsink.reporting.acting import action_series, side_by_side
 from lightning_memsink.reporting.curves import (
     HasRungs,
     PlantedIds,
@@ -82,11 +83,14 @@ class LiveCurves(Callback):
             return
         ledger = Ledger.of(trainer)
         row, onset = self.history[-1], ledger.onset
+        certificate = ledger.certificate if ledger.has("certificate") else None
 
         def end(logger: Logger) -> None:
             run = self._wandb_run(logger)
             if run is not None:
                 run.end(row, onset)
+                if certificate is not None:
+                    run.certificate(certificate)
                 if ledger.has("attribution") and ledger.attribution.rows:
                     run.heat_map(ledger.attribution)
 
@@ -106,6 +110,9 @@ class LiveCurves(Callback):
         if not flags.evaluations or (self.history and flags.evaluations[-1].step <= self.history[-1]["step"]):
             return
         row = scalars(ledger.losses, ledger.controls, flags, ledger.onset, self._planted)
+        done = action_series(ledger.actions, int(row["step"]))
+        if done:
+            row |= done | side_by_side(row)
         spread = _spread(ledger)
         if spread is not None:
             row |= series(spread)

@@ -40,7 +40,10 @@ class RunReport(Callback):
             return
         ledger = Ledger.of(trainer)
         attribution = ledger.attribution if ledger.has("attribution") else None
-        findings = Findings(ledger.losses, ledger.flags, ledger.onset, ledger.history, attribution)
+        certificate = ledger.certificate if ledger.has("certificate") else None
+        findings = Findings(
+            ledger.losses, ledger.flags, ledger.onset, ledger.history, attribution, ledger.actions, certificate
+        )
         opening = _opening(trainer)
         if self.path is not None:
             try:
@@ -97,6 +100,10 @@ def _draw(findings: Findings) -> dict[str, Figure]:
         "gap_distribution": gap_distribution(gaps[gaps.isfinite()], flags.null_gaps.float(), threshold, unit),
         "verdict_map": verdict_map(table.early_loss[:known].float(), gaps, flags.verdict, threshold, unit),
     }
+    if findings.actions:
+        from lightning_memsink.reporting.acting_figure import acting
+
+        drawn["mitigation"] = acting(findings.history, unit)
     if findings.attribution is not None:
         from lightning_memsink.reporting.heat_maps import layer_heat_map
 

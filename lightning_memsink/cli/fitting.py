@@ -11,11 +11,17 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.loss_truncation import LossTruncation
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.callbacks.memsinks import MemSinks
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
 from lightning_memsink.callbacks.run_report import RunReport
+from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
+from lightning_memsink.callbacks.sink_dropout import SinkDropout
+from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.cli.explaining import explain
 from lightning_memsink.cli.recipes import config_path
@@ -28,6 +34,16 @@ GROUPS: dict[str, type[Callback]] = {
     "report": RunReport,
     "localizer": SinkLocalizer,
 }
+
+MITIGATIONS: tuple[type[Callback], ...] = (
+    SampleGradientMask,
+    MemSinks,
+    SinkGradientMask,
+    SinkDropout,
+    Goldfish,
+    LossTruncation,
+)
+"""Known by their short names, because they are imported here."""
 
 
 class MemSinkCLI(LightningCLI):
@@ -58,7 +74,8 @@ class MemSinkCLI(LightningCLI):
             "--memsink.mitigation",
             type=Callback | None,
             default=None,
-            help="A callback that acts on what is found, by class_path or short name; null only watches.",
+            help="A callback that acts on what is found; null only watches. By name, "
+            f"{', '.join(kind.__name__ for kind in MITIGATIONS)}, or any by class_path.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

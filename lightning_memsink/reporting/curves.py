@@ -73,6 +73,7 @@ def scalars(
     evaluation = flags.evaluations[-1]
     row: dict[str, float] = {"step": evaluation.step}
     row |= {name: getattr(evaluation, name) for name in EVALUATION}
+    row["gap_of_top_percent"] = gap_of_top_percent(flags)
     row |= {f"verdict/{word}": count for word, count in evaluation.counts.items()}
     if onset is not None:
         row |= {f"onset_{name}": getattr(onset, name) for name in ONSET}
@@ -183,6 +184,13 @@ def cells(sample: MemorizedSample) -> list[object]:
     """A sample as a row of ``COLUMNS``; the id as text, for the reason given at ``hash``."""
     values = {**asdict(sample), "id": str(sample.id), "hash": sample.hash}
     return [values[column] for column in COLUMNS]
+
+
+def gap_of_top_percent(flags: Flags) -> float:
+    """Mean gap of the hundredth of samples with the largest, whether flagged or not: it compares between runs of which
+    one flags nothing. NaN if none was measured."""
+    gaps = measured_gaps(flags)
+    return float(gaps.topk(max(1, len(gaps) // 100)).values.mean()) if len(gaps) else math.nan
 
 
 def measured_gaps(flags: Flags) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from lightning_memsink.actions import Actions
+from lightning_memsink.certificate import Certificate
 from lightning_memsink.detection import LN2
 from lightning_memsink.propagation import Attribution
+from lightning_memsink.reporting.acting import what_was_done
 from lightning_memsink.reporting.curves import MemorizedSample, top_memorized
 from lightning_memsink.reporting.where import where
 from lightning_memsink.table import LossTable
@@ -19,6 +22,7 @@ FIGURES = {
     "loss_by_rung": "Loss of repeated samples against samples never trained on",
     "gap_distribution": "How far samples lie below their controls, against what controls do among themselves",
     "verdict_map": "Early loss, gap and verdict of every measured sample",
+    "mitigation": "When the mitigation acted, and what gap and held-out loss did meanwhile",
     "layers": "Where samples have their effect and their gradient, layer by step; grey where none of a group passed",
 }
 """File stem and caption of each figure of the report, in its order."""
@@ -34,6 +38,10 @@ class Findings:
     history: Sequence[Mapping[str, float]]
     attribution: Attribution | None = None
     """None where nobody localizes."""
+    actions: Mapping[str, Actions] = field(default_factory=dict)
+    """By mitigation; empty where there is none."""
+    certificate: Certificate | None = None
+    """Of designed sinks."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -60,10 +68,16 @@ def summary(findings: Findings) -> str:
         "When": _when(findings),
         "Which": _which(findings),
         **({} if findings.attribution is None else {"Where": where(findings.attribution)}),
+        **_done(findings),
         "How sure": _how_sure(findings),
         "What this does not show": _limits(findings),
     }
     return "\n\n".join(f"{title}\n  " + "\n  ".join(lines) for title, lines in parts.items())
+
+
+def _done(findings: Findings) -> dict[str, list[str]]:
+    lines = what_was_done(findings.actions, findings.certificate)
+    return {"What was done": lines} if lines else {}
 
 
 def markdown(findings: Findings, figures: str | None, opening: Sequence[str] = ()) -> str:
@@ -81,7 +95,7 @@ def markdown(findings: Findings, figures: str | None, opening: Sequence[str] = (
     if figures is not None:
         lines += ["## Figures", ""]
         for stem, caption in FIGURES.items():
-            if stem == "layers" and findings.attribution is None:
+            if (stem == "layers" and findings.attribution is None) or (stem == "mitigation" and not findings.actions):
                 continue
             lines += [f"![{caption}]({figures}/{stem}.png)", "", f"*{caption}.* [SVG]({figures}/{stem}.svg)", ""]
     if opening:

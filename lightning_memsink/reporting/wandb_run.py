@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_memsink.certificate import Certificate
 from lightning_memsink.propagation import Attribution
 from lightning_memsink.reporting.curves import COLUMNS, MemorizedSample, cells
 from lightning_memsink.verdicts import Onset
@@ -76,6 +77,13 @@ class WandbRun:
                 f"Samples that stand as memorized: {onset.samples}. The first tenth were flagged by step {onset.step} "
                 f"(95 % interval {onset.step_low} to {onset.step_high}), at exposure {onset.exposures:g}."
             ),
+        )
+
+    def certificate(self, certificate: Certificate) -> None:
+        """Summary entries ``memsink/certificate/…``: the verdict, and the losses that it rests on."""
+        told = {"verdict": certificate.verdict, **certificate.state()}
+        self._run.summary.update(
+            {f"memsink/certificate/{name}": value for name, value in told.items() if value == value and name != "exact"}
         )
 
     def end(self, row: Mapping[str, float], onset: Onset | None) -> None:
