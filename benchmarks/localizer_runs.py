@@ -8,22 +8,28 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from benchmarks.twin_runs import PROMPT, Schedule, Sequences, TextModel, exact_match, train
 from lightning_memsink.ablation import ablated
 from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.memsinks import MemSinks
 from lightning_memsink.canaries import plant_canaries
 from lightning_memsink.data import apart, python_docs, tokenized, unshared
 from lightning_memsink.data.text import distinct_rows
+from lightning_memsink.designed_sinks import Pool, masked
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.identity import content_ids
 from lightning_memsink.judging_localizers import (
+    Blind,
     Curve,
     Deletion,
     Groups,
     Injection,
     ablation_curve,
     injected,
+    judge_blind,
     judge_deletion,
     judge_injection,
     prefix_stress,
@@ -36,6 +42,8 @@ ZEROED = 0.05
 PLACEBO = "placebo: default's units of another target"
 SLOW = ("zero-out", "slimming", "hard concrete")
 KINDS = ("natural", "canary")
+DESIGN = Pool(pool_fraction=0.5, active_fraction=0.05)
+"""Of the designed sinks to find again: a sequence owns one pool unit in twenty, so chance is .05."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,10 @@ class Subject:
 
     module: TextModel
     layers: Sequence[HiddenLayer]
+    planted: dict[str, Tensor]
+    """By kind."""
     memorized: dict[str, Tensor]
-    """By kind: planted sequences that it says word for word."""
+    """By kind: those that it says word for word."""
     twins: dict[str, Tensor]
     """By kind: never trained on."""
     held_out: Tensor
@@ -98,6 +108,8 @@ class Found:
     injections: list[Injection]
     sets: dict[str, tuple[int, Deletion]]
     """By kind: how many sequences together, and what zeroing their units did."""
+    blind: dict[str, Blind]
+    """By method, the slow ones left out: designed sinks, found again."""
 
     def of(self, method: str, *kinds: str) -> list[Attempt]:
         return [each for each in self.attempts if each.method == method and each.kind in (kinds or KINDS)]
@@ -107,7 +119,8 @@ def batches(tokens: Tensor) -> list[Samples]:
     return [Samples(part, len(part)) for part in tokens.split(64)] if len(tokens) else []
 
 
-def learn(sizes: Sizes, seed: int) -> Subject:
+def learn(sizes: Sizes, seed: int, *callbacks: Callback) -> Subject:
+    """Trains with ``callbacks`` and looks at the model as it is then, without them."""
     corpus = tokenized(python_docs(), seed=seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
     generator = torch.Generator().manual_seed(seed)
@@ -129,10 +142,12 @@ def learn(sizes: Sizes, seed: int) -> Subject:
     rungs = {rung.kind: rung for rung in planted.rungs if rung.kind in KINDS}
     data = Sequences(planted.train, torch.arange(len(planted.train)), torch.empty(0), vocab_size, seed)
     shown = torch.cat([rung.sequences for rung in rungs.values()])
-    run = train(data, held_out, shown, [LossTracker(identity="key")], Schedule(epochs=sizes.epochs), seed)
+    watch = [LossTracker(identity="content"), *callbacks]
+    run = train(data, held_out, shown, watch, Schedule(epochs=sizes.epochs), seed)
     return Subject(
         run.module,
         find_hidden_layers(run.module),
+        {kind: rung.sequences for kind, rung in rungs.items()},
         {kind: rung.sequences[exact_match(run.module, rung.sequences)] for kind, rung in rungs.items()},
         {kind: rung.twins for kind, rung in rungs.items()},
         held_out,
@@ -151,7 +166,7 @@ def investigate(sizes: Sizes, seed: int) -> Found:
         if len(targets) > 1:
             task = subject.task(kind, targets)
             sets[kind] = len(targets), judge_deletion(task, METHODS[DEFAULT](task), _groups(subject, kind, None), exact)
-    return Found(attempts, recalls, injections, sets)
+    return Found(attempts, recalls, injections, sets, _blind(sizes, seed))
 
 
 def _single_targets(subject: Subject, kind: str, sizes: Sizes) -> list[Attempt]:
@@ -177,6 +192,22 @@ def _zero(subject: Subject, kind: str, row: int, method: str, scores: Scores, se
         with ablated(subject.layers, mask):
             returns = prefix_stress(exact, target, PROMPT, subject.vocab_size).returns
     return Attempt(method, kind, seconds, curve, returns)
+
+
+def _blind(sizes: Sizes, seed: int) -> dict[str, Blind]:
+    """Trains once more, each sequence with pool units of its own, and asks for them with the whole pool on."""
+    subject = learn(sizes, seed, MemSinks(DESIGN.pool_fraction, DESIGN.active_fraction, certify=0))
+    planted = torch.cat(list(subject.planted.values()))
+    ids = content_ids({"input_ids": planted})
+    ownership = {layer.name: DESIGN.own(ids, layer.units) & ~DESIGN.dropped(layer.units) for layer in subject.layers}
+    pool = {layer.name: ~DESIGN.dropped(layer.units) for layer in subject.layers}
+    tasks = [subject.task(kind, row[None]) for kind, rows in subject.planted.items() for row in rows]
+    with masked(subject.layers, lambda units: DESIGN.without(ids[:0], units)):
+        return {
+            method: judge_blind(localizer, tasks, ownership, pool)
+            for method, localizer in METHODS.items()
+            if method not in SLOW
+        }
 
 
 def _groups(subject: Subject, kind: str, row: int | None) -> Groups:

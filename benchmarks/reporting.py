@@ -9,17 +9,20 @@ import os
 import platform
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+Result = TypeVar("Result")
 PACKAGES = ("torch", "lightning", "transformers", "scikit-learn", "wandb", "lightning-memsink")
 
 
@@ -98,6 +101,15 @@ def settle_down() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     for advice in (".*LeafSpec", ".*does not have many workers", ".*logging interval"):
         warnings.filterwarnings("ignore", advice)
+
+
+def in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """``work(*job)`` of every job, in their order, a core and a process each: seeds tell nothing to one another."""
+    if len(jobs) < 2:
+        return [work(*job) for job in jobs]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=settle_down) as pool:
+        return [one.result() for one in [pool.submit(work, *job) for job in jobs]]
 
 
 def environment() -> dict[str, Any]:
