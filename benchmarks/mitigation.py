@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Tuned, pretrain, tune
-from benchmarks.mitigation_arms import EVERY_SEED, FINE_TUNED, HOLD, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
+from benchmarks.mitigation_arms import EVERY_SEED, HOLD, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
 from benchmarks.mitigation_data import Sizes
 from benchmarks.mitigation_figure import draw
 from benchmarks.mitigation_runs import Result, run
@@ -119,10 +119,8 @@ def _dearer(own: Result, standard: Result) -> float:
 
 def arms_of(experiment: str, first: bool, quick: bool) -> list[str]:
     """What is run on a seed. Only the first has the rivals and the sweep."""
-    every = EVERY_SEED[experiment]
-    more = (FINE_TUNED if experiment == "E3" else (*ONCE, *TOLD)) if first else ()
-    names = list(dict.fromkeys((*every, *more)))
-    return [name for name in names if name in QUICK_ARMS] if quick else names
+    names = ONCE[experiment] if first else EVERY_SEED[experiment]
+    return [name for name in names if name in QUICK_ARMS] if quick else list(names)
 
 
 def find_out(seeds: Sequence[int], quick: bool, model: Path | None) -> Found:

@@ -25,12 +25,14 @@ class Sizes:
 
     background: int = 6144
     natural: int = 24
+    natural_times: int = 64
     twice: int = 48
     """Natural sequences shown two times: not memorized, but a detector could say so."""
     domain: int = 256
     domain_times: int = 16
     canaries: int = 16
-    times: int = 64
+    canary_times: int = 96
+    """At 64 times ordinary training says 13 to 15 of the 16 by heart, at 96 all: there must be something to prevent."""
     easy: int = 12
     easy_times: int = 32
     controls: int = 128
@@ -100,18 +102,18 @@ def covered(sizes: Sizes, seed: int) -> World:
     corpus = documentation(seed)
     background, held_out, rest = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
-    spare = sizes.twins + 64
     planted = plant_canaries(
-        background, held_out, rest, vocab_size=vocab_size, repeats=(sizes.times,), per_rung=sizes.natural,
-        canaries=sizes.canaries, easy=sizes.easy, easy_repeats=sizes.easy_times, twins=spare + sizes.twice, seed=seed,
+        background, held_out, rest, vocab_size=vocab_size, repeats=(sizes.natural_times,), per_rung=sizes.natural,
+        canaries=0, easy=sizes.easy, easy_repeats=sizes.easy_times, twins=sizes.twins + 64 + sizes.twice, seed=seed,
     )  # fmt: skip
-    natural, canary, easy = planted.rungs
+    natural, easy = planted.rungs
     nothing = held_out[:0]
     kinds = (
         Kind("background", background, 1, held_out[: sizes.controls], held_out[sizes.controls :]),
         Kind("natural", natural.sequences, natural.repeats, nothing, natural.twins[sizes.twice :]),
         Kind("twice", natural.twins[: sizes.twice], 2, nothing, natural.twins[sizes.twice :]),
-        *(_with_twins(rung.kind, rung.sequences, rung.repeats, rung.twins, sizes.twins) for rung in (canary, easy)),
+        _canaries(sizes, vocab_size, background.shape[1], seed),
+        _with_twins("easy", easy.sequences, easy.repeats, easy.twins, sizes.twins),
     )
     return World(kinds, "natural", vocab_size)
 
@@ -119,13 +121,8 @@ def covered(sizes: Sizes, seed: int) -> World:
 def uncovered(sizes: Sizes, seed: int) -> World:
     """E2: what is repeated is the only source code there is."""
     corpus = documentation(seed)
-    background, held_out, rest = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
+    background, held_out, _ = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
-    planted = plant_canaries(
-        background, held_out, rest, vocab_size=vocab_size, repeats=(sizes.times,), per_rung=0,
-        canaries=sizes.canaries, easy=0, twins=sizes.twins + 64, seed=seed,
-    )  # fmt: skip
-    (canary,) = (rung for rung in planted.rungs if rung.kind == "canary")
     code = tokenized(source_code(), held_out=0.5, seed=seed, tokenizer=corpus.tokenizer)
     generator = torch.Generator().manual_seed(seed)
     shown = _shuffled(unshared(distinct_rows(code.train), background), generator)[: sizes.domain]
@@ -134,7 +131,7 @@ def uncovered(sizes: Sizes, seed: int) -> World:
     kinds = (
         Kind("background", background, 1, held_out[: sizes.controls], held_out[sizes.controls :]),
         _with_twins("domain", shown, sizes.domain_times, unseen, 2 * sizes.twins),
-        _with_twins("canary", canary.sequences, canary.repeats, canary.twins, sizes.twins),
+        _canaries(sizes, vocab_size, background.shape[1], seed),
     )
     return World(kinds, "domain", vocab_size)
 
@@ -172,6 +169,13 @@ def background_of(corpus: Corpus, many: int, held_out: int, seed: int) -> tuple[
     pool = distinct_rows(_shuffled(corpus.train, generator))
     held = _shuffled(corpus.held_out, generator)[:held_out]
     return pool[:many], held, unshared(apart(pool[many:]), torch.cat([pool[:many], held]))
+
+
+def _canaries(sizes: Sizes, vocab_size: int, length: int, seed: int) -> Kind:
+    """Uniformly random tokens."""
+    shape = (sizes.canaries + sizes.twins + 64, length)
+    random = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return _with_twins("canary", random[: sizes.canaries], sizes.canary_times, random[sizes.canaries :], sizes.twins)
 
 
 def _with_twins(name: str, shown: Tensor, times: int, twins: Tensor, controls: int) -> Kind:

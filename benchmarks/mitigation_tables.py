@@ -10,8 +10,8 @@ from benchmarks.fine_tuning import REPEATS, Tuned
 from benchmarks.mitigation_runs import Result
 
 WHERE = {
-    "E1": "E1: natural sequences and canaries x64, in a domain that is covered without them",
-    "E2": "E2: source code x16 that nothing else covers, and canaries x64",
+    "E1": "E1: natural sequences x64 in a domain that is covered without them, and canaries x96",
+    "E2": "E2: source code x16 that nothing else covers, and canaries x96",
 }
 UNSEEN = {"E1": "unseen natural", "E2": "unseen code"}
 

@@ -30,8 +30,8 @@ from benchmarks.mitigation_runs import Learner, Measured, Result, Visits, gpt, r
 from lightning_memsink.data import tokenized
 
 TINY = Sizes(
-    background=64, natural=3, twice=3, domain=8, domain_times=4, canaries=3, times=8, easy=3, easy_times=8, controls=24,
-    twins=12, unseen=24,
+    background=64, natural=3, natural_times=8, twice=3, domain=8, domain_times=4, canaries=3, canary_times=8, easy=3,
+    easy_times=8, controls=24, twins=12, unseen=24,
 )  # fmt: skip
 TINY_TUNING = fine_tuning.Sizes(
     pretrained=32,
@@ -228,7 +228,7 @@ def test_every_arm_runs(name, monkeypatch):
     assert math.isfinite(result.validation)
     assert (result.acted == result.acted) == bool(ARMS[name].acting())
     shown = result.kinds["canary"].trained
-    assert shown == 1 if ARMS[name].once else shown <= TINY.times
+    assert shown == 1 if ARMS[name].once else shown <= TINY.canary_times
 
 
 def test_what_runs_on_every_seed_runs_on_the_first():
