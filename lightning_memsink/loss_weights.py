@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.attribution import sample_weights
 from lightning_memsink.loss_graph import (
     LOG_SOFTMAX,
     NEGATIVE_LIKELIHOOD,
@@ -31,6 +31,7 @@ from lightning_memsink.losses import (
     IDS_KEY,
     LossCall,
     SampleAxisLost,
+    Term,
     alike,
     sample_of_run,
     samples_by_offset,
@@ -100,15 +101,19 @@ class OpenLoss:
         node = self.calls[0].node
         return node.metadata.get(IDS_KEY) if is_report(node) else None
 
+    @cached_property
+    def _terms(self) -> list[Term]:
+        return terms_of([each.call for each in self.calls], self.batch_size, self.loss_scale)
+
     def losses(self) -> Tensor:
         """``[B]`` each sample's loss now, as the ledger will have it: the mean over its elements that count, several
         losses added as the step adds them; NaN where none counts."""
-        return weigh(terms_of([each.call for each in self.calls], self.batch_size, self.loss_scale))
+        return weigh(self._terms)
 
     def shares(self) -> Tensor:
         """``[B]`` each sample's part of the loss's coefficients, adding up to 1: ``1/B`` each under a batch mean."""
-        weights = sample_weights([each.call for each in self.calls], self.batch_size, self.loss_scale)
-        assert weights is not None  # every call here has a sample axis
+        absent = torch.stack([term.weights == 0 for term in self._terms])  # a mean over nothing has no scale
+        weights = torch.stack([term.weights * term.scale for term in self._terms]).masked_fill(absent, 0).abs().sum(0)
         return weights / weights.sum()
 
     def weigh_samples(self, weights: Tensor) -> None:
@@ -142,21 +147,38 @@ def _note_upstreams(loss: Tensor, found: Sequence[tuple[Any, LossCall]]) -> None
 
 def _scale(each: OpenCall, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
     node, shape = each.node, each.call.losses.shape
-    per_run = each.call.losses.numel() // max(1, len(each.owners))
     if weights.numel() < each.call.losses.numel():
-        weights = weights[:, None].expand(-1, per_run)
+        weights = weights[:, None].expand(-1, each.call.losses.numel() // len(each.owners))
     weights = weights.reshape(shape)
     if node.name() in NEGATIVE_LIKELIHOOD:
-        weights = weights.unsqueeze(1)
-    elif node.name() == LOG_SOFTMAX:
+        return _scale_targets(node, weights.unsqueeze(1))
+    if node.name() == LOG_SOFTMAX:
         weights = weights.unsqueeze(signed(node._saved_dim))
 
     def scale(leaving: Sequence[Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
-        scaled = []
-        for gradient in leaving:
-            if gradient is not None and gradient.ndim == weights.ndim:
-                gradient = (gradient * weights.to(gradient.dtype)).masked_fill_(weights == 0, 0)  # 0 * inf is NaN
-            scaled.append(gradient)
-        return tuple(scaled)
+        return tuple(
+            _times(gradient, weights) if gradient is not None and gradient.ndim == weights.ndim else gradient
+            for gradient in leaving
+        )
 
     return scale
+
+
+def _scale_targets(node: Any, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
+    """What leaves a likelihood, ``[N, C]``, is zero but at the targets: only those are touched, and in place, for it
+    was made for this node alone. A pass over all classes would cost more than the loss itself."""
+    targets = node._saved_target
+    place = torch.where(targets == signed(node._saved_ignore_index), 0, targets).unsqueeze(1)
+
+    def scale(leaving: Sequence[Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
+        gradient, *rest = leaving
+        if torch.is_grad_enabled():  # a graph of the gradient itself is being made
+            return gradient.scatter(1, place, _times(gradient.gather(1, place), weights)), *rest
+        return gradient.scatter_(1, place, _times(gradient.gather(1, place), weights)), *rest
+
+    return scale
+
+
+def _times(gradient: Tensor, weights: Tensor) -> Tensor:
+    """Exactly 0 where the weight is, though 0 times infinity is not."""
+    return (gradient * weights.to(gradient.dtype)).masked_fill(weights == 0, 0)
