@@ -11,8 +11,8 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,9 @@ from benchmarks.mitigation_tables import fine_tuning_table, table
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 
 WORKERS = 2
-QUICK = Sizes(
-    background=1536, natural=8, twice=16, domain=64, canaries=8, easy=8, controls=96, twins=32, unseen=192
-)  # fmt: skip
-QUICK_TUNING = fine_tuning.Sizes(pretrained=1536, texts=200, control_texts=64, unseen=128)
-QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, "hold at 1", "deduplicated (oracle)", "goldfish, k=4")
+QUICK = Sizes(background=1024, natural=6, twice=16, domain=48, canaries=6, easy=6, controls=96, twins=32, unseen=192)
+QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
+QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, "deduplicated (oracle)")
 NAN = float("nan")
 
 
@@ -124,50 +122,55 @@ def arms_of(experiment: str, first: bool, quick: bool) -> list[str]:
 
 
 def find_out(seeds: Sequence[int], quick: bool, model: Path | None) -> Found:
-    """Runs everything in two processes of one thread each."""
+    """Runs everything in two processes of one thread each; those that others wait for come first."""
     sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
-    found = Found()
+    todo = [
+        (where, name, seed)
+        for seed in seeds
+        for where in ("E2", "E1")
+        for name in arms_of(where, seed == seeds[0], quick)
+    ]
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(WORKERS, mp_context=context, initializer=settle_down) as pool,
     ):
         folders = {seed: model or Path(folder) / str(seed) for seed in seeds}
-        first: dict[Future[Any], str] = {}
-        for seed in seeds if model is None else ():
-            first[pool.submit(pretrain, folders[seed], seed, tuning)] = f"E3 pretraining, seed {seed}"
-        for seed in seeds:
-            for where in ("E2", "E1"):
-                for name in arms_of(where, seed == seeds[0], quick):
-                    if name not in TOLD:
-                        first[pool.submit(run, where, name, seed, sizes)] = f"{where} {name}, seed {seed}"
-        found.results = {(each.experiment, each.arm, each.seed): each for each in _finished(first) if each is not None}
-        second: dict[Future[Any], str] = {}
-        for where in ("E2", "E1"):
-            guide = found.results.get((where, HOLD, seeds[0]))
-            for name in TOLD if guide is not None and not quick else ():
+        pretraining = [(pretrain, folders[seed], seed, tuning) for seed in seeds if model is None]
+        ran = _done(pool, [*pretraining, *((run, *job, sizes) for job in todo if job[1] not in TOLD)])
+        results = {(each.experiment, each.arm, each.seed): each for each in ran if each is not None}
+        told = []
+        for where, name, seed in todo:
+            guide = results.get((where, HOLD, seed))
+            if name in TOLD and guide is not None:
                 like = {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
-                second[pool.submit(run, where, name, seeds[0], sizes, like)] = f"{where} {name}, seed {seeds[0]}"
-        for seed in seeds:
-            for name in arms_of("E3", seed == seeds[0], quick):
-                second[pool.submit(tune, folders[seed], name, seed, tuning)] = f"E3 {name}, seed {seed}"
-        for each in _finished(second):
-            if isinstance(each, Result):
-                found.results[each.experiment, each.arm, each.seed] = each
-            else:
-                found.tuned[each.arm, each.seed] = each
-    return found
+                told.append((run, where, name, seed, sizes, like))
+        results |= {(each.experiment, each.arm, each.seed): each for each in _done(pool, told)}
+        tuned = _done(
+            pool,
+            [
+                (tune, folders[seed], name, seed, tuning)
+                for seed in seeds
+                for name in arms_of("E3", seed == seeds[0], quick)
+            ],
+        )
+    return Found(results, {(each.arm, each.seed): each for each in tuned})
 
 
-def _finished(waiting: Mapping[Future[Any], str]) -> Iterator[Any]:
-    """Results as they come. An arm that fails is told and left out: an hour of others should not go with it."""
+def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What each function with its arguments gives. One that fails is told and left out: an hour of others stays."""
     start = time.perf_counter()
+    waiting = {pool.submit(*job): job for job in jobs}
+    given = []
     for future in as_completed(waiting):
+        function, *about = waiting[future]
         fault = future.exception()
-        told = f"failed: {fault!r}" if fault is not None else f"done after {time.perf_counter() - start:.0f} s"
-        print(f"{waiting[future]}: {told}", file=sys.stderr, flush=True)
+        words = [function.__name__, *(str(each) for each in about if isinstance(each, (str, int)))]
+        end = f"after {time.perf_counter() - start:.0f} s" if fault is None else f"failed: {fault!r}"
+        print(*words, end, file=sys.stderr, flush=True)
         if fault is None:
-            yield future.result()
+            given.append(future.result())
+    return given
 
 
 def report(found: Found, seeds: Sequence[int], seconds: float) -> Report:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.mitigation_arms import COMBINED, OURS, STANDARD, SWEEP
+from benchmarks.mitigation_arms import ARMS, COMBINED, OURS, STANDARD, SWEEP
 from benchmarks.mitigation_runs import Result
 
 Point = tuple[float, float]
@@ -25,7 +25,7 @@ def draw(results: Mapping[tuple[str, str, int], Result], path: Path) -> None:
 
     figure = Figure(figsize=(15, 7.2), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
-    names = list(dict.fromkeys(name for _, name, _ in results))
+    names = [name for name in ARMS if any(arm == name for _, arm, _ in results)]
     handles = {}
     for panel, (experiment, kind, title) in zip(panels, PANELS, strict=True):
         points = points_of(results, experiment, kind)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from benchmarks.fine_tuning import REPEATS, Tuned
+from benchmarks.mitigation_arms import ARMS
 from benchmarks.mitigation_runs import Result
 
 WHERE = {
@@ -19,7 +20,7 @@ UNSEEN = {"E1": "unseen natural", "E2": "unseen code"}
 def table(results: Mapping[tuple[str, str, int], Result], experiment: str, standard: str) -> Table:
     """Losses in nats per token; against standard of the same seed where a sign is shown."""
     own = [each for (where, _, _), each in results.items() if where == experiment]
-    names = list(dict.fromkeys(each.arm for each in own))
+    names = [name for name in ARMS if any(each.arm == name for each in own)]
     kind = "natural" if experiment == "E1" else "domain"
     rows = Table(
         title=f"{WHERE[experiment]}. Mean over seeds [least, most]; Δ: nats against standard.\n"
@@ -64,7 +65,7 @@ def fine_tuning_table(tuned: Mapping[tuple[str, int], Tuned]) -> Table:
         f"loss x{REPEATS[-1]}", "never seen", "acted", "sinks",
     ):  # fmt: skip
         rows.add_column(column, justify="left" if column == "arm" else "right")
-    for name in dict.fromkeys(arm for arm, _ in tuned):
+    for name in (name for name in ARMS if any(arm == name for arm, _ in tuned)):
         arm = [each for (which, _), each in tuned.items() if which == name]
         rows.add_row(
             name,
