@@ -13,7 +13,7 @@ import yaml
 
 from lightning_memsink.canaries import Rung
 from lightning_memsink.cli import main
-from lightning_memsink.cli.recipes import recipe_names, recipes_folder
+from lightning_memsink.cli.recipes import is_overlay, recipe_names, recipes_folder
 from lightning_memsink.data import byte_level_bpe, python_docs
 from lightning_memsink.demo import CausalLM, PythonDocs, TextFile
 from lightning_memsink.demo_digits import Digits
@@ -60,10 +60,41 @@ def _part_of_the_docs():
     return python_docs()[::10]
 
 
-@pytest.mark.parametrize("name", recipe_names())
+BASES = [name for name in recipe_names() if not is_overlay(name)]
+OVERLAYS = [name for name in recipe_names() if is_overlay(name)]
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_a_recipe_validates(name, here, capsys):
     assert main(["validate", name]) == 0
     assert capsys.readouterr().out.startswith("OK: would fit ")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_overlay_validates_on_every_recipe(base, here, capsys):
+    """Parsed one after the other, so that later files win: all at once end in the last one, skip."""
+    overlays = [word for name in OVERLAYS for word in ("-c", name)]
+    assert main(["validate", base, *overlays]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("mitigation: SampleGradientMask")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_runs_on_the_demo_and_the_report_says_what_it_did(name, here, capsys):
+    main(["fit", "-c", "watch", "-c", name, *STEPS, *SHORT["watch"]])
+    assert "What was done" in capsys.readouterr().out
+    assert Path("memsink_report_files/mitigation.png").is_file()
+
+
+def test_an_overlay_alone_says_what_to_lay_it_over(here):
+    with pytest.raises(SystemExit, match=r"`mitigate/hold` is an overlay: .* -c watch -c mitigate/hold"):
+        main(["validate", "mitigate/hold"])
+
+
+@pytest.mark.parametrize("value", ["SampleGradientMask", "null"])
+def test_one_flag_toggles_a_mitigation(value, here, capsys):
+    options = ["--memsink.mitigation.at=0.5"] if value != "null" else []
+    assert main(["validate", "watch", "-c", "mitigate/goldfish", f"--memsink.mitigation={value}", *options]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"mitigation: {'none' if value == 'null' else value}")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -24,7 +24,7 @@ from lightning_memsink.callbacks.sink_dropout import SinkDropout
 from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.cli.explaining import explain
-from lightning_memsink.cli.recipes import config_path
+from lightning_memsink.cli.recipes import config_path, is_overlay
 from lightning_memsink.integrations.wandb import offline_without_key
 
 GROUPS: dict[str, type[Callback]] = {
@@ -108,14 +108,18 @@ class MemSinkCLI(LightningCLI):
 
 def with_recipes(words: list[str]) -> list[str]:
     """The same command line, each config that names a recipe replaced by the recipe's file."""
-    resolved = []
+    resolved, named = [], []
     expects_path = False
     for word in words:
         flag, equals, value = word.partition("=")
         if expects_path:
+            named.append(word)
             word = config_path(word)
         elif equals and flag in ("-c", "--config"):
+            named.append(value)
             word = f"{flag}={config_path(value)}"
         expects_path = word in ("-c", "--config")
         resolved.append(word)
+    if named and all(map(is_overlay, named)):
+        raise SystemExit(f"`{named[0]}` is an overlay: lay it over what to train, -c watch -c {named[0]}")
     return resolved

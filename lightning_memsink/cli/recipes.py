@@ -36,6 +36,12 @@ def find_recipe(name: str) -> Path | None:
     return recipes_folder() / f"{plain}.yaml" if plain in recipe_names() else None
 
 
+def is_overlay(name: str) -> bool:
+    """Whether a recipe only changes others: those in folders, as ``mitigate/hold``, do."""
+    recipe = None if Path(name).is_file() else find_recipe(name)
+    return recipe is not None and recipe.parent != recipes_folder()
+
+
 def config_path(name: str) -> str:
     """The file of that name or, where there is none, the shipped recipe."""
     if Path(name).is_file():
