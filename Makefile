@@ -27,6 +27,8 @@ bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(VENV)/bin/python -m benchmarks.overhead --attribution
 	$(VENV)/bin/python -m benchmarks.localization --seeds 3
+	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --figure docs/mitigation.png
+	$(VENV)/bin/python -m benchmarks.overhead --mitigation
 
 clean:
 	rm -rf $(VENV) runs
