@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import floor
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ class Arm:
     shape: Mapping[str, Any] = field(default_factory=dict)
     """Of the model."""
     weight_decay: float = 0.01
-    once: bool = False
-    """Nothing is shown twice."""
+    world: Callable[[World, Mapping[str, float]], World] | None = None
+    """Another world in the place of the given one."""
 
 
 def skip_planted(world: World, like: Mapping[str, float]) -> Gate:
@@ -52,31 +51,29 @@ def skip_planted(world: World, like: Mapping[str, float]) -> Gate:
 
 
 def capped(world: World, like: Mapping[str, float]) -> Gate:
-    """An oracle: the first visits of a sample, and then none."""
-    return _by_visit(world, like, lambda visit, times, let: visit < let)
-
-
-def thinned(world: World, like: Mapping[str, float]) -> Gate:
-    """An oracle: as many visits, spread over the run."""
-    return _by_visit(
-        world, like, lambda visit, times, let: floor((visit + 1) * let / times) > floor(visit * let / times)
-    )
-
-
-def _by_visit(world: World, like: Mapping[str, float], lets: Callable[[int, int, int], bool]) -> Gate:
-    times, let = world.times.tolist(), world.times.clone()
+    """An oracle: the first visits of a sample, as many as ``like`` says of its kind, and then none."""
+    left = world.times.clone()
     for kind, visits in like.items():
-        let[world.ids(kind)] = round(visits)
-    seen = [0] * len(times)
+        left[world.ids(kind)] = round(visits)
 
     def gate(ids: Tensor, losses: Tensor) -> Tensor:
         kept = []
         for row in ids.tolist():
-            kept.append(lets(seen[row], times[row], int(let[row])))
-            seen[row] += 1
+            kept.append(bool(left[row] > 0))
+            left[row] -= 1
         return torch.tensor(kept)
 
     return gate
+
+
+def once(world: World, like: Mapping[str, float]) -> World:
+    """An oracle: nothing is shown twice."""
+    return world.shown({kind.name: 1 for kind in world.kinds})
+
+
+def thinned(world: World, like: Mapping[str, float]) -> World:
+    """An oracle: samples are shown as often as ``like`` says of their kind, spread over the run."""
+    return world.shown({kind: round(visits) for kind, visits in like.items()})
 
 
 def floored(at: float) -> Callable[[World, Mapping[str, float]], Gate]:
@@ -125,7 +122,7 @@ COMBINED = {
     "hold at .5 + dropout .1": Arm(partial(hold, 0.5), shape={"dropout": 0.1}),
 }
 RIVALS = {
-    "deduplicated (oracle)": Arm(once=True),
+    "deduplicated (oracle)": Arm(world=once),
     "plain, surviving width": Arm(shape=NARROW),
     "dropout .1": Arm(shape={"dropout": 0.1}),
     "weight decay .1": Arm(weight_decay=0.1),
@@ -135,7 +132,7 @@ RIVALS = {
     "loss floor 3.5 (flooding)": Arm(gate=floored(3.5)),
     "loss floor 4 (flooding)": Arm(gate=floored(4.0)),
 }
-TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)": Arm(gate=thinned)}
+TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)": Arm(world=thinned)}
 """Rivals that get as many visits through as hold at .5 did, and so come after it."""
 
 ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **TOLD}

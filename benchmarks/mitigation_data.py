@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -92,9 +93,10 @@ class World:
         kinds = [name for kind in self.kinds for name in [kind.name] * len(kind.shown)]
         return torch.tensor([row for row, name in enumerate(kinds) if name in names], dtype=torch.int64)
 
-    def deduplicated(self) -> World:
-        """Everything once."""
-        return replace(self, kinds=tuple(replace(kind, times=1) for kind in self.kinds))
+    def shown(self, times: Mapping[str, int]) -> World:
+        """The same, but for how often samples of some kinds are shown."""
+        kinds = (replace(kind, times=times.get(kind.name, kind.times)) for kind in self.kinds)
+        return replace(self, kinds=tuple(kinds))
 
 
 def covered(sizes: Sizes, seed: int) -> World:

@@ -267,7 +267,7 @@ def run(experiment: str, name: str, seed: int, sizes: Sizes, like: Mapping[str, 
     """``like``: by kind, how many visits of each sample an oracle lets through, for arms that need to be told."""
     torch.set_num_threads(1)
     start, arm, world = time.perf_counter(), ARMS[name], world_of(experiment, sizes, seed)
-    seen = world.deduplicated() if arm.once else world
+    seen = world if arm.world is None else arm.world(world, like or {})
     seed_everything(seed, verbose=False)
     gate = None if arm.gate is None else arm.gate(world, like or {})
     module = Learner(gpt(world.vocab_size, world.tokens.shape[1], **arm.shape), arm.weight_decay, gate)
