@@ -174,7 +174,7 @@ def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[An
 
 
 def report(found: Found, seeds: Sequence[int], seconds: float) -> Report:
-    tables = [table(found.results, where, STANDARD) for where in ("E1", "E2")]
+    tables = [table(found.results, where) for where in ("E1", "E2")]
     said = criteria(found)
     holding = [each for each in found.of("E2", HOLD) if ("E2", STANDARD, each.seed) in found.results]
     cheaper = [each.validation - found.results["E2", STANDARD, each.seed].validation for each in holding]

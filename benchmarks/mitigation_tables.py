@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.fine_tuning import REPEATS, Tuned
-from benchmarks.mitigation_arms import ARMS
+from benchmarks.mitigation_arms import ARMS, STANDARD
 from benchmarks.mitigation_runs import Result
 
-WHERE = {
-    "E1": "E1: natural sequences x64 in a domain that is covered without them, and canaries x96",
-    "E2": "E2: source code x16 that nothing else covers, and canaries x96",
+TITLES = {
+    "E1": "E1: natural sequences x64 in a domain that is covered without them, and canaries x96.",
+    "E2": "E2: source code x16 that nothing else covers, and canaries x96.",
 }
-UNSEEN = {"E1": "unseen natural", "E2": "unseen code"}
+NOTE = (
+    "Mean over seeds [least, most], one seed where there is no range; Δ: nats against standard, of text never shown. "
+    "Gap: nats from\nthe repeated text to unseen text like it. EM: said word for word, repeated/canary; with own sinks "
+    "on. Closed: way from standard's\nloss to that of unseen twins, repeated/canary. Visits that trained, "
+    "repeated/canary."
+)
 
 
-def table(results: Mapping[tuple[str, str, int], Result], experiment: str, standard: str) -> Table:
-    """Losses in nats per token; against standard of the same seed where a sign is shown."""
-    own = [each for (where, _, _), each in results.items() if where == experiment]
-    names = [name for name in ARMS if any(each.arm == name for each in own)]
-    kind = "natural" if experiment == "E1" else "domain"
-    rows = Table(
-        title=f"{WHERE[experiment]}. Mean over seeds [least, most]; Δ: nats against standard.\n"
-        "EM: said word for word, with own sinks in brackets. Closed: way from standard's loss to that of unseen twins.",
-        title_justify="left",
+def table(results: Mapping[tuple[str, str, int], Result], experiment: str) -> Table:
+    """Losses in nats per token; those of the same seed are compared."""
+    rows = _bare(
+        f"{TITLES[experiment]} {NOTE}",
+        *("arm", "Δ validation", "Δ repeated\nkind", "gap", "EM", "own EM", "closed", "canary\nloss", "visits"),
     )
-    for column in (
-        "arm", "seeds", "Δ validation", f"Δ {UNSEEN[experiment]}", "gap left", "EM", "EM canary", "closed",
-        "canary loss", "closed", "visits", "acted",
-    ):  # fmt: skip
-        rows.add_column(column, justify="left" if column == "arm" else "right")
-    for name in names:
-        arm = [each for each in own if each.arm == name]
-        pairs = [(each, results[experiment, standard, each.seed]) for each in arm if _known(results, each, standard)]
+    for name in ARMS:
+        arm = [each for (where, which, _), each in results.items() if (where, which) == (experiment, name)]
+        if not arm:
+            continue
+        kinds = arm[0].repeated, "canary"
+        rivals = [(each, results.get((experiment, STANDARD, each.seed))) for each in arm]
+        pairs = [(each, standard) for each, standard in rivals if standard is not None]
         rows.add_row(
             name,
-            str(len(arm)),
-            range_of([each.validation - std.validation for each, std in pairs]),
-            range_of([each.kinds[kind].unseen - std.kinds[kind].unseen for each, std in pairs]),
-            _mean([each.gap for each in arm]),
-            *(_exact(arm, which) for which in (kind, "canary")),
-            _mean([each.closed(std, kind) for each, std in pairs] if name != standard else []),
-            _mean([each.kinds["canary"].shown for each in arm]),
-            _mean([each.closed(std, "canary") for each, std in pairs] if name != standard else []),
-            "/".join(f"{_mean([each.kinds[which].trained for each in arm], 0)}" for which in (kind, "canary")),
-            _mean([each.acted for each in arm]),
+            range_of([each.validation - standard.validation for each, standard in pairs]),
+            range_of([each.kinds[kinds[0]].unseen - standard.kinds[kinds[0]].unseen for each, standard in pairs]),
+            mean([each.gap for each in arm]),
+            both(mean([each.kinds[kind].exact for each in arm]) for kind in kinds),
+            both(mean([each.kinds[kind].own_exact for each in arm]) for kind in kinds),
+            both(mean([each.closed(standard, kind) for each, standard in pairs]) for kind in kinds),
+            mean([each.kinds["canary"].shown for each in arm]),
+            both(mean([each.kinds[kind].trained for each in arm], 0) for kind in kinds),
         )
     return rows
 
@@ -55,55 +54,67 @@ def fine_tuning_table(tuned: Mapping[tuple[str, int], Tuned]) -> Table:
     """Numbers said of those of each rung, and losses in nats per token, at the best epoch and at the last."""
     sentences = next(iter(tuned.values())).sentences // len(REPEATS) if tuned else 0
     rungs = ", ".join(f"x{times}" for times in REPEATS)
-    rows = Table(
-        title=f"E3: fine-tuning. Numbers said word for word, of {sentences} each shown {rungs} an epoch, and held-out "
-        "loss, at the epoch\nwhere held-out text is best and at the last. Mean over seeds [least, most].",
-        title_justify="left",
+    rows = _bare(
+        f"E3: fine-tuning. Numbers said word for word, of {sentences} each shown {rungs} an epoch, and held-out loss, "
+        "at the epoch where\nthat is lowest (the best that stopping early can do) and at the last. Mean over seeds "
+        "[least, most].",
+        *("arm", "best\nepoch", "said\nthen", "held-out\nthen", "said at\nthe end", "held-out at\nthe end"),
+        *(f"loss\nx{REPEATS[-1]}", "never\nshown", "acted\non", "sinks"),
     )
-    for column in (
-        "arm", "seeds", "best epoch", "said then", "held-out then", "said at the end", "held-out at the end",
-        f"loss x{REPEATS[-1]}", "never seen", "acted", "sinks",
-    ):  # fmt: skip
-        rows.add_column(column, justify="left" if column == "arm" else "right")
-    for name in (name for name in ARMS if any(arm == name for arm, _ in tuned)):
+    for name in ARMS:
         arm = [each for (which, _), each in tuned.items() if which == name]
+        if not arm:
+            continue
         rows.add_row(
             name,
-            str(len(arm)),
-            _mean([1 + each.epochs.index(each.best) for each in arm], 1),
+            mean([1 + each.epochs.index(each.best) for each in arm], 0),
             *(
                 cell
                 for epochs in ([each.best for each in arm], [each.last for each in arm])
                 for cell in (
-                    "/".join(_mean([epoch.recalled[times] for epoch in epochs], 1) for times in REPEATS),
+                    both(mean([epoch.recalled[times] for epoch in epochs], 1) for times in REPEATS),
                     range_of([epoch.held_out for epoch in epochs], sign=""),
                 )
             ),
-            *(_mean([each.last.losses[times] for each in arm]) for times in (REPEATS[-1], 0)),
-            _mean([each.acted for each in arm]),
-            ", ".join(dict.fromkeys(each.verdict for each in arm if each.verdict)),
+            *(mean([each.last.losses[times] for each in arm]) for times in (REPEATS[-1], 0)),
+            mean([each.acted for each in arm]),
+            ",\n".join(dict.fromkeys(each.verdict for each in arm if each.verdict)),
         )
     return rows
 
 
 def range_of(values: Sequence[float], sign: str = "+") -> str:
-    """Mean, and where there are several the range under it."""
+    """Mean, and where there are several the range under it.
+
+    >>> range_of([-0.12, -0.1])
+    '-.110\\n[-.12, -.10]'
+    """
     if not values:
         return ""
-    mean = f"{sum(values) / len(values):{sign}.3f}"
-    return mean if len(values) == 1 else f"{mean}\n[{min(values):{sign}.2f}, {max(values):{sign}.2f}]"
+    average = _short(f"{sum(values) / len(values):{sign}.3f}")
+    ends = ", ".join(_short(f"{end:{sign}.2f}") for end in (min(values), max(values)))
+    return average if len(values) == 1 else f"{average}\n[{ends}]"
 
 
-def _exact(arm: Sequence[Result], kind: str) -> str:
-    own = _mean([each.kinds[kind].own_exact for each in arm])
-    return _mean([each.kinds[kind].exact for each in arm]) + (f" ({own})" if own else "")
-
-
-def _mean(values: Sequence[float], places: int = 2) -> str:
-    """Empty where nothing is known."""
+def mean(values: Sequence[float], places: int = 2) -> str:
+    """Of what is known; empty where nothing is."""
     known = [value for value in values if value == value]
-    return f"{sum(known) / len(known):.{places}f}" if known else ""
+    return _short(f"{sum(known) / len(known):.{places}f}") if known else ""
 
 
-def _known(results: Mapping[tuple[str, str, int], Result], each: Result, standard: str) -> bool:
-    return (each.experiment, standard, each.seed) in results
+def both(cells: Iterable[str]) -> str:
+    """Several numbers in one cell; empty if none is known."""
+    known = list(cells)
+    return "/".join(known) if all(known) else ""
+
+
+def _short(number: str) -> str:
+    """Without the zero before the point."""
+    return number.replace("0.", ".", 1) if number.lstrip("+-").startswith("0.") else number
+
+
+def _bare(title: str, *columns: str) -> Table:
+    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in columns:
+        rows.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    return rows
