@@ -16,10 +16,9 @@ TITLES = {
     "E2": "E2: source code x16 that nothing else covers, and canaries x96.",
 }
 NOTE = (
-    "Mean over seeds [least, most], one seed where there is no range; Δ: nats against standard, of text never shown. "
-    "Gap: nats from\nthe repeated text to unseen text like it. EM: said word for word, repeated/canary; with own sinks "
-    "on. Closed: way from standard's\nloss to that of unseen twins, repeated/canary. Visits that trained, "
-    "repeated/canary."
+    "Mean over seeds [least, most], one seed where there is no range. Δ: nats against standard, of text never shown. "
+    "Gap: nats from the repeated text to unseen text like it. EM: said word for word, repeated/canary; with own sinks "
+    "on. Closed: way from standard's loss to that of unseen twins, repeated/canary. Visits: those that trained."
 )
 
 
@@ -56,10 +55,10 @@ def fine_tuning_table(tuned: Mapping[tuple[str, int], Tuned]) -> Table:
     rungs = ", ".join(f"x{times}" for times in REPEATS)
     rows = _bare(
         f"E3: fine-tuning. Numbers said word for word, of {sentences} each shown {rungs} an epoch, and held-out loss, "
-        "at the epoch where\nthat is lowest (the best that stopping early can do) and at the last. Mean over seeds "
+        "at the epoch where that is lowest (the best that stopping early can do) and at the last. Mean over seeds "
         "[least, most].",
         *("arm", "best\nepoch", "said\nthen", "held-out\nthen", "said at\nthe end", "held-out at\nthe end"),
-        *(f"loss\nx{REPEATS[-1]}", "never\nshown", "acted\non", "sinks"),
+        *(f"loss\nx{REPEATS[-1]}", "never\nshown", "sinks"),
     )
     for name in ARMS:
         arm = [each for (which, _), each in tuned.items() if which == name]
@@ -77,8 +76,7 @@ def fine_tuning_table(tuned: Mapping[tuple[str, int], Tuned]) -> Table:
                 )
             ),
             *(mean([each.last.losses[times] for each in arm]) for times in (REPEATS[-1], 0)),
-            mean([each.acted for each in arm]),
-            ",\n".join(dict.fromkeys(each.verdict for each in arm if each.verdict)),
+            ", ".join(dict.fromkeys(each.verdict for each in arm if each.verdict)),
         )
     return rows
 
@@ -116,5 +114,5 @@ def _short(number: str) -> str:
 def _bare(title: str, *columns: str) -> Table:
     rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in columns:
-        rows.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+        rows.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "sinks")
     return rows

@@ -82,8 +82,13 @@ class Attribution:
         agreement: Tensor | None = None,
     ) -> None:
         """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), signed ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not
-        squared yet), ``movement`` ``[K]``, ``agreement`` ``[B]``.
+        squared yet), ``movement`` ``[K]``, ``agreement`` ``[B]``. A sample without any gradient, as a mitigation that
+        leaves samples out makes it, tells nothing of where it sits, and is passed over.
         """
+        told = shares.any(1) if norms is None else shares.any(1) | norms.any(1)
+        ids, verdicts, shares = ids[told], verdicts[told], shares[told]
+        norms = None if norms is None else norms[told]
+        agreement = None if agreement is None else agreement[told]
         layers = torch.stack([part.sum(1) for part in shares.abs().split(list(self.units.values()), 1)], 1)
         self._window.add(verdicts, layers, norms, movement, agreement)
         most = max(8, min(MOST_REMEMBERED, BUDGET // max(1, shares.shape[1])))

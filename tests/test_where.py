@@ -14,6 +14,7 @@ from lightning_memsink.propagation import Attribution, Spread, block_of
 from lightning_memsink.reporting.heat_maps import layer_heat_map
 from lightning_memsink.reporting.where import series, short_names, where
 from lightning_memsink.sinks import Sinks
+from lightning_memsink.verdicts import Verdict
 from tests.small_runs import fit
 from tests.test_sink_localizer import DeepLM
 
@@ -101,6 +102,19 @@ def test_the_heat_map_has_a_panel_for_each_group_and_kind():
     assert [axes.get_title() for axes in panels[:2]] == ["memorized samples", "learned samples"] and len(panels) == 4
     assert [label.get_text() for label in panels[2].get_yticklabels()] == ["wte", "h.0", "h.1", "h.2"]
     assert layer_heat_map([], [], []).axes, "a sentence instead of a picture"
+
+
+def test_a_sample_whose_gradient_was_left_out_is_passed_over():
+    """A row of zeros would pull the shares of its group to zero."""
+    ids, verdicts = torch.tensor([7, 8, 9]), torch.full((3,), int(Verdict.MEMORIZED))
+    shares, norms = torch.rand(3, 300), torch.rand(3, 4)
+    shares[1], norms[1] = 0, 0
+    told, expected, rest = attribution(), attribution(), [0, 2]
+    told.record(ids, verdicts, shares, norms, None, torch.ones(3))
+    expected.record(ids[rest], verdicts[rest], shares[rest], norms[rest], None, torch.ones(2))
+    assert repr(told.state_dict()) == repr(expected.state_dict())
+    told.record(ids[1:2], verdicts[1:2], shares[1:2], norms[1:2])  # a batch of nobody else
+    assert told.memorized.ids.tolist() == expected.memorized.ids.tolist()
 
 
 def test_a_run_shows_it_in_every_logger_and_in_the_report(tmp_path, capsys):
