@@ -16,7 +16,7 @@ from lightning_memsink.actions import Actions
 from lightning_memsink.capture import StepCapture
 from lightning_memsink.certificate import Certificate, certify
 from lightning_memsink.certifying import Bench, MostExposed, Seen, copied, joined, twins_of, visits_of
-from lightning_memsink.designed_sinks import Pool, apply_mask, attach, gives_way
+from lightning_memsink.designed_sinks import Pool, apply_mask, attach, gives_way, plan
 from lightning_memsink.gathering import gather
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.ledger import BatchInHand, Ledger
@@ -146,7 +146,7 @@ class MemSinks(Callback):
             Ledger.of(trainer).certificate = self.certificate = self._certify(trainer, pl_module)
         rank_zero_info(
             "The pool of MemSinks is still in the weights. Take it out before the model is served: "
-            "bake(model, memsinks.pool)."
+            f"bake(model, memsinks.pool), or of some samples alone, without=ids. {plan(self.pool.active_fraction, 20)}"
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
