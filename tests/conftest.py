@@ -9,6 +9,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def every_test_begins_with_one_thread() -> None:
+    """A benchmark takes more; processes forked by a later test would then wait for threads that they do not have."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def every_test_ends_its_wandb_run_and_service() -> Iterator[None]:
     """An open run would be taken over by the next logger, and a service is found by a variable of the environment,
     which a test that gives back the environment it found would bring back when the service is long gone."""
