@@ -27,6 +27,7 @@ from benchmarks.mitigation_tables import fine_tuning_table, table
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 
 WORKERS = 2
+EXPERIMENTS = ("E1", "E2", "E3")
 QUICK = Sizes(background=1024, natural=6, twice=16, domain=48, canaries=6, easy=6, controls=96, twins=32, unseen=192)
 QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
 QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, "deduplicated (oracle)")
@@ -121,14 +122,24 @@ def arms_of(experiment: str, first: bool, quick: bool) -> list[str]:
     return [name for name in names if name in QUICK_ARMS] if quick else list(names)
 
 
-def find_out(seeds: Sequence[int], quick: bool, model: Path | None) -> Found:
-    """Runs everything in two processes of one thread each; those that others wait for come first."""
+def find_out(
+    seeds: Sequence[int],
+    quick: bool,
+    model: Path | None,
+    only: Sequence[str] = EXPERIMENTS,
+    brief: bool = False,
+) -> Found:
+    """Runs everything in two processes of one thread each; those that others wait for come first.
+
+    ``only``: these experiments. ``brief``: on no seed the rivals and the sweep.
+    """
     sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
     todo = [
         (where, name, seed)
         for seed in seeds
         for where in ("E2", "E1")
-        for name in arms_of(where, seed == seeds[0], quick)
+        if where in only
+        for name in arms_of(where, seed == seeds[0] and not brief, quick)
     ]
     context = multiprocessing.get_context("spawn")
     with (
@@ -136,7 +147,7 @@ def find_out(seeds: Sequence[int], quick: bool, model: Path | None) -> Found:
         ProcessPoolExecutor(WORKERS, mp_context=context, initializer=settle_down) as pool,
     ):
         folders = {seed: model or Path(folder) / str(seed) for seed in seeds}
-        pretraining = [(pretrain, folders[seed], seed, tuning) for seed in seeds if model is None]
+        pretraining = [(pretrain, folders[seed], seed, tuning) for seed in seeds if model is None and "E3" in only]
         ran = _done(pool, [*pretraining, *((run, *job, sizes) for job in todo if job[1] not in TOLD)])
         results = {(each.experiment, each.arm, each.seed): each for each in ran if each is not None}
         told = []
@@ -151,7 +162,8 @@ def find_out(seeds: Sequence[int], quick: bool, model: Path | None) -> Found:
             [
                 (tune, folders[seed], name, seed, tuning)
                 for seed in seeds
-                for name in arms_of("E3", seed == seeds[0], quick)
+                if "E3" in only
+                for name in arms_of("E3", seed == seeds[0] and not brief, quick)
             ],
         )
     return Found(results, {(each.arm, each.seed): each for each in tuned})
@@ -173,33 +185,34 @@ def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[An
     return given
 
 
-def report(found: Found, seeds: Sequence[int], seconds: float) -> Report:
-    tables = [table(found.results, where) for where in ("E1", "E2")]
-    said = criteria(found)
+def report(found: Found, seeds: Sequence[int], seconds: float, only: Sequence[str] = EXPERIMENTS) -> Report:
+    tables = [table(found.results, where) for where in ("E1", "E2") if where in only]
+    tables += [fine_tuning_table(found.tuned)] if "E3" in only else []
+    said = [each for each in criteria(found) if each.name[:2] in only]
     holding = [each for each in found.of("E2", HOLD) if ("E2", STANDARD, each.seed) in found.results]
     cheaper = [each.validation - found.results["E2", STANDARD, each.seed].validation for each in holding]
-    mean = sum(cheaper) / len(cheaper) if cheaper else NAN
-    figure = (
-        f"mitigation: {HOLD} in E2: validation {mean:+.3f} nats against standard, "
-        f"{sum(each.holds for each in said)} of {len(said)} criteria hold; {len(seeds)} seeds, {seconds:.0f} s"
-    )
+    held = f"{HOLD} in E2: validation {sum(cheaper) / len(cheaper):+.3f} nats against standard, " if cheaper else ""
+    holds = sum(each.holds for each in said)
+    figure = f"mitigation: {held}{holds} of {len(said)} criteria hold; {len(seeds)} seeds, {seconds:.0f} s"
     measured = {"/".join(map(str, key)): each.plain() for key, each in found.results.items()}
     measured |= {f"E3/{arm}/{seed}": each.plain() for (arm, seed), each in found.tuned.items()}
     settings = {"seeds": list(seeds), "measured": measured}
-    return Report("mitigation", [*tables, fine_tuning_table(found.tuned)], said, figure, settings)
+    return Report("mitigation", tables, said, figure, settings)
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = arguments("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw memorization left against validation loss")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="these experiments")
+    parser.add_argument("--brief", action="store_true", help="only the arms that a criterion stands on")
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
     settle_down()
-    found = find_out(seeds, options.quick, options.model)
+    found = find_out(seeds, options.quick, options.model, options.only, options.brief)
     if options.figure is not None:
         draw(found.results, options.figure)
-    return report(found, seeds, time.perf_counter() - start).tell(options.json)
+    return report(found, seeds, time.perf_counter() - start, options.only).tell(options.json)
 
 
 if __name__ == "__main__":
