@@ -173,8 +173,7 @@ def _children_stream(name: str, module: nn.Module) -> list[_Reader | str]:
 
 
 def writers_by_reader(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Names of the modules that read hidden layers (down projections), each with those of the modules that write it
-    (the up projection; gate and up, where the MLP is gated)."""
+    """Names of modules that read hidden layers (down projections), each with those that write it (up, and gate)."""
     pairs: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleDict) or _reader(name, module) is not None:
