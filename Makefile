@@ -24,7 +24,8 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3
 	$(VENV)/bin/python -m benchmarks.overhead --tracking
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) --editable '.[peers]'
+	$(VENV)/bin/pip uninstall --quiet --yes torchvision # BackPACK only names it, and its build need not fit torch's
 	$(VENV)/bin/python -m benchmarks.overhead --attribution
 	$(VENV)/bin/python -m benchmarks.localization --seeds 3
 	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --figure docs/mitigation.png

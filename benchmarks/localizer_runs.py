@@ -40,6 +40,7 @@ from lightning_memsink.localizers import DEFAULT, METHODS, Samples, Scores, Task
 ZEROED = 0.05
 """Share of units zeroed for a single target."""
 PLACEBO = "placebo: default's units of another target"
+JUDGED = (DEFAULT, "random")
 SLOW = ("zero-out", "slimming", "hard concrete")
 KINDS = ("natural", "canary")
 DESIGN = Pool(pool_fraction=0.5, active_fraction=0.05)
@@ -57,7 +58,9 @@ class Sizes:
     twins: int = 32
     epochs: int = 2
     targets: int = 12
-    """Of each kind, at most; slow localizers get one."""
+    """Of each kind, at most, for the localizers that a criterion stands on."""
+    compared: int = 4
+    """Of these, for the others; slow ones get one."""
     injections: int = 4
     """Of each kind; slow localizers get one."""
 
@@ -173,7 +176,8 @@ def _single_targets(subject: Subject, kind: str, sizes: Sizes) -> list[Attempt]:
     many = min(sizes.targets, len(subject.memorized[kind]))
     attempts, placebo = [], []
     for method, localizer in METHODS.items():
-        for row in range(min(many, 1) if method in SLOW else many):
+        asked = sizes.targets if method in JUDGED else 1 if method in SLOW else sizes.compared
+        for row in range(min(many, asked)):
             task, start = subject.task(kind, subject.memorized[kind][row][None]), time.perf_counter()
             scores = partial(localizer, seed=row)(task) if method == "random" else localizer(task)
             seconds = time.perf_counter() - start

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 LARGEST = 2**24
 """Elements of per-sample gradients to hold at once."""
@@ -186,6 +186,8 @@ def rows_squared_norm(ids: Tensor, gradients: Tensor) -> Tensor:
     batch, positions = ids.shape
     if positions == 1:
         return _square(gradients[:, 0])
+    if (ids[:, 1:] > ids[:, :-1]).all():  # every row once, as where positions are looked up
+        return _square(gradients.flatten(1))
     if positions <= gradients.shape[2]:
         return _dot_(gram(gradients), (ids[:, :, None] == ids[:, None, :]).to(gradients.dtype))
     span = int(ids.max()) + 1
@@ -193,35 +195,6 @@ def rows_squared_norm(ids: Tensor, gradients: Tensor) -> Tensor:
     rows, place = torch.unique(own, return_inverse=True)
     sums = gradients.new_zeros(len(rows), gradients.shape[2]).index_add_(0, place.flatten(), gradients.flatten(0, 1))
     return gradients.new_zeros(batch).index_add_(0, rows // span, _square(sums))
-
-
-def embedding_rows(ids: Tensor, gradients: Tensor, padding_idx: int | None) -> Rows:
-    """``ids`` ``[B, T]``, ``gradients`` ``[B, T, I]``; the padding's row gets none."""
-    if padding_idx is not None:
-        gradients = gradients.masked_fill((ids == padding_idx)[..., None], 0.0)
-    return Rows(ids, gradients)
-
-
-def layer_norm_gradients(given: Tensor, gradient: Tensor, shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
-    """``[B, P]`` of a LayerNorm's weight and of its bias; ``given``, ``gradient``: ``[B, ..., *shape]``."""
-    weight = functional.layer_norm(given, list(shape), eps=eps).mul_(gradient)
-    return _over_positions(weight, len(shape)), _over_positions(gradient, len(shape))
-
-
-def rms_norm_gradient(given: Tensor, gradient: Tensor, shape: Sequence[int], eps: float) -> Tensor:
-    """``[B, P]`` of an RMSNorm's weight; ``given``, ``gradient``: ``[B, ..., *shape]``."""
-    return _over_positions(functional.rms_norm(given, list(shape), eps=eps).mul_(gradient), len(shape))
-
-
-def group_norm_gradients(given: Tensor, gradient: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """``[B, C]`` of a GroupNorm's weight and of its bias; ``given``, ``gradient``: ``[B, C, ...]``."""
-    weight = functional.group_norm(given, groups, eps=eps).mul_(gradient)
-    return weight.flatten(2).sum(2), gradient.flatten(2).sum(2)
-
-
-def _over_positions(gradient: Tensor, trailing: int) -> Tensor:
-    size = math.prod(gradient.shape[gradient.ndim - trailing :])
-    return gradient.reshape(len(gradient), -1, size).sum(1)
 
 
 def convolution_weight_squared_norm(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> Tensor:
@@ -235,22 +208,48 @@ def convolution_weight_squared_norm(given: Tensor, gradient: Tensor, weight: Ten
     if how.groups > 1:
         return torch.stack([_square(each.flatten()) for each in _convolution_gradients(given, gradient, weight, how)])
     outputs, patches, inputs = gradient.flatten(2), how.patches(given), weight[0].numel()
+    if _pixels_are_cheaper(given, gradient, inputs):
+        return _dot_(patch_gram(given, gradient.shape[2:], how), gram(outputs.mT))
     if given.device.type != "cpu":
         return outer_squared_norm(outputs.mT, patches.reshape(len(given), inputs, -1).mT)
     small = gram_is_cheaper(outputs.shape[2], len(weight), inputs)
     # One sample's patches stay in the cache; all of them would be a copy of the input for each tap of the kernel.
     room = given.new_empty(inputs, outputs.shape[2])
-    product = given.new_empty((outputs.shape[2],) * 2 if small else (len(weight), inputs))
+    written = given.new_empty((outputs.shape[2],) * 2 if small else (len(weight), inputs))
     norms = []
     for patch, output in zip(patches, outputs, strict=True):
         room.view(patch.shape).copy_(patch)
         if small:
-            torch.mm(room.T, room, out=product)
-            norms.append(torch.dot(product.view(-1), (output.T @ output).view(-1)))
+            torch.mm(room.T, room, out=written)
+            norms.append(torch.dot(written.view(-1), (output.T @ output).view(-1)))
         else:
-            torch.mm(output, room.T, out=product)
-            norms.append(torch.dot(product.view(-1), product.view(-1)))
+            torch.mm(output, room.T, out=written)
+            norms.append(torch.dot(written.view(-1), written.view(-1)))
     return torch.stack(norms)
+
+
+def _pixels_are_cheaper(given: Tensor, gradient: Tensor, inputs: int) -> bool:
+    """True if `patch_gram` costs less than to write patches out: where a map is small and has many channels."""
+    pixels, positions, outputs = given[0, 0].numel(), gradient[0, 0].numel(), gradient.shape[1]
+    own = pixels**2 * given.shape[1] + positions**2 * (outputs + inputs // given.shape[1] * WRITING)
+    small = gram_is_cheaper(positions, outputs, inputs)
+    return own < (positions**2 * (outputs + inputs) if small else outputs * inputs * positions)
+
+
+def patch_gram(given: Tensor, positions: Sequence[int], how: Convolution) -> Tensor:
+    """``[B, P, P]`` inner products between the patches of ``given`` ``[B, C, *sizes]`` at P ``positions``.
+
+    A product of patches is a sum over the kernel of products of pixels, and each pair of these is needed many times.
+    """
+    pixels = gram(given.flatten(2).mT).view(len(given), *given.shape[2:] * 2)
+    total: Tensor | None = None
+    for tap in product(*map(range, how.kernel)):
+        moved = zip(tap, how.dilation, how.stride, positions, strict=True)
+        seen = [slice(at * reach, at * reach + step * (many - 1) + 1, step) for at, reach, step, many in moved]
+        part = pixels[(slice(None), *seen, *seen)]
+        total = part.clone(memory_format=torch.contiguous_format) if total is None else total.add_(part)
+    assert total is not None
+    return total.view(len(given), math.prod(positions), -1)
 
 
 def convolution_weight_gradient(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> Tensor:

@@ -5,7 +5,8 @@ B  samples in a batch    T  positions of a sample    U  features of a layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -19,10 +20,7 @@ from lightning_memsink.ghost_norms import (
     Convolved,
     Dense,
     Outer,
-    embedding_rows,
-    group_norm_gradients,
-    layer_norm_gradients,
-    rms_norm_gradient,
+    Rows,
 )
 
 Contributions = dict[str, Contribution]
@@ -96,27 +94,42 @@ def _transposed_linear(module: nn.Module, given: Tensor, gradient: Tensor) -> Co
 
 
 def _embedding(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributions:
+    ids, gradients = given.reshape(len(given), -1), _by_position(gradient)
     padding = cast(nn.Embedding, module).padding_idx
-    return {"weight": embedding_rows(given.reshape(len(given), -1), _by_position(gradient), padding)}
+    if padding is not None:  # its row gets none
+        gradients = gradients.masked_fill((ids == padding)[..., None], 0.0)
+    return {"weight": Rows(ids, gradients)}
 
 
 def _layer_norm(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributions:
     norm = cast(nn.LayerNorm, module)
-    weight, bias = layer_norm_gradients(given, gradient, norm.normalized_shape, norm.eps)
-    return _only_wanted(module, weight=lambda: Dense(weight), bias=lambda: Dense(bias))
+    shape = norm.normalized_shape
+
+    def weight() -> Dense:
+        return _over_positions(functional.layer_norm(given, shape, eps=norm.eps).mul_(gradient), shape)
+
+    return _only_wanted(module, weight=weight, bias=lambda: _over_positions(gradient, shape))
 
 
 def _rms_norm(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributions:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None:
         eps = torch.finfo(given.dtype).eps
-    return {"weight": Dense(rms_norm_gradient(given, gradient, cast(Tensor, module.weight).shape, eps))}
+    shape = list(cast(Tensor, module.weight).shape)
+    return {"weight": _over_positions(functional.rms_norm(given, shape, eps=eps).mul_(gradient), shape)}
+
+
+def _over_positions(gradient: Tensor, shape: Sequence[int]) -> Dense:
+    return Dense(gradient.reshape(len(gradient), -1, math.prod(shape)).sum(1))
 
 
 def _group_norm(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributions:
     norm = cast(nn.GroupNorm, module)
-    weight, bias = group_norm_gradients(given, gradient, norm.num_groups, norm.eps)
-    return _only_wanted(module, weight=lambda: Dense(weight), bias=lambda: Dense(bias))
+
+    def weight() -> Dense:
+        return Dense(functional.group_norm(given, norm.num_groups, eps=norm.eps).mul_(gradient).flatten(2).sum(2))
+
+    return _only_wanted(module, weight=weight, bias=lambda: Dense(gradient.flatten(2).sum(2)))
 
 
 def _convolution(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributions:

@@ -123,3 +123,19 @@ def test_patches_make_the_convolution(kernel, stride, dilation, channels, output
     gradient = normal(*output.shape, seed=seed + 2)
     oracle = convolution_weight_gradient(image, gradient, weight, how).square().sum(1)
     assert_close(squared_norm([Convolved(image, gradient, weight, how)], weight.shape), oracle, rtol=1e-5, atol=1e-5)
+    patches = how.patches(image).flatten(4).flatten(1, 3)
+    assert_close(ghost_norms.patch_gram(image, output.shape[2:], how), patches.mT @ patches, rtol=1e-5, atol=1e-5)
+
+
+def test_a_small_map_of_many_channels_needs_no_patches(monkeypatch):
+    """Products of pixels are made once; without them, the patches are written out."""
+    how, weight = Convolution((3, 3), (1, 1), (1, 1), groups=1), torch.empty(64, 64, 3, 3)
+    image, gradient = normal(2, 64, 6, 6), normal(2, 64, 4, 4, seed=1)
+    oracle = convolution_weight_gradient(image, gradient, weight, how).square().sum(1)
+    by_pixels = squared_norm([Convolved(image, gradient, weight, how)], weight.shape)
+    monkeypatch.setattr(ghost_norms, "patch_gram", lambda *_: pytest.fail("patches were not written out"))
+    with pytest.raises(pytest.fail.Exception):
+        squared_norm([Convolved(image, gradient, weight, how)], weight.shape)
+    monkeypatch.setattr(ghost_norms, "_pixels_are_cheaper", lambda *_: False)
+    assert_close(by_pixels, oracle, rtol=1e-5, atol=1e-5)
+    assert_close(squared_norm([Convolved(image, gradient, weight, how)], weight.shape), oracle, rtol=1e-5, atol=1e-5)
