@@ -22,6 +22,8 @@ from torch import Tensor
 
 LARGEST = 2**24
 """Elements of per-sample gradients to hold at once."""
+CACHED = 2**19
+"""Elements of patches to write out at once."""
 WRITING = 8
 """What it costs to write and read back an element, in multiply-adds."""
 
@@ -210,22 +212,14 @@ def convolution_weight_squared_norm(given: Tensor, gradient: Tensor, weight: Ten
     outputs, patches, inputs = gradient.flatten(2), how.patches(given), weight[0].numel()
     if _pixels_are_cheaper(given, gradient, inputs):
         return _dot_(patch_gram(given, gradient.shape[2:], how), gram(outputs.mT))
-    if given.device.type != "cpu":
-        return outer_squared_norm(outputs.mT, patches.reshape(len(given), inputs, -1).mT)
-    small = gram_is_cheaper(outputs.shape[2], len(weight), inputs)
-    # One sample's patches stay in the cache; all of them would be a copy of the input for each tap of the kernel.
-    room = given.new_empty(inputs, outputs.shape[2])
-    written = given.new_empty((outputs.shape[2],) * 2 if small else (len(weight), inputs))
+    # A few samples' patches stay in the cache; all of them would be a copy of the input for each tap of the kernel.
+    room = given.new_empty(max(1, CACHED // max(1, inputs * outputs.shape[2])), inputs, outputs.shape[2])
     norms = []
-    for patch, output in zip(patches, outputs, strict=True):
-        room.view(patch.shape).copy_(patch)
-        if small:
-            torch.mm(room.T, room, out=written)
-            norms.append(torch.dot(written.view(-1), (output.T @ output).view(-1)))
-        else:
-            torch.mm(output, room.T, out=written)
-            norms.append(torch.dot(written.view(-1), written.view(-1)))
-    return torch.stack(norms)
+    for patch, output in zip(patches.split(len(room)), outputs.split(len(room)), strict=True):
+        own = room[: len(patch)]
+        own.view(patch.shape).copy_(patch)
+        norms.append(outer_squared_norm(output.mT, own.mT))
+    return torch.cat(norms)
 
 
 def _pixels_are_cheaper(given: Tensor, gradient: Tensor, inputs: int) -> bool:
