@@ -2,7 +2,8 @@
 
 E1: sequences repeated in a domain that everything else covers, too. E2: the only source code there is, shown over
 and over. E3: fine-tuning on texts and on made-up people's numbers. Every arm of an experiment sees the same text in
-the same order from the same first weights; ours are driven by our own detector and controls.
+the same order from the same first weights, in E3 from those of one pretrained model; ours are driven by our own
+detector and controls.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def find_out(
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(WORKERS, mp_context=context, initializer=settle_down) as pool,
     ):
-        folders = {seed: model or Path(folder) / str(seed) for seed in seeds}
-        pretraining = [(pretrain, folders[seed], seed, tuning) for seed in seeds if model is None and "E3" in only]
+        pretrained = model or Path(folder)
+        pretraining = [(pretrain, pretrained, seeds[0], tuning)] if model is None and "E3" in only else []
         ran = _done(pool, [*pretraining, *((run, *job, sizes) for job in todo if job[1] not in TOLD)])
         results = {(each.experiment, each.arm, each.seed): each for each in ran if each is not None}
         told = []
@@ -156,16 +157,15 @@ def find_out(
             if name in TOLD and guide is not None:
                 like = {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
                 told.append((run, where, name, seed, sizes, like))
-        results |= {(each.experiment, each.arm, each.seed): each for each in _done(pool, told)}
-        tuned = _done(
-            pool,
-            [
-                (tune, folders[seed], name, seed, tuning)
-                for seed in seeds
-                if "E3" in only
-                for name in arms_of("E3", seed == seeds[0] and not brief, quick)
-            ],
-        )
+        tuning_jobs = [
+            (tune, pretrained, name, seed, tuning)
+            for seed in seeds
+            if "E3" in only
+            for name in arms_of("E3", seed == seeds[0] and not brief, quick)
+        ]
+        ended = _done(pool, [*tuning_jobs, *told])
+    results |= {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
+    tuned = [each for each in ended if isinstance(each, Tuned)]
     return Found(results, {(each.arm, each.seed): each for each in tuned})
 
 

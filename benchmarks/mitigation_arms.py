@@ -90,7 +90,7 @@ def hold(at: float, **options: Any) -> list[Callback]:
     return [SampleGradientMask(mode="hold", at=at, **options)]
 
 
-def pool(pool_fraction: float = 0.75, active_fraction: float = 0.3, **options: Any) -> list[Callback]:
+def pool(pool_fraction: float = 0.75, active_fraction: float = 0.15, **options: Any) -> list[Callback]:
     return [MemSinks(pool_fraction, active_fraction, **options)]
 
 
@@ -99,7 +99,7 @@ def localized(*acting: Callback) -> list[Callback]:
 
 
 STANDARD, HOLD, HOLD_LOW, SKIP = "standard", "hold at .5", "hold at .25", "skip the flagged"
-MEMSINKS, UNTIED = "MemSinks .75/.3, dropped", "the same, untied"
+MEMSINKS, UNTIED, SMALL = "MemSinks .75/.15, dropped", "the same, untied", "MemSinks .1/.15, dropped"
 SWEEP = {"hold at .1": 0.1, HOLD_LOW: 0.25, HOLD: 0.5, "hold at 1": 1.0, "hold at 2": 2.0}
 NARROW = {"n_inner": 128}
 """The plain model's MLPs as wide as what MemSinks leaves of 512."""
@@ -111,15 +111,14 @@ OURS = {
     "route the flagged": Arm(lambda: [SampleGradientMask(mode="route")]),
     MEMSINKS: Arm(pool),
     UNTIED: Arm(lambda: pool(key="anew")),
-    "MemSinks .5/.05, dropped": Arm(lambda: pool(0.5, 0.05)),
+    "MemSinks .75/.3, dropped": Arm(lambda: pool(0.75, 0.3)),
+    SMALL: Arm(lambda: pool(0.1)),
     "freeze localized units, 10 %": Arm(lambda: localized(SinkGradientMask())),
     "drop localized units, 10 %": Arm(lambda: localized(SinkDropout())),
 }
 COMBINED = {
-    "MemSinks .75/.3 + hold at .5": Arm(lambda: pool() + hold(0.5)),
-    "MemSinks .5/.05 + hold at .5": Arm(lambda: pool(0.5, 0.05) + hold(0.5)),
+    "MemSinks .75/.15 + hold at .5": Arm(lambda: pool() + hold(0.5)),
     "hold at .5 + weight decay .1": Arm(partial(hold, 0.5), weight_decay=0.1),
-    "hold at .5 + dropout .1": Arm(partial(hold, 0.5), shape={"dropout": 0.1}),
 }
 RIVALS = {
     "deduplicated (oracle)": Arm(world=once),
@@ -129,7 +128,6 @@ RIVALS = {
     "goldfish, k=4": Arm(lambda: [Goldfish(k=4)]),
     "loss truncation, 5 %": Arm(lambda: [LossTruncation()]),
     "skip from the start (oracle)": Arm(gate=skip_planted),
-    "loss floor 3.5 (flooding)": Arm(gate=floored(3.5)),
     "loss floor 4 (flooding)": Arm(gate=floored(4.0)),
 }
 TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)": Arm(world=thinned)}
@@ -138,11 +136,17 @@ TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)
 ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **TOLD}
 EVERY_SEED = {"E1": (STANDARD, MEMSINKS, UNTIED, SKIP), "E2": (STANDARD, HOLD), "E3": (STANDARD, HOLD)}
 """What a criterion stands on; everything else is run on one seed, to be done in 40 minutes."""
-_COVERED = (UNTIED, "plain, surviving width", "dropout .1", "weight decay .1", "loss truncation, 5 %")
-_COVERED += ("freeze localized units, 10 %", "drop localized units, 10 %")
-_UNCOVERED = (*TOLD, "loss floor 3.5 (flooding)", "loss floor 4 (flooding)")
 ONCE = {
-    "E1": tuple(name for name in ARMS if name not in _UNCOVERED),
-    "E2": tuple(name for name in ARMS if name not in _COVERED),
-    "E3": (STANDARD, HOLD, HOLD_LOW, MEMSINKS, "goldfish, k=4", "dropout .1", "weight decay .1"),
+    "E1": (
+        *EVERY_SEED["E1"],
+        *(HOLD, "MemSinks .75/.3, dropped", "MemSinks .75/.15 + hold at .5"),
+        *("freeze localized units, 10 %", "drop localized units, 10 %"),
+        *("deduplicated (oracle)", "plain, surviving width", "dropout .1", "goldfish, k=4", "loss truncation, 5 %"),
+    ),
+    "E2": (
+        *(STANDARD, *SWEEP, SKIP, "attenuate the flagged to .1", "route the flagged"),
+        *(MEMSINKS, "MemSinks .75/.15 + hold at .5", "hold at .5 + weight decay .1", "deduplicated (oracle)"),
+        *("skip from the start (oracle)", "loss floor 4 (flooding)", *TOLD),
+    ),
+    "E3": (*EVERY_SEED["E3"], HOLD_LOW, SMALL, "goldfish, k=4", "weight decay .1"),
 }

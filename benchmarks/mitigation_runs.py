@@ -224,7 +224,7 @@ class Examiner(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Learner) -> None:
         pl_module.eval()
         for kind in self.world.kinds:
-            shown = kind.shown[:512]
+            shown = kind.shown[:128]
             self.kinds[kind.name] = {
                 "shown": float(token_nll(pl_module, shown).mean()),
                 "unseen": float(token_nll(pl_module, kind.unseen).mean()),

@@ -12,8 +12,8 @@ from benchmarks.mitigation_arms import ARMS, STANDARD
 from benchmarks.mitigation_runs import Result
 
 TITLES = {
-    "E1": "E1: natural sequences x64 in a domain that is covered without them, and canaries x96.",
-    "E2": "E2: source code x16 that nothing else covers, and canaries x96.",
+    "E1": "E1: natural sequences x64 in a domain that is covered without them, and canaries x128.",
+    "E2": "E2: source code x16 that nothing else covers, and canaries x128.",
 }
 NOTE = (
     "Mean over seeds [least, most], one seed where there is no range. Δ: nats against standard, of text never shown. "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_memsink.baking import bake
+    from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
     from lightning_memsink.callbacks.goldfish import Goldfish
     from lightning_memsink.callbacks.live_curves import LiveCurves
     from lightning_memsink.callbacks.loss_tracker import LossTracker
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Certificate",
+    "ExtractionProbe",
     "Goldfish",
     "Ledger",
     "LiveCurves",
@@ -59,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "Certificate": "certificate",
+    "ExtractionProbe": "callbacks.extraction_probe",
     "Goldfish": "callbacks.goldfish",
     "Ledger": "ledger",
     "LiveCurves": "callbacks.live_curves",

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
@@ -18,19 +19,22 @@ from lightning_memsink.integrations.wandb import offline_without_key
 _SET: tuple[type[Callback], ...] = (LossTracker, MemorizationDetector, LiveCurves, RunReport)
 
 
-def memsink(mitigation: Callback | None = None, *, localize: bool = False, **options: Any) -> list[Callback]:
+def memsink(
+    mitigation: Callback | None = None, *, localize: bool = False, extract: bool = False, **options: Any
+) -> list[Callback]:
     """The callbacks to hand to ``Trainer(callbacks=...)``: track, judge, show, report.
 
     Args:
         mitigation: a callback that acts on what the others find; None only watches.
         localize: also say in which layers and units, by a ``SinkLocalizer``; the model must have hidden layers.
+        extract: also ask for texts, by an ``ExtractionProbe``; the model must be a language model.
         options: any argument of ``LossTracker``, ``MemorizationDetector``, ``LiveCurves`` or ``RunReport`` (and of
-            ``SinkLocalizer``), by name: ``memsink(identity="content", k=16, path=None)``.
+            ``SinkLocalizer`` and ``ExtractionProbe``), by name: ``memsink(identity="content", k=16, path=None)``.
 
     Raises:
         TypeError: for an option that none of them has.
     """
-    kinds = (*_SET, SinkLocalizer) if localize else _SET
+    kinds = (*_SET, *[SinkLocalizer] * localize, *[ExtractionProbe] * extract)
     owner = {name: kind for kind in kinds for name in signature(kind).parameters}
     for name in options:
         if name not in owner:

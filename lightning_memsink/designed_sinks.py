@@ -38,7 +38,7 @@ class Pool:
     """
 
     pool_fraction: float = 0.75
-    active_fraction: float = 0.3
+    active_fraction: float = 0.15
     seed: int = 0
 
     def __post_init__(self) -> None:

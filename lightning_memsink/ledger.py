@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_memsink.actions import Actions
     from lightning_memsink.certificate import Certificate
     from lightning_memsink.controls import ControlTable
+    from lightning_memsink.extracted import Extracted
     from lightning_memsink.propagation import Attribution
     from lightning_memsink.sinks import Sinks
     from lightning_memsink.table import LossTable
@@ -75,6 +76,7 @@ class Ledger:
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
     attribution: Slot[Attribution] = Slot("SinkLocalizer")
     sinks: Slot[Sinks | None] = Slot("SinkLocalizer")
+    extraction: Slot[Extracted] = Slot("ExtractionProbe")
     history: Slot[list[dict[str, float]]] = Slot("LiveCurves")
     certificate: Slot[Certificate | None] = Slot("MemSinks")
 

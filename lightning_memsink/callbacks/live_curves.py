@@ -113,6 +113,8 @@ class LiveCurves(Callback):
         done = action_series(ledger.actions, int(row["step"]))
         if done:
             row |= done | side_by_side(row)
+        if ledger.has("extraction"):
+            row |= ledger.extraction.series(int(row["step"]))
         spread = _spread(ledger)
         if spread is not None:
             row |= series(spread)

@@ -54,7 +54,7 @@ class MemSinks(Callback):
     def __init__(
         self,
         pool_fraction: float = 0.75,
-        active_fraction: float = 0.3,
+        active_fraction: float = 0.15,
         modules: Sequence[str] | None = None,
         key: str | None = None,
         seed: int = 0,

@@ -41,8 +41,16 @@ class RunReport(Callback):
         ledger = Ledger.of(trainer)
         attribution = ledger.attribution if ledger.has("attribution") else None
         certificate = ledger.certificate if ledger.has("certificate") else None
+        extraction = ledger.extraction if ledger.has("extraction") else None
         findings = Findings(
-            ledger.losses, ledger.flags, ledger.onset, ledger.history, attribution, ledger.actions, certificate
+            ledger.losses,
+            ledger.flags,
+            ledger.onset,
+            ledger.history,
+            attribution,
+            ledger.actions,
+            certificate,
+            extraction,
         )
         opening = _opening(trainer)
         if self.path is not None:

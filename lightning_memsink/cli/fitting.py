@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
 from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
@@ -33,6 +34,7 @@ GROUPS: dict[str, type[Callback]] = {
     "curves": LiveCurves,
     "report": RunReport,
     "localizer": SinkLocalizer,
+    "probe": ExtractionProbe,
 }
 
 MITIGATIONS: tuple[type[Callback], ...] = (
@@ -49,9 +51,9 @@ MITIGATIONS: tuple[type[Callback], ...] = (
 class MemSinkCLI(LightningCLI):
     """A LightningCLI that watches what it trains. Give it your own classes, or let the config name them.
 
-    Beside LightningCLI's options it has ``memsink.enabled`` and ``memsink.localize``, the arguments of the callbacks
-    under ``memsink.tracker``, ``.detector``, ``.curves``, ``.report`` and ``.localizer``, and ``memsink.mitigation``,
-    any callback or null.
+    Beside LightningCLI's options it has ``memsink.enabled``, ``.localize`` and ``.extract``, the callbacks' arguments
+    under ``memsink.tracker``, ``.detector``, ``.curves``, ``.report``, ``.localizer`` and ``.probe``, and
+    ``memsink.mitigation``, any callback or null.
     A callback that the config also lists under ``trainer.callbacks`` is used as listed there, and where it lists no
     progress bar, ours shows what is memorized.
     A config may be the name of a shipped recipe, and an error is one line with a remedy.
@@ -68,6 +70,7 @@ class MemSinkCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--memsink.enabled", type=bool, default=True, help="Watch for memorization at all.")
         parser.add_argument("--memsink.localize", type=bool, default=False, help="Also say in which layers and units.")
+        parser.add_argument("--memsink.extract", type=bool, default=False, help="Also ask for texts word for word.")
         for name, kind in GROUPS.items():
             parser.add_class_arguments(kind, f"memsink.{name}")
         parser.add_argument(
@@ -98,7 +101,8 @@ class MemSinkCLI(LightningCLI):
         if memsink.enabled:
             listed = trainer.callbacks or []
             listed = listed if isinstance(listed, list) else [listed]
-            wanted = [name for name in GROUPS if name != "localizer" or memsink.localize]
+            optional = {"localizer": memsink.localize, "probe": memsink.extract}
+            wanted = [name for name in GROUPS if optional.get(name, True)]
             ours = [memsink[name] for name in wanted if GROUPS[name] not in map(type, listed)]
             if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in listed):
                 ours.append(MemSinkProgressBar())

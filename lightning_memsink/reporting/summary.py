@@ -11,6 +11,7 @@ import torch
 from lightning_memsink.actions import Actions
 from lightning_memsink.certificate import Certificate
 from lightning_memsink.detection import LN2
+from lightning_memsink.extracted import Extracted
 from lightning_memsink.propagation import Attribution
 from lightning_memsink.reporting.acting import what_was_done
 from lightning_memsink.reporting.curves import MemorizedSample, top_memorized
@@ -42,6 +43,8 @@ class Findings:
     """By mitigation; empty where there is none."""
     certificate: Certificate | None = None
     """Of designed sinks."""
+    extraction: Extracted | None = None
+    """None where nobody asked."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -68,11 +71,17 @@ def summary(findings: Findings) -> str:
         "When": _when(findings),
         "Which": _which(findings),
         **({} if findings.attribution is None else {"Where": where(findings.attribution)}),
+        **_extracted(findings),
         **_done(findings),
         "How sure": _how_sure(findings),
         "What this does not show": _limits(findings),
     }
     return "\n\n".join(f"{title}\n  " + "\n  ".join(lines) for title, lines in parts.items())
+
+
+def _extracted(findings: Findings) -> dict[str, list[str]]:
+    lines = [] if findings.extraction is None else findings.extraction.words()
+    return {"What can be extracted": lines} if lines else {}
 
 
 def _done(findings: Findings) -> dict[str, list[str]]:
@@ -174,8 +183,12 @@ _TAILS = {
 
 def _limits(findings: Findings) -> list[str]:
     return [
-        "Memorized means a loss far below that of matched samples never trained on. Whether one can be extracted by "
-        "prompting is another question, for a probe to answer.",
+        "Memorized means a loss far below that of matched samples never trained on. "
+        + (
+            "Whether one can be extracted by prompting is another question, for a probe to answer."
+            if findings.extraction is None
+            else "Extraction was tried with each text's own beginning only: other prompts may do better."
+        ),
         "Controls must come from where the training data come from. What they have no likeness of is undecided at "
         "best, and flagged too easily at worst.",
         "Samples seen once can't be judged: their only loss was taken before the model had learned from them.",
