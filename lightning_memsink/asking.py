@@ -91,13 +91,15 @@ def ask(logits: Logits, tokens: Tensor, mask: Tensor, scheme: Scheme, batch_size
 
     Args:
         logits: the model.
-        tokens: ``[N, T]``, padded to the right with whatever the model takes.
+        tokens: ``[N, T]``, padded to the right.
         mask: ``[N, T]``, true where there is text.
         batch_size: texts in a forward.
     """
+    mask = mask.bool()
+    tokens = tokens.where(mask, 0)  # -100, say, is in no vocabulary
     parts = [
         _answers(logits(some, present), some, present, scheme)
-        for some, present in zip(tokens.split(batch_size), mask.bool().split(batch_size), strict=True)
+        for some, present in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
     ]
     columns = [field.name for field in fields(Answers)]
     return Answers(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in columns))

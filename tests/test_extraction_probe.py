@@ -19,12 +19,13 @@ from tests.small_runs import CANARIES, LENGTH, VOCABULARY, TinyLM, fit, noise, w
 class SmallGPT(TinyLM):
     """What transformers makes, with dropout: a look must not draw from its random state."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-        )
+            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        )  # fmt: skip
         self.gpt = GPT2LMHeadModel(config)
 
     def loss(self, batch):
@@ -81,10 +82,10 @@ def test_curves_and_report_tell_it(tmp_path):
 
 
 def test_resuming_goes_on_with_what_was_found(tmp_path):
-    whole, _ = fit([*watch(), probe()], SmallGPT(), max_epochs=3)
-    first, _ = fit([*watch(), probe()], SmallGPT(), max_epochs=2)
+    whole, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=3)
+    first, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=2)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, _ = fit([*watch(), probe()], SmallGPT(), max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    resumed, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
     expected, found = Ledger.of(whole).extraction, Ledger.of(resumed).extraction
     assert found.rows == expected.rows
     assert all(torch.equal(found.first[group], expected.first[group]) for group in TEXTS)
