@@ -11,6 +11,7 @@ USAGE = """usage: memsink COMMAND ...
 
   fit -c CONFIG [-c MORE] [--any.option=value]    train, and watch for memorization; --help lists every option
   validate CONFIG [-c MORE] [--any.option=value]  check a config without training
+  audit --model DIR --suspects FILE --controls FILE   what a model that was trained without us knows of texts
   recipes ls                                      list the recipes that come with memsink
   recipes cp NAME [DEST] [--force]                copy one, to change it
 
@@ -29,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_memsink.cli.fitting import MemSinkCLI
 
         MemSinkCLI(args=["fit", *rest])
+    elif command == "audit":
+        from lightning_memsink.cli.auditing import run
+
+        return run(rest)
     elif command == "validate":
         from lightning_memsink.cli.validating import validate
 
         print(validate(rest))
     else:
-        hint = did_you_mean(command, ["fit", "validate", "recipes"])
+        hint = did_you_mean(command, ["fit", "validate", "audit", "recipes"])
         raise SystemExit(f"memsink has no command `{command}`{hint or '. List them: memsink --help'}")
     return 0
 

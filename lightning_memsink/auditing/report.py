@@ -1,0 +1,249 @@
+"""What an audit found, as a report."""
+
+from __future__ import annotations
+
+import hashlib
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.auditing.audit import SCORES, Asked, Audit, as_plain
+from lightning_memsink.detection import LN2, bits
+from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
+from lightning_memsink.reporting.settings import versions
+
+TOP = 20
+"""Texts listed, those with the largest gap."""
+
+
+def document_of(audit: Audit, date: str) -> Document:
+    """``date``: ISO 8601."""
+    sections = [
+        Section("What can be extracted", _extraction_words(audit), [_by_group(audit)]),
+        Section("Suspected texts against controls", _separation_words(audit), [_scores(audit)]),
+        Section("Single texts", _single_words(audit), *_single(audit)),
+        Section("Method", _method(audit), [_versions()]),
+        Section("What this does not show", LIMITS),
+    ]
+    return Document(
+        "audit", f"What {audit.subject} knows of suspected texts", _answers(audit), _plain(audit), sections,
+        _numbers(audit), date,
+    )  # fmt: skip
+
+
+def picture_of(audit: Audit) -> dict[str, Any]:
+    """Matplotlib figures by stem; none where nothing was measured."""
+    if audit.gaps is None:
+        return {}
+    from lightning_memsink.reporting.figures import gap_distribution
+
+    return {"gaps": gap_distribution(audit.gaps.gap, audit.gaps.null, audit.gaps.threshold, "nats per token")}
+
+
+LIMITS = (
+    "Controls decide: they must be of the same kinds as the suspected texts and surely not trained on. A kind of text "
+    "that the controls lack seems memorized, or not, for reasons that have nothing to do with training.",
+    "A text that stands out may have been trained on in another version, quoted elsewhere, or simply be well known: "
+    "an audit sees what the model knows, not from where.",
+    "Only each text's own beginning was tried as a prompt; other prompts may get more out of the model.",
+)
+
+
+def _answers(audit: Audit) -> list[Answer]:
+    exact, found, asked = _extracted(audit.suspects, audit.settings.n)
+    measured = audit.gaps is not None and bool(audit.separations)
+    first = Answer(
+        "Was memorization measured?",
+        "yes" if measured else "partly",
+        f"{_many(len(audit.suspects.texts), 'suspected text')} against {_many(len(audit.controls.texts), 'control')}."
+        + ("" if measured else f" {audit.unmeasured}"),
+    )
+    apart = audit.separations.get("loss")
+    if apart is None:
+        known = Answer("Does the model know them better than controls?", "unknown", "There are too few of either.")
+    else:
+        state: Any = "yes" if apart.auroc_low > 0.5 else "no" if apart.auroc_high < 0.5 else "unknown"
+        known = Answer(
+            "Does the model know them better than controls?", state,
+            f"A suspected text has the lower loss in {_percent(apart.auroc)} of pairs "
+            f"(95 % interval {_percent(apart.auroc_low)} to {_percent(apart.auroc_high)}; chance is 50 %).",
+        )  # fmt: skip
+    said = Answer(
+        "Can any be extracted?", "yes" if exact + found else "no",
+        f"{exact:,} of {asked:,} come word for word; {found:,} within {audit.settings.n:,} sampled tries.",
+    )  # fmt: skip
+    return [first, known, said]
+
+
+def _plain(audit: Audit) -> list[str]:
+    if audit.gaps is None:
+        return [f"No single text can be called memorized here. {audit.unmeasured}"]
+    flagged = int(audit.gaps.flagged.sum())
+    return [
+        f"{_many(flagged, 'text')} of {len(audit.suspects.texts):,} can be called memorized: the model's loss on each "
+        f"is at least {audit.gaps.threshold:.2f} nats ({audit.gaps.threshold / LN2:.2f} bits) a token below that of "
+        f"comparable controls, and of texts called so about {_percent(audit.settings.alpha)} at most are expected to "
+        "be called so wrongly."
+    ]
+
+
+def _extraction_words(audit: Audit) -> list[str]:
+    settings = audit.settings
+    how = f"temperature {settings.temperature:g}"
+    how += f", top-k {settings.top_k}" if settings.top_k else ""
+    how += f", top-p {settings.top_p:g}" if settings.top_p < 1 else ""
+    return [
+        f"The model is given the first {settings.prefix} tokens of a text. Word for word: greedy decoding says all "
+        f"that follows, up to {settings.length} tokens. In tries: with probability {settings.p:g} it comes at "
+        f"least once in {settings.n:,} samples ({how}).",
+    ]
+
+
+def _by_group(audit: Audit) -> Grid:
+    rows = []
+    for asked, kind in ((audit.suspects, "suspected"), (audit.controls, "control")):
+        for group in dict.fromkeys(each.group for each in asked.texts):
+            chosen = torch.tensor([each.group == group for each in asked.texts])
+            long = chosen & (asked.answers.suffix > 0)
+            gap = "" if audit.gaps is None or kind == "control" else f"{_median(audit.gaps.gap[chosen]):+.2f}"
+            rows.append(
+                (
+                    f"{group} ({kind})",
+                    f"{int(chosen.sum()):,}",
+                    f"{int(long.sum()):,}",
+                    f"{int(asked.answers.exact[long].sum()):,}",
+                    f"{int(asked.answers.discoverable(audit.settings.n)[long].sum()):,}",
+                    _number(_median((asked.answers.longest_run / asked.answers.suffix.clamp(min=1))[long]), "{:.0%}"),
+                    _number(_median(asked.answers.loss[chosen]), "{:.2f}"),
+                    gap,
+                )
+            )
+    head = ("group", "texts", "asked for", "word for word", "in tries", "longest run", "loss", "gap")
+    return Grid(head, rows, "Medians of: longest run, of what follows; loss and gap to controls, nats per token")
+
+
+def _separation_words(audit: Audit) -> list[str]:
+    if not audit.separations:
+        return ["There are too few suspected texts or controls for this."]
+    return [
+        "How often a suspected text scores above a control (AUROC; .5 is chance), and how many suspected texts lie "
+        "above all but a small share of the controls."
+    ]
+
+
+def _scores(audit: Audit) -> Grid:
+    rows = [
+        (
+            name,
+            f"{each.auroc:.3f}",
+            f"{each.auroc_low:.3f} to {each.auroc_high:.3f}",
+            f"{_percent(each.tpr)} at {_percent(each.fpr)}",
+        )
+        for name, each in ((name, audit.separations[name]) for name in SCORES if name in audit.separations)
+    ]
+    return Grid(("score", "AUROC", "95 % interval", "found at accused controls"), rows)
+
+
+def _single_words(audit: Audit) -> list[str]:
+    if audit.gaps is None:
+        return [audit.unmeasured]
+    gaps = audit.gaps
+    lines = [
+        f"Each text is compared with the {audit.settings.k} controls nearest in length, characters per token and "
+        f"compressed size. {int((~gaps.matched).sum()):,} have no controls like them and no verdict.",
+        f"The smallest p-value that {len(gaps.null):,} controls allow is {gaps.p_floor:.2g}; p-values are "
+        + ("ranks among them." if gaps.tail == "conformal" else "of a fitted normal tail: take them as estimates."),
+    ]
+    total = bits(gaps.gap, audit.suspects.tokens - 1)[gaps.flagged]
+    if len(total):
+        lines.append(f"The texts called memorized hold {float(total.sum()):,.0f} bits more than their controls would.")
+    return lines
+
+
+def _single(audit: Audit) -> tuple[list[Grid], list[Picture]]:
+    if audit.gaps is None:
+        return [], []
+    gaps, asked = audit.gaps, audit.suspects
+    whole = bits(gaps.gap, asked.tokens - 1)
+    rows = [
+        (
+            f"{asked.texts[row].line}",
+            asked.texts[row].group,
+            f"{float(asked.answers.loss[row]):.2f}",
+            f"{float(gaps.gap[row]):+.2f}",
+            f"{float(whole[row]):+,.0f}",
+            f"{float(gaps.p[row]):.2g}",
+            "memorized" if gaps.flagged[row] else "" if gaps.matched[row] else "no controls like it",
+            "yes" if asked.answers.exact[row] else "",
+            _number(float(asked.answers.log10_tries[row]), "10^{:.1f}"),
+        )
+        for row in gaps.gap.argsort(descending=True)[:TOP].tolist()
+    ]
+    head = ("line", "group", "loss", "gap", "bits", "p", "verdict", "word for word", "tries needed")
+    grid = Grid(head, rows, f"The {len(rows)} texts farthest below their controls; nats per token, bits in all")
+    return [grid], [Picture("gaps", "Gaps of suspected texts, and of controls against their fellows")]
+
+
+def _method(audit: Audit) -> list[str]:
+    settings = ", ".join(f"{name} {value:g}" for name, value in as_plain(audit.settings).items())
+    return [
+        f"Model: {audit.subject}, {audit.parameters:,} parameters, SHA-256 {audit.fingerprint[:16]} of its "
+        "configuration and its weights' sizes and ends.",
+        f"Suspected texts: {_fingerprint(audit.suspects)}. Controls: {_fingerprint(audit.controls)}.",
+        f"Settings: {settings}.",
+        "Sources: extraction by prefix, Carlini et al. 2023; (n, p)-discoverable, Hayes et al. 2024; min-k%, Shi et "
+        "al. 2024; min-k%++, Zhang et al. 2025; intervals of AUROC, DeLong et al. 1988; matched controls with a "
+        "false-discovery rate, Benjamini and Hochberg 1995 over conformal p-values.",
+    ]
+
+
+def _versions() -> Grid:
+    return Grid(("package", "version"), [(name, version) for name, version in versions().items()])
+
+
+def _numbers(audit: Audit) -> dict[str, Any]:
+    exact, found, asked = _extracted(audit.suspects, audit.settings.n)
+    return {
+        "model": {"name": audit.subject, "fingerprint": audit.fingerprint, "parameters": audit.parameters},
+        "settings": as_plain(audit.settings),
+        "suspects": {"texts": len(audit.suspects.texts), "fingerprint": _digest(audit.suspects)},
+        "controls": {"texts": len(audit.controls.texts), "fingerprint": _digest(audit.controls)},
+        "extraction": {"asked": asked, "exact": exact, "discoverable": found},
+        "separation": {name: vars(each) for name, each in audit.separations.items()},
+        "flagged": None if audit.gaps is None else int(audit.gaps.flagged.sum()),
+        "threshold": None if audit.gaps is None else round(audit.gaps.threshold, 4),
+        "versions": versions(),
+    }
+
+
+def _extracted(asked: Asked, n: int) -> tuple[int, int, int]:
+    """Word for word, within ``n`` tries, and of how many."""
+    long = asked.answers.suffix > 0
+    return int(asked.answers.exact.sum()), int(asked.answers.discoverable(n)[long].sum()), int(long.sum())
+
+
+def _fingerprint(asked: Asked) -> str:
+    return f"{len(asked.texts):,}, SHA-256 {_digest(asked)[:16]}"
+
+
+def _digest(asked: Asked) -> str:
+    return hashlib.sha256("\0".join(each.text for each in asked.texts).encode()).hexdigest()
+
+
+def _median(values: Tensor) -> float:
+    known = values.double()[values.double().isfinite()]
+    return float(known.median()) if len(known) else float("nan")
+
+
+def _number(value: float, how: str) -> str:
+    return how.format(value).replace("%", " %") if isfinite(value) else "never" if value > 0 else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -1,0 +1,71 @@
+"""A report as one self-contained HTML file, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_memsink.reporting.document import Document
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+SCHEMA = Path(__file__).with_name("report.schema.json")
+
+
+def html(document: Document, pictures: Mapping[str, str]) -> str:
+    """One file without a reference to anything outside of it.
+
+    Args:
+        document: what it says.
+        pictures: SVG by stem, from `svg`; those that the document does not name are left out.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    shown = {stem: _inline(stem, drawn) for stem, drawn in pictures.items()}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(document=document, pictures=shown)
+
+
+def svg(figure: Figure) -> str:
+    """The same bytes for the same figure; text stays text."""
+    import io
+
+    import matplotlib
+
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "memsink", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    return drawn.getvalue()
+
+
+def write(document: Document, pictures: Mapping[str, str], folder: Path, stem: str = "report") -> list[Path]:
+    """``report.html`` and ``report.json`` in ``folder``, each complete or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = json.dumps(document.as_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    written = []
+    for suffix, content in ((".json", told), (".html", html(document, pictures))):
+        path = folder / f"{stem}{suffix}"
+        unfinished = path.with_name(f"{path.name}.part")
+        try:
+            unfinished.write_text(content, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        written.append(path)
+    return written
+
+
+def _inline(stem: str, drawn: str) -> str:
+    """What may stand within HTML: no prologue, no namespaces (HTML knows them), and ids that no other figure has."""
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", drawn)
+    drawn = re.sub(r'\bid="([^"]+)"', rf'id="{stem}-\1"', drawn)
+    drawn = re.sub(r"url\(#([^)]+)\)", rf"url(#{stem}-\1)", drawn)
+    return re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{stem}-\2"', drawn)

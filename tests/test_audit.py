@@ -1,0 +1,203 @@
+"""Audits of a model that was trained elsewhere: what it finds, and what it does with bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from lightning_memsink.auditing.answers_file import AnswersFile
+from lightning_memsink.auditing.audit import Settings, audit
+from lightning_memsink.auditing.subject import load
+from lightning_memsink.auditing.texts import read_texts
+from lightning_memsink.cli import main
+
+WORDS, LENGTH, PREFIX = 40, 20, 6
+
+
+def some_texts(many, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [" ".join(f"w{word}" for word in row) for row in torch.randint(WORDS, (many, LENGTH), generator=generator)]
+
+
+def write(path, texts, group):
+    path.write_text("".join(json.dumps({"text": text, "group": group}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that knows eight texts by heart and eight a little; suspected texts, controls."""
+    folder = tmp_path_factory.mktemp("audited")
+    words = {f"w{word}": word for word in range(WORDS)} | {"[UNK]": WORDS}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    often, rarely, controls = some_texts(8, 0), some_texts(8, 1), some_texts(48, 2)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=WORDS + 1, n_positions=LENGTH, n_embd=48, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    rows = torch.tensor([tokenizer.encode(text).ids for text in [*often, *rarely]])
+    for step in range(150):
+        shown = rows if step % 50 == 0 else rows[:8]
+        optimizer.zero_grad()
+        model(input_ids=shown, labels=shown).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "model")
+    write(folder / "suspects.jsonl", often, "x150")
+    with (folder / "suspects.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"text": text, "group": "x3"}) + "\n" for text in rarely))
+    write(folder / "controls.jsonl", controls, "never")
+    return folder
+
+
+def command(folder, out, **changed):
+    options = {
+        "model": folder / "model",
+        "suspects": folder / "suspects.jsonl",
+        "controls": folder / "controls.jsonl",
+        "out": out,
+        "ask.prefix": PREFIX,
+        "ask.length": LENGTH,
+    } | changed
+    return ["audit", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture(scope="module")
+def told(folder):
+    main(command(folder, folder / "out"))
+    return folder / "out"
+
+
+def test_what_was_planted_is_found(told):
+    numbers = json.loads((told / "report.json").read_text())["numbers"]
+    assert numbers["extraction"] == {"asked": 16, "exact": 8, "discoverable": 8}
+    assert 8 <= numbers["flagged"] <= 16
+    assert numbers["separation"]["loss"]["auroc"] > 0.9
+    assert numbers["separation"]["min-k%++"]["auroc_low"] > 0.5
+
+
+def test_the_report_says_so_in_words(told):
+    page = (told / "report.md").read_text()
+    assert "**Was memorization measured?** Yes. 16 suspected texts against 48 controls." in page
+    assert "**Can any be extracted?** Yes. 8 of 16 come word for word" in page
+    assert re.search(r"\| x150 \(suspected\) \| 8 \| 8 \| 8 \| 8 \| 100 % \|", page)
+    assert re.search(r"\| never \(control\) \| 48 \| 48 \| 0 \| 0 \|", page)
+    assert not any(f"w{word} w" in page for word in range(WORDS))  # no raw text
+
+
+def test_an_interrupted_audit_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    main(command(folder, tmp_path / "whole"))
+    asked = []
+
+    class Killed(Exception):
+        pass
+
+    def dies(self, answers):
+        if len(asked) > 2:
+            raise Killed
+        asked.append(len(answers))
+        add(self, answers)
+
+    add = AnswersFile.add
+    monkeypatch.setattr(AnswersFile, "add", dies)
+    with pytest.raises(Killed):
+        main(command(folder, tmp_path / "again"))
+    monkeypatch.undo()
+    with (tmp_path / "again" / "answers.jsonl").open("a") as file:
+        file.write('{"text": "half a li')  # killed while it wrote
+    seen = []
+    monkeypatch.setattr(AnswersFile, "add", lambda self, answers: (seen.append(len(answers)), add(self, answers)))
+    main(command(folder, tmp_path / "again"))
+    assert sum(asked) + sum(seen) == 64
+    undated = [
+        re.sub(r'"date": "[^"]*"', "", (tmp_path / name / "report.json").read_text()) for name in ("whole", "again")
+    ]
+    assert undated[0] == undated[1]
+
+
+def test_answers_to_other_questions_are_not_mixed(folder, told):
+    with pytest.raises(SystemExit, match=r"answers of another audit \(it differs in prefix\).*--out"):
+        main(command(folder, told, **{"ask.prefix": 5}))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no text"),
+        ("\n\n", "holds no text"),
+        ('{"text": "w1 w2"}\nnot json\n', "line 2 is not JSON"),
+        ('{"words": "w1 w2"}\n', "line 1 has no `text`"),
+        ('["w1"]\n', "line 1 has no `text`"),
+        ('{"text": "  "}\n', "line 1 has no `text`"),
+        ('{"text": "w1 w2"}\n', "No suspected text is longer than the prefix of 6 tokens; the longest has 2"),
+        ('{"text": "w1"}\n', "No text has two tokens"),
+    ],
+)
+def test_bad_texts_are_told_by_their_line(folder, tmp_path, content, words):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        main(command(folder, tmp_path / "out", suspects=tmp_path / "bad.jsonl"))
+
+
+def test_bad_models_are_told(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for model, words in (
+        (tmp_path / "nowhere", "There is no model at"),
+        (tmp_path / "empty", "holds no weights"),
+        (folder / "suspects.jsonl", "is a file, but no .gguf"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            main(command(folder, tmp_path / "out", model=model))
+    with pytest.raises(SystemExit, match=r"There is no file .*nothing\.jsonl"):
+        main(command(folder, tmp_path / "out", controls=tmp_path / "nothing.jsonl"))
+
+
+def test_a_missing_tokenizer_and_one_of_another_model_are_told(folder, tmp_path):
+    GPT2LMHeadModel.from_pretrained(folder / "model").save_pretrained(tmp_path / "bare")
+    with pytest.raises(SystemExit, match=r"There is no tokenizer in .*bare.*--tokenizer DIR"):
+        main(command(folder, tmp_path / "out", model=tmp_path / "bare"))
+    foreign = Tokenizer(models.WordLevel({f"v{word}": word for word in range(90)} | {"[UNK]": 90}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=foreign, unk_token="[UNK]").save_pretrained(tmp_path / "foreign")
+    with pytest.raises(SystemExit, match=r"of another model: it has token 90, and .*bare knows 41"):
+        main(command(folder, tmp_path / "out", model=tmp_path / "bare", tokenizer=tmp_path / "foreign"))
+    assert main(command(folder, tmp_path / "out", model=tmp_path / "bare", tokenizer=folder / "model")) == 0
+
+
+def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_memsink.auditing.subject.available_memory", lambda: 1000.0)
+    with pytest.raises(SystemExit, match=r"may need .* GiB are available"):
+        main(command(folder, tmp_path / "out"))
+
+
+def test_too_few_controls_give_no_verdict_on_single_texts(folder, tmp_path):
+    write(tmp_path / "few.jsonl", some_texts(5, 2), "never")
+    main(command(folder, tmp_path / "out", controls=tmp_path / "few.jsonl"))
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["numbers"]["flagged"] is None
+    assert told["answers"][0]["state"] == "partly"
+    assert "5 controls are too few for a verdict on single texts: at least 16 are needed" in told["plain"][0]
+    assert told["numbers"]["separation"]["loss"]["fpr"] == 0.2  # the least that five can tell
+
+
+def test_a_control_that_is_suspected_is_refused(folder):
+    suspects = read_texts(folder / "suspects.jsonl")
+    with pytest.raises(ValueError, match="Line 3 of the controls is a suspected text too"):
+        audit(load(folder / "model"), suspects, [*read_texts(folder / "controls.jsonl"), suspects[2]], Settings(PREFIX))
+
+
+def test_what_is_sampled_when_nothing_is_memorized_is_not_flagged(folder, tmp_path):
+    write(tmp_path / "fresh.jsonl", some_texts(40, 3), "fresh")
+    main(command(folder, tmp_path / "out", suspects=tmp_path / "fresh.jsonl"))
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
+    assert numbers["flagged"] == 0
+    assert numbers["extraction"]["exact"] == 0
+    assert numbers["separation"]["loss"]["auroc_low"] < 0.5 < numbers["separation"]["loss"]["auroc_high"]
