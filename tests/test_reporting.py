@@ -220,7 +220,7 @@ def test_samples_without_tokens_are_not_measured_per_token():
 
 
 def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
-    write_report(made_up().findings(), tmp_path / "deep" / "told.md", ["W&B run: somewhere"])
+    write_report(made_up().findings(), tmp_path / "deep" / "told.md", ["W&B run: somewhere"], {})
     text = (tmp_path / "deep" / "told.md").read_text()
     assert "| 6 | 4 |" in text and "W&B run: somewhere" in text
     files = {file.name for file in (tmp_path / "deep" / "told_files").iterdir()}

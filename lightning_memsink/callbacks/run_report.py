@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,6 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_memsink.integrations.wandb import how_to_open
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.parquet import write_ledger
+from lightning_memsink.reporting.page import write
+from lightning_memsink.reporting.run_document import document_of
+from lightning_memsink.reporting.settings import settings_of, versions
 from lightning_memsink.reporting.summary import Findings, markdown, summary
 
 if TYPE_CHECKING:
@@ -20,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class RunReport(Callback):
-    """Tells at the end of a successful training what was memorized, and writes it to a Markdown file with figures.
+    """Tells at the end of a successful training what was memorized, and writes it down with figures.
 
     Args:
-        path: the file; its figures and the ledger (Parquet) go beside it, into a directory of its name with `_files`
-            at the end. None writes no file.
+        path: the Markdown file; one HTML file that stands alone, and the same as JSON, are written beside it, and into
+            a directory of its name with `_files` at the end the figures and the ledger (Parquet). None writes no file.
     """
 
     def __init__(self, path: str | Path | None = "memsink_report.md") -> None:
@@ -55,10 +60,11 @@ class RunReport(Callback):
         opening = _opening(trainer)
         if self.path is not None:
             try:
-                write_report(findings, self.path, opening)
+                settings = settings_of(trainer.callbacks)  # type: ignore[attr-defined]
+                written = write_report(findings, self.path, opening, settings)
                 beside = _beside(self.path)
                 write_ledger(beside / "ledger", ledger.losses, ledger.controls, ledger.flags)
-                written = f"Report: {self.path}\nLedger: {beside / 'ledger'} (Parquet)"
+                written += f"\nLedger: {beside / 'ledger'} (Parquet)"
                 if ledger.has("sinks") and ledger.sinks is not None:
                     ledger.sinks.save(beside / "sinks.safetensors")
                     written += f"\nUnits: {beside / 'sinks.safetensors'} (lightning_memsink.Sinks.load)"
@@ -68,23 +74,28 @@ class RunReport(Callback):
         _print("\n\n".join([summary(findings), *opening]))
 
 
-def write_report(findings: Findings, path: Path, opening: list[str]) -> None:
-    """The Markdown file and its figures, each complete or not there. Without matplotlib there are no figures."""
+def write_report(findings: Findings, path: Path, opening: list[str], settings: Mapping[str, Any]) -> str:
+    """Markdown, HTML, JSON and figures, each complete or not there; where they are. Without matplotlib no figures."""
     figures = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = _draw(findings)
+    pictures = {}
     if drawn:
         from lightning_memsink.reporting.figures import save
 
         figures.mkdir(exist_ok=True)
         for stem, figure in drawn.items():
             save(figure, figures / stem)
+            pictures[stem] = (figures / f"{stem}.svg").read_text(encoding="utf-8")
     unfinished = path.with_name(f"{path.name}.part")
     try:
         unfinished.write_text(markdown(findings, figures.name if drawn else None, opening), encoding="utf-8")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    document = document_of(findings, settings, versions(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    _, page = write(document, pictures, path.parent, path.stem)
+    return f"Report: {page} (for a browser), {path}"
 
 
 def _beside(path: Path) -> Path:

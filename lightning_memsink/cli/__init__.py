@@ -12,6 +12,7 @@ USAGE = """usage: memsink COMMAND ...
   fit -c CONFIG [-c MORE] [--any.option=value]    train, and watch for memorization; --help lists every option
   validate CONFIG [-c MORE] [--any.option=value]  check a config without training
   audit --model DIR --suspects FILE --controls FILE   what a model that was trained without us knows of texts
+  report DIR [--against OTHER]                    the page of a finished run or audit, alone or beside another run
   recipes ls                                      list the recipes that come with memsink
   recipes cp NAME [DEST] [--force]                copy one, to change it
 
@@ -34,12 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_memsink.cli.auditing import run
 
         return run(rest)
+    elif command == "report":
+        from lightning_memsink.cli.reports import run as report
+
+        return report(rest)
     elif command == "validate":
         from lightning_memsink.cli.validating import validate
 
         print(validate(rest))
     else:
-        hint = did_you_mean(command, ["fit", "validate", "audit", "recipes"])
+        hint = did_you_mean(command, ["fit", "validate", "audit", "report", "recipes"])
         raise SystemExit(f"memsink has no command `{command}`{hint or '. List them: memsink --help'}")
     return 0
 

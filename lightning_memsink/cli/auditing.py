@@ -62,16 +62,23 @@ def _parser() -> ArgumentParser:
 
 
 def _write(found: Audit, document: Document, folder: Path) -> list[Path]:
-    from lightning_memsink.reporting.page import svg, write
+    from lightning_memsink.reporting.page import write
 
     try:
         figures = picture_of(found)
     except ImportError:
         print("There are no figures without matplotlib: pip install 'lightning-memsink[report]'", file=sys.stderr)
         figures = {}
-    written = write(document, {stem: svg(figure) for stem, figure in figures.items()}, folder)
+    files, pictures = folder / "report_files", {}
+    for stem, figure in figures.items():
+        from lightning_memsink.reporting.figures import save
+
+        files.mkdir(exist_ok=True)
+        save(figure, files / stem)
+        pictures[stem] = (files / f"{stem}.svg").read_text(encoding="utf-8")
+    written = write(document, pictures, folder)
     path = folder / "report.md"
-    path.write_text(markdown(document), encoding="utf-8")
+    path.write_text(markdown(document, files.name if figures else None), encoding="utf-8")
     return [*written, path]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -131,10 +132,21 @@ def save(figure: Figure, stem: Path) -> None:
     for kind in ("svg", "png"):
         unfinished = stem.with_suffix(f".{kind}.part")
         try:
-            figure.savefig(unfinished, format=kind, dpi=150)
+            if kind == "svg":
+                unfinished.write_text(svg(figure), encoding="utf-8")
+            else:
+                figure.savefig(unfinished, format=kind, dpi=150)
             os.replace(unfinished, stem.with_suffix(f".{kind}"))
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def svg(figure: Figure) -> str:
+    """The same bytes for the same figure; text stays text."""
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "memsink", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    return drawn.getvalue()
 
 
 def _figure(width: float, height: float, title: str) -> Figure:

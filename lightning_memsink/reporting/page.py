@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_memsink.reporting.document import Document
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SCHEMA = Path(__file__).with_name("report.schema.json")
@@ -23,7 +19,7 @@ def html(document: Document, pictures: Mapping[str, str]) -> str:
 
     Args:
         document: what it says.
-        pictures: SVG by stem, from `svg`; those that the document does not name are left out.
+        pictures: SVG by stem, as `figures.svg` draws it; those that the document does not name are left out.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -32,25 +28,22 @@ def html(document: Document, pictures: Mapping[str, str]) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(document=document, pictures=shown)
 
 
-def svg(figure: Figure) -> str:
-    """The same bytes for the same figure; text stays text."""
-    import io
-
-    import matplotlib
-
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "memsink", "svg.fonttype": "none"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    return drawn.getvalue()
-
-
-def write(document: Document, pictures: Mapping[str, str], folder: Path, stem: str = "report") -> list[Path]:
-    """``report.html`` and ``report.json`` in ``folder``, each complete or not there."""
+def write(
+    document: Document,
+    pictures: Mapping[str, str],
+    folder: Path,
+    stem: str = "report",
+    kinds: Sequence[str] = ("json", "html"),
+) -> list[Path]:
+    """``STEM.json`` and ``STEM.html`` in ``folder``, each complete or not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = json.dumps(document.as_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    make = {
+        "json": lambda: json.dumps(document.as_json(), indent=2, sort_keys=True, allow_nan=False) + "\n",
+        "html": lambda: html(document, pictures),
+    }
     written = []
-    for suffix, content in ((".json", told), (".html", html(document, pictures))):
-        path = folder / f"{stem}{suffix}"
+    for kind in kinds:
+        path, content = folder / f"{stem}.{kind}", make[kind]()
         unfinished = path.with_name(f"{path.name}.part")
         try:
             unfinished.write_text(content, encoding="utf-8")

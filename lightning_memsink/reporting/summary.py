@@ -63,11 +63,19 @@ class Findings:
 def summary(findings: Findings) -> str:
     """A few short paragraphs, each headed by its question."""
     if not findings.flags.evaluations:
-        return (
-            f"memsink followed {_many(len(findings.table), 'sample')} but judged none: the controls were never "
-            "evaluated.\nPass held-out samples as the validation set: trainer.fit(model, train_loader, control_loader)."
-        )
-    parts = {
+        return "\n".join(NOTHING).format(_many(len(findings.table), "sample"))
+    return "\n\n".join(f"{title}\n  " + "\n  ".join(lines) for title, lines in parts(findings).items())
+
+
+NOTHING = (
+    "memsink followed {} but judged none: the controls were never evaluated.",
+    "Pass held-out samples as the validation set: trainer.fit(model, train_loader, control_loader).",
+)
+
+
+def parts(findings: Findings) -> dict[str, list[str]]:
+    """Sentences by the question that they answer. At least one evaluation is needed."""
+    return {
         "When": _when(findings),
         "Which": _which(findings),
         **({} if findings.attribution is None else {"Where": where(findings.attribution)}),
@@ -76,7 +84,6 @@ def summary(findings: Findings) -> str:
         "How sure": _how_sure(findings),
         "What this does not show": _limits(findings),
     }
-    return "\n\n".join(f"{title}\n  " + "\n  ".join(lines) for title, lines in parts.items())
 
 
 def _extracted(findings: Findings) -> dict[str, list[str]]:
@@ -132,7 +139,7 @@ def _which(findings: Findings) -> list[str]:
     last, known = findings.evaluation, max(1, sum(findings.evaluation.counts.values()))
     others = ", ".join(f"{count:,} {word}" for word, count in last.counts.items() if count and word != "memorized")
     lines = [
-        f"{last.memorized:,} of {_many(known, 'sample')} memorized ({_percent(last.memorized / known)})"
+        f"{last.memorized:,} of {_many(known, 'sample')} memorized ({percent(last.memorized / known)})"
         + (f"; {others}." if others else ".")
     ]
     reasons = _reasons(findings.flags)
@@ -155,7 +162,7 @@ def _how_sure(findings: Findings) -> list[str]:
         if not last.controls:
             return ["There were no usable controls, so there is no verdict to be sure of."]
         return [f"Nothing was compared with the {_many(last.controls, 'control')} yet, so no verdict stands on them."]
-    level = f"at a false-discovery rate of {_percent(last.alpha)}"
+    level = f"at a false-discovery rate of {percent(last.alpha)}"
     lines = [
         f"A sample is called memorized {level}, and only if its loss is at least {last.threshold:.2f} {findings.unit} "
         f"({last.threshold / LN2:.2f} {findings.unit.replace('nats', 'bits')}) below that of its matched controls.",
@@ -170,7 +177,7 @@ def _how_sure(findings: Findings) -> list[str]:
         )
     twins = {name.split("/")[1]: share for name, share in _shares(findings.history).items() if name.endswith("/twins")}
     if twins:
-        told = ", ".join(f"{_percent(share)} of {family}" for family, share in twins.items())
+        told = ", ".join(f"{percent(share)} of {family}" for family, share in twins.items())
         lines.append(f"Twins of planted samples that would have been flagged, wrongly: {told}.")
     return lines
 
@@ -199,7 +206,7 @@ def _worst_rungs(history: Sequence[Mapping[str, float]]) -> str:
     """Up to three groups with the largest share memorized, by name."""
     shares = {name: share for name, share in _shares(history).items() if share > 0 and not name.endswith("/twins")}
     worst = sorted(shares, key=lambda name: -shares[name])[:3]
-    return ", ".join(f"{_group(name)} ({_percent(shares[name])})" for name in worst)
+    return ", ".join(f"{_group(name)} ({percent(shares[name])})" for name in worst)
 
 
 def _group(name: str) -> str:
@@ -237,8 +244,8 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
-def _percent(share: float) -> str:
-    """Two digits are enough; a small share is not rounded to nothing."""
+def percent(share: float) -> str:
+    """For people. Two digits are enough; a small share is not rounded to nothing."""
     if not math.isfinite(share):
         return "unknown"
     return f"{share:.0%}".replace("%", " %") if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
