@@ -39,7 +39,11 @@ def picture_of(audit: Audit) -> dict[str, Any]:
         return {}
     from lightning_memsink.reporting.figures import gap_distribution
 
-    return {"gaps": gap_distribution(audit.gaps.gap, audit.gaps.null, audit.gaps.threshold, "nats per token")}
+    return {
+        "gaps": gap_distribution(
+            audit.gaps.gap, audit.gaps.null, audit.gaps.threshold, "nats per token", "suspected texts"
+        )
+    }
 
 
 LIMITS = (
@@ -143,7 +147,7 @@ def _scores(audit: Audit) -> Grid:
         )
         for name, each in ((name, audit.separations[name]) for name in SCORES if name in audit.separations)
     ]
-    return Grid(("score", "AUROC", "95 % interval", "found at accused controls"), rows)
+    return Grid(("score", "AUROC", "95 % interval", "suspected found, at controls accused"), rows)
 
 
 def _single_words(audit: Audit) -> list[str]:
@@ -177,7 +181,7 @@ def _single(audit: Audit) -> tuple[list[Grid], list[Picture]]:
             f"{float(gaps.p[row]):.2g}",
             "memorized" if gaps.flagged[row] else "" if gaps.matched[row] else "no controls like it",
             "yes" if asked.answers.exact[row] else "",
-            _number(float(asked.answers.log10_tries[row]), "10^{:.1f}"),
+            _tries(float(asked.answers.log10_tries[row])),
         )
         for row in gaps.gap.argsort(descending=True)[:TOP].tolist()
     ]
@@ -239,6 +243,12 @@ def _median(values: Tensor) -> float:
 
 def _number(value: float, how: str) -> str:
     return how.format(value).replace("%", " %") if isfinite(value) else "never" if value > 0 else ""
+
+
+def _tries(logarithm: float) -> str:
+    if not isfinite(logarithm):
+        return "never"
+    return f"{10**logarithm:,.0f}" if logarithm < 4 else f"10^{logarithm:.0f}"
 
 
 def _percent(share: float) -> str:

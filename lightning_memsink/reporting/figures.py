@@ -68,8 +68,10 @@ def loss_by_rung(history: Sequence[Mapping[str, float]], onset: Onset | None, un
     return figure
 
 
-def gap_distribution(gaps: Tensor, null: Tensor, threshold: float, unit: str = "nats") -> Figure:
-    """Gaps of the measured samples ``[N]`` and of the controls against their fellows ``[M]``, and the threshold."""
+def gap_distribution(
+    gaps: Tensor, null: Tensor, threshold: float, unit: str = "nats", measured: str = "training samples"
+) -> Figure:
+    """Gaps of ``measured`` ``[N]`` and of the controls against their fellows ``[M]``, and the threshold."""
     figure = _figure(9.0, 4.0, "How much lower than its controls is a sample's loss?")
     axes = figure.add_subplot()
     ends = [float(end) for values in (gaps, null) if len(values) for end in (values.min(), values.max())]
@@ -79,7 +81,7 @@ def gap_distribution(gaps: Tensor, null: Tensor, threshold: float, unit: str = "
     # Shares, on a logarithmic axis: few memorized samples must be seen beside many others.
     if len(gaps):
         weights = [1 / len(gaps)] * len(gaps)
-        label = f"training samples ({len(gaps):,})"
+        label = f"{measured} ({len(gaps):,})"
         axes.hist(gaps.tolist(), bins, weights=weights, color=COLOURS["learned"], alpha=0.55, label=label)
     if len(null):
         weights = [1 / len(null)] * len(null)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_memsink.reporting.document import Document
 
@@ -23,7 +24,9 @@ def html(document: Document, pictures: Mapping[str, str]) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_kept_together
+    )
     shown = {stem: _inline(stem, drawn) for stem, drawn in pictures.items()}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(document=document, pictures=shown)
 
@@ -52,6 +55,11 @@ def write(
             unfinished.unlink(missing_ok=True)
         written.append(path)
     return written
+
+
+def _kept_together(value: Any) -> Any:
+    """A number and its percent sign stay in one line."""
+    return value.replace(" %", "\u00a0%") if type(value) is str else value
 
 
 def _inline(stem: str, drawn: str) -> str:
