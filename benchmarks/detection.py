@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.findings import FAMILIES, NEGATIVE, POSITIVE, Findings, investigate
+from benchmarks.detection_runs import FAMILIES, NEGATIVE, POSITIVE, Findings, investigate
 from benchmarks.population import Sizes
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down, spread
 from benchmarks.twin_runs import Schedule

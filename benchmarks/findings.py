@@ -1,234 +1,248 @@
-"""One seed of the detection benchmark: train twice, learn the truth, note what was said.
+"""Five claims on memorization, tested on real text; writes FINDINGS.md.
 
-N  tested samples      M  controls      E  evaluations
+It sets in early and before anything can be extracted; what is repeated, and what nothing else resembles, is at risk; it
+leans on few units; the model goes on generalizing meanwhile; and training longer reinforces it, if repetition goes on.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.table import Table
 from torch import Tensor
 
-from benchmarks import scores
-from benchmarks.population import Population, Sizes, populate
-from benchmarks.twin_runs import Run, Schedule, Sequences, gradient_norms, token_nll, train
-from lightning_memsink.callbacks.loss_tracker import LossTracker
-from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.data import python_docs, tokenized
-from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure
-from lightning_memsink.features import compressed_bits
-from lightning_memsink.judging import samples_of
-from lightning_memsink.ledger import Ledger
-from lightning_memsink.tokens import Tokens
+from benchmarks.finding_runs import GOES_ON, STOPS, Run, Sizes, run
+from benchmarks.findings_figure import draw
+from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, in_processes, settle_down, spread
+from lightning_memsink.concentration import Concentration
 
-POSITIVE, NEGATIVE = 1.0, 0.3
-"""A sample is memorized above the one and not memorized below the other, nats per token; in between nobody says."""
-
-FAMILIES = ("canary", "easy", "shuffled", "template")
-"""Kinds whose controls are taken away, one at a time."""
+QUICK = Sizes(background=1536, per_rung=8, canaries=4, easy=4, controls=96)
+BEFORE, EARLY, DOSE, SIGNIFICANT = 0.8, 0.5, 0.5, 0.05
+SUPPORTED, NOT = "supported", "not supported at this scale"
 
 
 @dataclass(frozen=True)
-class Findings:
-    """One seed: what is true and what was said of it."""
+class Finding:
+    """``criteria``: all have to hold for the claim to stand. ``words``: what was measured, a sentence each."""
 
-    population: Population
-    memorization: Tensor
-    """``[N]``: the truth."""
-    scores: dict[str, Tensor]
-    """``[N]`` each, larger the more it looks memorized; ``knn gap, live`` is the detector's own."""
-    flagged: Tensor
-    """Bool ``[N]``: stood as memorized when training ended, by losses that training itself had passed."""
-    flagged_after: Tensor
-    """Bool ``[N]``: flagged when all losses were taken anew after training, as an auditor would."""
-    bereft: dict[str, tuple[Tensor, Measurement]]
-    """By kind whose controls were taken away: who of ``[N]`` had those, and what is said of all without them."""
-    twins: Tensor
-    """Bool ``[M]``: flagged when half of the controls is measured against the other half."""
-    flag_at: Tensor
-    """``[N]`` the evaluation from which on a sample stood as memorized; E if it never did."""
-    exact_at: Tensor
-    """``[N]`` the evaluation at which it could first be extracted, word for word; E if never."""
-    evaluation_step: Tensor
-    """``[E]``"""
+    claim: str
+    criteria: list[Criterion]
+    words: list[str]
 
     @property
-    def positive(self) -> Tensor:
-        return self.memorization > POSITIVE
-
-    @property
-    def negative(self) -> Tensor:
-        return self.memorization < NEGATIVE
-
-    def auroc(self, score: str, *kinds: str) -> float:
-        """Against all unmemorized samples, or those of some kinds."""
-        rivals = self.negative & self.population.of(*kinds) if kinds else self.negative
-        return scores.auroc(self.scores[score], self.positive, rivals)
-
-    def lead_steps(self) -> Tensor:
-        """Steps from flag to first extraction, of each sample ever extracted though it is not easy; -inf unflagged."""
-        extracted = (self.exact_at < len(self.evaluation_step)) & self.positive
-        steps = torch.cat([self.evaluation_step.float(), torch.tensor([torch.inf])])
-        return steps[self.exact_at[extracted]] - steps[self.flag_at[extracted]]
+    def verdict(self) -> str:
+        return SUPPORTED if all(each.holds for each in self.criteria) else NOT
 
 
-class Verdicts(Callback):
-    """Notes after every evaluation who stands as memorized."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.memorized: list[Tensor] = []
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ledger = Ledger.of(trainer)
-        self.memorized.append(torch.isin(self.rows, ledger.losses.ids[ledger.flags.memorized]))
-
-
-def investigate(sizes: Sizes, schedule: Schedule, rule: Rule, seed: int, save: Path | None = None) -> Findings:
-    """Trains both runs of one seed and holds what was said of the samples against what is true."""
-    corpus = tokenized(python_docs(), seed=seed)
-    vocab_size = corpus.tokenizer.get_vocab_size()
-    people = populate(corpus, vocab_size, sizes, seed)
-    verdicts = Verdicts(people.tested)
-    texts = people.tokens[people.tested]
-    tracker = LossTracker(identity="key")
-    crew = [tracker, MemorizationDetector(**asdict(rule)), verdicts]
-    main, twin = (
-        train(
-            Sequences(people.tokens, rows, people.noise, vocab_size, seed),
-            people.controls, texts, callbacks, schedule, seed,
-        )
-        for rows, callbacks in ((people.main, crew), (people.twin, []))
-    )  # fmt: skip
-    # An id without a text of its own is as good as its next text.
-    drawn = torch.randint(vocab_size, texts.shape, generator=torch.Generator().manual_seed(seed))
-    texts = torch.where(people.of("noise")[:, None], drawn, texts)
-    nll = token_nll(main.module, texts)
-    ends = [token_nll(run.module, people.controls).mean(1) for run in (main, twin)]
-    memorization = _truth(people, nll.mean(1), token_nll(twin.module, texts).mean(1), *ends)
-    _describe_again(tracker, people.tested, texts)
-    after = _measure_after(people, main.ledger, nll.mean(1), ends[0])
-    found = Findings(
-        population=people,
-        memorization=memorization,
-        scores=_all_scores(people, main, texts, nll, after, rule, schedule),
-        flagged=verdicts.memorized[-1],
-        flagged_after=measure(*after, rule).flagged,
-        bereft={kind: _without(kind, people, main.ledger, rule) for kind in FAMILIES},
-        twins=_judge_twins(main.ledger, rule),
-        flag_at=scores.first_time(torch.stack(verdicts.memorized)),
-        exact_at=scores.first_time(main.exact),
-        evaluation_step=main.evaluation_step,
+def early(runs: Sequence[Run]) -> Finding:
+    """Of what was shown most: was it flagged before it came word for word, and how far into training?"""
+    before, extracted, onsets = 0, 0, []
+    for one in runs:
+        flags = torch.cat([one.flagged[name] for name in most(one)])
+        exact = torch.cat([first_exact(one, name) for name in most(one)])
+        said = exact >= 0
+        extracted += int(said.sum())
+        before += int(((flags >= 0) & (flags < exact))[said].sum())
+        seen = flags[(flags >= 0) & (flags <= one.turn)]
+        onsets.append(float(seen.double().median()) / one.turn if len(seen) else float("nan"))
+    low, high = wilson(before, extracted)
+    return Finding(
+        "Memorization sets in early, and before extraction",
+        [
+            Criterion("flagged before extracted, share, lower end of 95 %", low, ">=", BEFORE),
+            Criterion("median flag, as share of the repetition, worst seed", max(onsets), "<=", EARLY),
+        ],
+        [
+            f"{before} of {extracted} extracted sequences were flagged first (95 % interval {low:.2f} to {high:.2f}).",
+            f"Half of the flags had come after {spread(onsets)} of the steps with repetition.",
+        ],
     )
-    if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
-        torch.save(_plain(found, main, twin, texts), save / f"detection_{seed}.pt")
-    return found
 
 
-def _truth(people: Population, main: Tensor, twin: Tensor, main_controls: Tensor, twin_controls: Tensor) -> Tensor:
-    truth = torch.empty_like(main)
-    for kind in set(people.kind):
-        of, like = people.of(kind), people.controls_of(kind)
-        truth[of] = scores.counterfactual(main[of], twin[of], main_controls[like], twin_controls[like])
-    return truth
+def at_risk(runs: Sequence[Run]) -> Finding:
+    """Does memorization grow with repetition, and at equal repetition with rarity?"""
+    doses, rarities = [], []
+    for one in runs:
+        look = one.at_turn()
+        ladder = [(repeats, one.gap(look, kind, repeats)) for kind, repeats in one.rungs.values() if kind == "natural"]
+        times = torch.cat([torch.full((len(gaps),), float(repeats)) for repeats, gaps in ladder])
+        doses.append(spearman(times, torch.cat([gaps for _, gaps in ladder])))
+        highest = max(repeats for kind, repeats in one.rungs.values() if kind == "easy")
+        rare, common = one.gap(look, "canary", highest), one.gap(look, "easy", highest)
+        rarities.append(float(rare.mean() - common.mean()))
+    return Finding(
+        "What is repeated is at risk, and of that most what nothing else resembles",
+        [
+            Criterion("rank correlation of gap and repeats, worst seed", min(doses), ">=", DOSE),
+            Criterion(
+                "gap of random less that of easy text, repeated as often, nats, worst seed", min(rarities), ">=", 1.0
+            ),
+        ],
+        [
+            f"Rank correlation of a passage's gap with its number of repeats: {spread(doses)}.",
+            f"Repeated as often, random text is memorized by {spread(rarities)} nats more than text easy to foretell.",
+        ],
+    )
 
 
-def _describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
-    """Matching features as of now: of a sample last visited long ago they are as old as that visit."""
-    tokens = Tokens(texts, torch.ones_like(texts, dtype=torch.bool))
-    tracker.matching.describe(tracker.table, ids, ids, tokens, None)
+def localizes(runs: Sequence[Run]) -> Finding:
+    """Do memorized samples lean on the same few units, more than matched others?"""
+    tested = [found for found in (last_concentration(one) for one in runs) if found is not None]
+    worst = max((each.p for each in tested), default=float("nan"))
+    shares = [f"{each.gini:.2f} against {each.null_gini:.2f}" for each in tested]
+    moved = [layer_movement(one) for one in runs]
+    return Finding(
+        "Memorization localizes",
+        [Criterion("p of a permutation test of concentration, worst seed", worst, "<=", SIGNIFICANT)],
+        [
+            f"Concentration of memorized samples' attribution on units (Gini) against that of blindly picked others: "
+            f"{'; '.join(shares) or 'too few memorized samples to test'}.",
+            f"Between the first and the last look, {spread(moved)} of memorized samples' attribution moved to another "
+            "layer.",
+        ],
+    )
 
 
-def _measure_after(people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor) -> tuple[Samples, Controls]:
-    """What there is to measure by losses ``[N]`` and ``[M]`` taken after training."""
-    rows = ledger.losses.index.find(people.tested)
-    last = replace(samples_of(ledger.losses, ledger.controls, rows), losses=losses, weight=torch.ones(len(rows)))
-    now = of_controls[ledger.controls.ids]
-    return last, replace(ledger.controls.known(), before=now, after=now)
+def coexists(runs: Sequence[Run]) -> Finding:
+    """From the first memorized sample on: does held-out loss go on falling?"""
+    improved, grown = [], []
+    for one in runs:
+        since = [look for look in one.looks if look.memorized and look.step <= one.turn]
+        improved.append(since[0].held_out - since[-1].held_out if since else float("nan"))
+        grown.append(float(since[-1].memorized - since[0].memorized) if since else float("nan"))
+    return Finding(
+        "Generalization and memorization coexist",
+        [
+            Criterion(
+                "held-out loss fell since the first memorized sample, nats, worst seed", min(improved), ">=", 0.0
+            ),
+            Criterion("memorized samples more since then, worst seed", min(grown), ">=", 1.0),
+        ],
+        [
+            f"While the memorized set grew by {spread(grown)} samples, held-out loss fell by {spread(improved)} nats.",
+        ],
+    )
 
 
-def _all_scores(
-    people: Population,
-    main: Run,
-    texts: Tensor,
-    nll: Tensor,
-    after: tuple[Samples, Controls],
-    rule: Rule,
-    schedule: Schedule,
-) -> dict[str, Tensor]:
-    """Every rival is measured by a forward at the end of the run; the detector so, and live."""
-    ledger = main.ledger
-    rows = ledger.losses.index.find(people.tested)
-    confidence, variability = scores.cartography(main.visit_id, main.visit_probability, len(people.tokens))
-    return {
-        "knn gap": measure(*after, rule).gap,
-        "knn gap, live": ledger.flags.gap[rows].float(),
-        "ridge gap": measure(*after, replace(rule, method="ridge")).gap,
-        "final loss": scores.final_loss(nll),
-        "loss drop": scores.loss_drop(nll, ledger.losses.first_loss[rows]),
-        "compressed size": scores.compressed_ratio(nll, compressed_bits(texts, torch.ones_like(texts).bool())),
-        "min-k %": scores.min_k(nll),
-        "gradient norm": -gradient_norms(main.module, texts),
-        "exposures": people.repeats.float() * schedule.epochs,
-        "confidence": confidence[people.tested],
-        "variability": variability[people.tested],
-    }
+def reinforces(going: Sequence[Run], stopped: Sequence[Run]) -> Finding:
+    """What becomes of the gap if repetition goes on, and if it stops?"""
+    grown, faded, left = [], [], []
+    for on, off in zip(going, stopped, strict=True):
+        repeats = max(repeats for kind, repeats in on.rungs.values() if kind == "natural")
+        at, end, after = (
+            float(one.gap(look, "natural", repeats).mean())
+            for one, look in ((on, on.at_turn()), (on, on.looks[-1]), (off, off.looks[-1]))
+        )
+        grown.append(end - at)
+        faded.append(at - after)
+        left.append(after / at)
+    return Finding(
+        "Training longer reinforces it while repetition goes on; afterwards it fades",
+        [
+            Criterion("gap grown by the second half with repetition, nats, worst seed", min(grown), ">=", 0.0),
+            Criterion("gap lost in the second half without it, nats, worst seed", min(faded), ">=", 0.0),
+        ],
+        [
+            f"With repetition the gap grew by {spread(grown)} nats in the second half; without, it fell by "
+            f"{spread(faded)} nats, and {spread(left)} of it was left.",
+        ],
+    )
 
 
-def _measure_again(ids: Tensor, keep: Tensor, ledger: Ledger, rule: Rule) -> Measurement:
-    """What the end of the run says of samples ``ids``, by the controls in ``keep`` ``[M]``."""
-    rows = ledger.losses.index.find(ids)
-    samples = samples_of(ledger.losses, ledger.controls, rows)
-    return measure(samples, ledger.controls.known().only(keep), rule)
+def most(one: Run) -> list[str]:
+    """Names of the rungs shown most, whose text is not easy anyway."""
+    hard = {name: repeats for name, (kind, repeats) in one.rungs.items() if kind != "easy"}
+    return [name for name, repeats in hard.items() if repeats == max(hard.values())]
 
 
-def _without(kind: str, people: Population, ledger: Ledger, rule: Rule) -> tuple[Tensor, Measurement]:
-    """Takes a kind's controls away: who has lost them, bool ``[N]``, and a new measurement."""
-    gone = people.controls_of(kind)
-    losers = torch.tensor([bool(people.controls_of(each)[gone].any()) for each in people.kind])
-    return losers, _measure_again(people.tested, ~gone[ledger.controls.ids], ledger, rule)
+def first_exact(one: Run, name: str) -> Tensor:
+    """``[n]`` the first step at which each sequence of a rung came word for word, -1 if never."""
+    first = torch.full((len(one.flagged[name]),), -1)
+    for look in reversed(one.looks):
+        first[look.exact[name]] = look.step
+    return first
 
 
-def _judge_twins(ledger: Ledger, rule: Rule) -> Tensor:
-    """Each half of the controls as if it were trained on, by the other half."""
-    known = ledger.controls.known()
-    even = torch.arange(len(known.after)) % 2 == 0
-    flagged = torch.zeros_like(even)
-    for half in (even, ~even):
-        count = int(half.sum())
-        first = torch.zeros(count, dtype=torch.int64)
-        samples = Samples(known.after[half], torch.ones(count), known.features[half], known.early[0, half], first)
-        flagged[half] = measure(samples, known.only(~half), rule).flagged
-    return flagged
+def last_concentration(one: Run) -> Concentration | None:
+    return next((each.concentration for each in reversed(one.spreads) if each.concentration is not None), None)
 
 
-def _plain(found: Findings, main: Run, twin: Run, texts: Tensor) -> dict[str, Any]:
-    """All that a detector can be tuned on, without training again: tensors and plain values."""
-    people, table, controls = found.population, main.ledger.losses, main.ledger.controls
-    runs = {
-        name: {
-            "visits": {"step": run.visit_step, "id": run.visit_id, "loss": run.visit_loss},
-            "evaluation_step": run.evaluation_step,
-            "control_losses": run.control_losses,
-            "exact": run.exact,
-            "tested_nll": token_nll(run.module, texts),
-            "control_nll": token_nll(run.module, people.controls),
-        }
-        for name, run in (("main", main), ("twin", twin))
-    }
-    return runs | {
-        "population": vars(people),
-        "memorization": found.memorization,
-        "scores": found.scores,
-        "flagged": found.flagged,
-        "flag_at": found.flag_at,
-        "exact_at": found.exact_at,
-        "table": table.state_dict(),
-        "controls": controls.state_dict(),
-        "flags": main.ledger.flags.state_dict(),
-    }
+def layer_movement(one: Run) -> float:
+    """Share of memorized samples' attribution in another layer at the end than at the beginning."""
+    rows = [torch.tensor(each.shares["memorized"]) for each in one.spreads if "memorized" in each.shares]
+    return float((rows[-1] - rows[0]).abs().sum() / 2) if rows else float("nan")
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    return float(spearman_corrcoef(one.float(), other.float()))
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.96, hits / of
+    centre, reach = share + z * z / (2 * of), z * sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return (centre - reach) / (1 + z * z / of), (centre + reach) / (1 + z * z / of)
+
+
+def find(going: Sequence[Run], stopped: Sequence[Run]) -> list[Finding]:
+    return [early(going), at_risk(going), localizes(going), coexists(going), reinforces(going, stopped)]
+
+
+def report(findings: Sequence[Finding], seeds: Sequence[int], seconds: float) -> Report:
+    rows = Table("claim", "verdict", title="Five findings")
+    for each in findings:
+        rows.add_row(each.claim, each.verdict)
+    stands = sum(each.verdict == SUPPORTED for each in findings)
+    figure = f"findings: {stands} of {len(findings)} supported; {len(seeds)} seeds, {seconds:.0f} s"
+    told = {each.claim: {"verdict": each.verdict, "words": each.words} for each in findings}
+    criteria = [criterion for each in findings for criterion in each.criteria]
+    return Report("findings", [rows], criteria, figure, {"seeds": list(seeds), "findings": told})
+
+
+def page(findings: Sequence[Finding], seeds: Sequence[int], command: str, figure: str | None) -> str:
+    """FINDINGS.md."""
+    lines = [
+        "# Findings",
+        "",
+        f"Written by `{command}`: GPTs of 0.93 million parameters on Python's documentation, seeds "
+        f"{', '.join(map(str, seeds))}. Ranges are over seeds: mean [least, most].",
+        "",
+        *["| claim | verdict |", "| --- | --- |", *(f"| {each.claim} | **{each.verdict}** |" for each in findings)],
+    ]
+    for number, each in enumerate(findings, 1):
+        lines += ["", f"## {number}. {each.claim}: {each.verdict}", "", *(f"- {words}" for words in each.words), ""]
+        lines += [f"- Asked for: {criterion}" for criterion in each.criteria]
+    if figure is not None:
+        lines += ["", f"![What was measured, a panel a claim]({figure})"]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("findings", "The five findings, tested; writes a page.", seeds=3)
+    parser.add_argument("--page", type=Path, default=Path("FINDINGS.md"), metavar="FILE", help="where to write it")
+    parser.add_argument("--figure", type=Path, default=Path("docs/findings.png"), metavar="FILE", help="and its figure")
+    options = parser.parse_args(arguments_given)
+    seeds, start = fresh_seeds(options), time.perf_counter()
+    settle_down()
+    sizes = QUICK if options.quick else Sizes()
+    runs = in_processes(run, [(then, seed, sizes) for seed in seeds for then in (GOES_ON, STOPS)])
+    going, stopped = ([one for one in runs if one.then == then] for then in (GOES_ON, STOPS))
+    findings = find(going, stopped)
+    draw(going, stopped, options.figure)
+    command = f"python -m benchmarks.findings --seeds {len(seeds)}" + (" --quick" if options.quick else "")
+    options.page.write_text(page(findings, seeds, command, str(options.figure)), encoding="utf-8")
+    return report(findings, seeds, time.perf_counter() - start).tell(options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

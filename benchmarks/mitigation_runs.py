@@ -180,7 +180,8 @@ def gpt(vocab_size: int, length: int, width: int = 128, layers: int = 4, dropout
     """A new GPT-2: 0.93 M parameters at 1024 tokens."""
     config = GPT2Config(
         vocab_size=vocab_size, n_positions=length, n_embd=width, n_layer=layers, n_head=width // 32,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, **shape,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+        activation_function="gelu_pytorch_tanh", **shape,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 

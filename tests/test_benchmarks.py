@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import attribution_cost, detection, findings, overhead, scores
+from benchmarks import attribution_cost, detection, detection_runs, overhead, scores
 from benchmarks.attribution_tasks import Text, texts
 from benchmarks.gradient_peers import OURS, Task
 from benchmarks.population import Sizes, populate
@@ -168,7 +168,7 @@ def test_token_nll_averages_to_the_loss_of_the_model():
 
 
 def test_detection_runs_and_saves_what_a_detector_is_tuned_on(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(findings, "python_docs", some_texts)
+    monkeypatch.setattr(detection_runs, "python_docs", some_texts)
     monkeypatch.setattr(detection, "settle_down", lambda: None)  # other tests read what libraries log
     monkeypatch.setattr(detection, "QUICK", TINY)
     monkeypatch.setattr(detection, "SCHEDULE", Schedule(evaluate_every=4))
