@@ -30,6 +30,7 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.localization --seeds 3
 	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --figure docs/mitigation.png
 	$(VENV)/bin/python -m benchmarks.overhead --mitigation
+	$(VENV)/bin/python -m benchmarks.findings --seeds 3
 
 clean:
 	rm -rf $(VENV) runs

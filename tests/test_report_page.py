@@ -9,6 +9,7 @@ from dataclasses import replace
 import html5lib
 import jsonschema
 import pytest
+from huggingface_hub import ModelCard
 
 from lightning_memsink.actions import Actions
 from lightning_memsink.callbacks.run_report import write_report
@@ -122,3 +123,19 @@ def test_what_comes_from_outside_is_escaped():
     assert "<script>" not in page
     html5lib.HTMLParser(strict=True).parse(page)
     assert "\\|" in markdown(made)
+
+
+def test_a_model_card_gets_a_section_and_keeps_the_rest(folder, tmp_path):
+    card = tmp_path / "README.md"
+    main(["report", str(folder), "--model-card", str(card)])
+    made = ModelCard.load(card)
+    assert made.data.tags == ["memorization", "lightning-memsink"]
+    assert "**Was memorization measured?** Yes." in made.text
+    card.write_text("---\nlicense: mit\ntags: [text]\n---\n# Mine\n\n## Memorization\n\nold\n\n## Use\n\nas you like\n")
+    for _ in range(2):
+        main(["report", str(folder), "--model-card", str(card)])
+    made = ModelCard.load(card)
+    assert made.data.license == "mit"
+    assert made.data.tags == ["text", "memorization", "lightning-memsink"]
+    assert made.text.count("## Memorization") == made.text.count("## Use") == 1
+    assert "old" not in made.text

@@ -229,3 +229,12 @@ def test_hashes_stay_exact(recorded):
     rows = recorded[0].table("memsink/memorized_samples")
     assert all(int(row["hash"], 16) == int(row["id"]) % 2**64 for row in rows)
     assert torch.tensor([int(row["id"]) for row in rows]).dtype == torch.int64
+
+
+def test_the_report_goes_with_the_run_as_an_artifact(recorded):
+    run, *_ = recorded
+    artifacts = [record for record in run.artifacts if record["type"] == "memsink-report"]
+    assert len(artifacts) == 1
+    paths = {entry["path"] for entry in artifacts[0]["manifest"]["contents"]}
+    assert {"told.md", "told.html", "told.json", "told_files/gap_distribution.svg"} <= paths
+    assert any(path.startswith("told_files/ledger") for path in paths)

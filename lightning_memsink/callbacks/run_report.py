@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_memsink.integrations.wandb import how_to_open
+from lightning_memsink.integrations.wandb import how_to_open, keep_files
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.parquet import write_ledger
 from lightning_memsink.reporting.page import write
@@ -29,7 +29,8 @@ class RunReport(Callback):
 
     Args:
         path: the Markdown file; one HTML file that stands alone, and the same as JSON, are written beside it, and into
-            a directory of its name with `_files` at the end the figures and the ledger (Parquet). None writes no file.
+            a directory of its name with `_files` at the end the figures and the ledger (Parquet). A W&B run keeps them
+            as an artifact. None writes no file.
     """
 
     def __init__(self, path: str | Path | None = "memsink_report.md") -> None:
@@ -69,6 +70,7 @@ class RunReport(Callback):
                     ledger.sinks.save(beside / "sinks.safetensors")
                     written += f"\nUnits: {beside / 'sinks.safetensors'} (lightning_memsink.Sinks.load)"
                 opening = [*opening, written]
+                _keep(trainer, [*(self.path.with_suffix(kind) for kind in (".md", ".html", ".json")), beside])
             except Exception as error:  # a full disk, say: training is over and must not end in an error of ours
                 rank_zero_warn(f"RunReport can't write {self.path}: {error}. The summary below is all of it.")
         _print("\n\n".join([summary(findings), *opening]))
@@ -142,6 +144,15 @@ def _opening(trainer: Trainer) -> list[str]:
         if line is not None:
             lines.append(line)
     return lines
+
+
+def _keep(trainer: Trainer, files: list[Path]) -> None:
+    """With every logger that keeps files."""
+    for logger in trainer.loggers:
+        try:
+            keep_files(logger, files)
+        except Exception as error:  # no logger is worth the end of a training
+            rank_zero_warn(f"{type(logger).__name__} could not keep the report: {type(error).__name__}: {error}")
 
 
 def _print(text: str) -> None:

@@ -21,12 +21,13 @@ COMPARED = {
 
 
 def run(argv: Sequence[str]) -> int:
-    """Writes ``NAME.html`` beside ``NAME.json`` and tells where."""
+    """Writes ``NAME.html`` beside ``NAME.json``, and a model card if asked, and tells where."""
     parser = ArgumentParser(
         prog="memsink report", description="Makes the HTML report of a finished run or audit again."
     )
     parser.add_argument("folder", type=Path, help="where the run left NAME.json, or that file")
     parser.add_argument("--against", type=Path, help="another run, without the mitigation, say, to show beside it")
+    parser.add_argument("--model-card", type=Path, metavar="README.md", help="put a section into this model card")
     options = parser.parse_args(argv)
     try:
         path = report_in(options.folder)
@@ -36,10 +37,15 @@ def run(argv: Sequence[str]) -> int:
             document = beside(document, read(other), other.parent.name)
         files = path.with_name(f"{path.stem}_files")
         pictures = {each.stem: each.read_text(encoding="utf-8") for each in sorted(files.glob("*.svg"))}
-        page = write(document, pictures, path.parent, path.stem, ("html",))
+        written = write(document, pictures, path.parent, path.stem, ("html",))
+        if options.model_card is not None:
+            from lightning_memsink.reporting.model_card import with_section
+
+            with_section(document, options.model_card).save(options.model_card)
+            written.append(options.model_card)
     except (ValueError, OSError) as error:
         raise SystemExit(f"memsink report: {error}") from None
-    print(*page)
+    print(*written, sep="\n")
     return 0
 
 

@@ -6,7 +6,9 @@ Nothing here is imported before it is used, and ``wandb`` itself only inside the
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -79,6 +81,19 @@ class SafeWandbLogger(WandbLogger):
                 "upload it later with `wandb sync PATH`."
             )
             return super().experiment
+
+
+def keep_files(logger: Logger, files: Iterable[Path]) -> None:
+    """Files and folders as a W&B artifact of type ``memsink-report``, with the run; nothing for other loggers."""
+    if not isinstance(logger, WandbLogger) or logger.experiment.disabled:
+        return
+    from wandb import Artifact
+
+    run = logger.experiment
+    artifact = Artifact(f"memsink-{run.id}", type="memsink-report")
+    for path in files:
+        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path), name=path.name)
+    run.log_artifact(artifact)
 
 
 def how_to_open(logger: Logger) -> str | None:

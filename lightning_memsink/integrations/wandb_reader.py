@@ -23,6 +23,8 @@ class RecordedRun:
     alerts: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """What ``define_metric`` was told."""
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    """Files that were kept with the run."""
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(``trainer/global_step``, value) of every row that has ``name``."""
@@ -54,6 +56,8 @@ def read_run(path: str | Path) -> RecordedRun:
             run.alerts.append(content)
         elif kind == "metric":
             run.metrics.append(content)
+        elif kind == "artifact":
+            run.artifacts.append(content)
     return run
 
 

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
+from lightning_memsink.reporting.settings import seed
 from lightning_memsink.reporting.summary import FIGURES, NOTHING, Findings, parts, percent
 from lightning_memsink.table import LossTable
 
@@ -125,6 +126,7 @@ def _method(findings: Findings, settings: Mapping[str, Any], versions: Mapping[s
         "of ids and exposures.",
         "A sample's loss is compared with those of the held-out controls nearest in difficulty; p-values are "
         "conformal, and the false-discovery rate is held by Benjamini and Hochberg's procedure.",
+        "Seed: not set by Lightning's seed_everything." if seed() is None else f"Seed: {seed()}.",
     ]
     told = [(name, _told(arguments)) for name, arguments in settings.items()]
     grids = [Grid(("callback", "settings"), told, "Settings")] if told else []
@@ -165,6 +167,7 @@ def _numbers(findings: Findings, settings: Mapping[str, Any], versions: Mapping[
             "actions": actions,
             "certificate": None if certificate is None else {**asdict(certificate), "verdict": certificate.verdict},
             "extraction": None if extraction is None or not extraction.rows else extraction.rows[-1],
+            "seed": seed(),
             "settings": settings,
             "versions": versions,
         }

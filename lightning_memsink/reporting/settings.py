@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,12 @@ def _arguments(callback: object) -> dict[str, Any]:
     return {
         name: found[name] for name in signature(type(callback)).parameters if isinstance(found.get(name, ...), PLAIN)
     }
+
+
+def seed() -> int | None:
+    """What Lightning's ``seed_everything`` was last given; None if nobody called it."""
+    told = os.environ.get("PL_GLOBAL_SEED", "")
+    return int(told) if told.isdigit() else None
 
 
 def versions() -> dict[str, str]:
