@@ -42,7 +42,8 @@ def draw(results: Mapping[tuple[str, str, int], Result], path: Path) -> None:
         panel.set_ylabel("loss against standard, nats per token (lower is better)")
         panel.set_title(title)
     legend = figure.legend(
-        list(handles.values()), [f"{names.index(name) + 1} {name}" for name in handles], loc="outside lower center",
+        [handles[name] for name in names], [f"{number} {name}" for number, name in enumerate(names, 1)],
+        loc="outside lower center",
         ncols=5, fontsize=8, frameon=False,
     )  # fmt: skip
     legend.set_title("filled: ours; hollow: rivals; grey: oracles. Line: set points of hold. Dotted: the frontier")
@@ -82,5 +83,6 @@ def _mark(panel, point: Point, number: int, name: str):  # type: ignore[no-untyp
         x, min(y, WORST), "o" if y < WORST else "^", ms=7, color=color, mfc=color if ours else "white", zorder=3
     )
     beyond = f" ({y:+.1f})" if y >= WORST else ""
-    panel.annotate(f"{number + 1}{beyond}", (x, min(y, WORST)), (5, 4), textcoords="offset points", fontsize=8)
+    below = -9 if y >= WORST and number % 2 else 4  # what lies beyond stands in a row, so that labels would meet
+    panel.annotate(f"{number + 1}{beyond}", (x, min(y, WORST)), (5, below), textcoords="offset points", fontsize=8)
     return handle
