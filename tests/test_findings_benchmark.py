@@ -28,12 +28,12 @@ def made_up(then, seed, *, early=True, p=0.01):
         step = 10 * (number + 1)
         grown = min(step, TURN) / 10 + (0 if step <= TURN else (0.5 if then == GOES_ON else -0.5) * (step - TURN) / 10)
         gaps = {"natural x1": 0.1, "natural x64": grown, "canary x64": 1.5 * grown, "easy x64": 0.05}
-        losses = {name: 6.0 - gap + torch.linspace(-0.05, 0.05, 4) for name, gap in gaps.items()}
-        exact = {name: torch.full((4,), name == "canary x64" and step >= 30) for name in RUNGS}
+        losses = {name: 6.0 - gap + torch.linspace(-0.05, 0.05, 12) for name, gap in gaps.items()}
+        exact = {name: torch.full((12,), name == "canary x64" and step >= 30) for name in RUNGS}
         twins = {name: torch.full((8,), 6.0) for name in RUNGS}
         looks.append(Look(step, losses, twins, exact, 5.0 - number / 10, 2 * number))
     at = 20 if early else 40
-    flagged = {name: torch.full((4,), at if "64" in name and "easy" not in name else -1) for name in RUNGS}
+    flagged = {name: torch.full((12,), at if "64" in name and "easy" not in name else -1) for name in RUNGS}
     found = Concentration(0.6, 30, 0.2, 0.5, 0.4, 0.55, 0.3, p, 9)
     spreads = [
         Spread(10, {}, {"memorized": [0.7, 0.3]}, {}, [], [], None, {}),
@@ -59,8 +59,8 @@ def test_what_is_not_there_is_not_found():
 
 def test_the_first_time_that_a_text_comes():
     one = made_up(GOES_ON, 1)
-    assert first_exact(one, "canary x64").tolist() == [30] * 4
-    assert first_exact(one, "natural x1").tolist() == [-1] * 4
+    assert first_exact(one, "canary x64").tolist() == [30] * 12
+    assert first_exact(one, "natural x1").tolist() == [-1] * 12
 
 
 @pytest.mark.parametrize(("hits", "of"), [(0, 5), (3, 9), (70, 73), (12, 12)])
@@ -75,7 +75,7 @@ def test_the_page_and_its_figure(tmp_path):
     draw(going, stopped, tmp_path / "docs" / "findings.png")
     told = page(find(going, stopped), [1, 2], "python -m benchmarks.findings --seeds 2", "docs/findings.png")
     assert "| Memorization localizes | **supported** |" in told
-    assert "8 of 8 extracted sequences were flagged first" in told
+    assert "24 of 24 extracted sequences were flagged first" in told
     assert (tmp_path / "docs" / "findings.png").stat().st_size > 10_000
 
 

@@ -8,8 +8,10 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_memsink import memsink
+from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.cli import main
 from tests.small_runs import TinyLM, control_loader, train_loader
+from tests.test_reporting import made_up
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,9 +52,15 @@ def test_every_make_target_of_the_readme_exists():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_every_command_of_the_readme_is_understood(here, capsys):
-    """``fit`` is only validated; the others run, in the order of the README."""
+    """``fit`` is only validated, and ``audit`` stops where its files are read; the others run, as the README has them."""
+    for name in ("hold", "plain"):
+        write_report(made_up().findings(), here / "runs" / name / "memsink_report.md", [], {})
     for line in (line for line in LINES if line.startswith("memsink ")):
         command = shlex.split(line)[1:]
+        if command[0] == "audit":
+            with pytest.raises(SystemExit, match=r"There is no file suspects\.jsonl"):
+                main(command)
+            continue
         if command[0] == "fit":
             command[0] = "validate"
         assert main(command) == 0, line
