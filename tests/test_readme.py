@@ -52,7 +52,7 @@ def test_every_make_target_of_the_readme_exists():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_every_command_of_the_readme_is_understood(here, capsys):
-    """``fit`` is only validated, and ``audit`` stops where its files are read; the others run, as the README has them."""
+    """``fit`` is only validated, and ``audit`` stops where its files are read; the others run."""
     for name in ("hold", "plain"):
         write_report(made_up().findings(), here / "runs" / name / "memsink_report.md", [], {})
     for line in (line for line in LINES if line.startswith("memsink ")):
