@@ -221,7 +221,7 @@ def page(findings: Sequence[Finding], seeds: Sequence[int], command: str, figure
     ]
     for number, each in enumerate(findings, 1):
         lines += ["", f"## {number}. {each.claim}: {each.verdict}", "", *(f"- {words}" for words in each.words), ""]
-        lines += [f"- Asked for: {criterion}" for criterion in each.criteria]
+        lines += [f"- Asked for: {' '.join(str(criterion).split())}" for criterion in each.criteria]
     if figure is not None:
         lines += ["", f"![What was measured, a panel a claim]({figure})"]
     return "\n".join(lines) + "\n"
