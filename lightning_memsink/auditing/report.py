@@ -13,6 +13,7 @@ from lightning_memsink.auditing.audit import SCORES, Asked, Audit, as_plain
 from lightning_memsink.detection import LN2, bits
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
 from lightning_memsink.reporting.settings import versions
+from lightning_memsink.reporting.summary import many, percent
 
 TOP = 20
 """Texts listed, those with the largest gap."""
@@ -61,7 +62,7 @@ def _answers(audit: Audit) -> list[Answer]:
     first = Answer(
         "Was memorization measured?",
         "yes" if measured else "partly",
-        f"{_many(len(audit.suspects.texts), 'suspected text')} against {_many(len(audit.controls.texts), 'control')}."
+        f"{many(len(audit.suspects.texts), 'suspected text')} against {many(len(audit.controls.texts), 'control')}."
         + ("" if measured else f" {audit.unmeasured}"),
     )
     apart = audit.separations.get("loss")
@@ -71,8 +72,8 @@ def _answers(audit: Audit) -> list[Answer]:
         state: Any = "yes" if apart.auroc_low > 0.5 else "no" if apart.auroc_high < 0.5 else "unknown"
         known = Answer(
             "Does the model know them better than controls?", state,
-            f"A suspected text has the lower loss in {_percent(apart.auroc)} of pairs "
-            f"(95 % interval {_percent(apart.auroc_low)} to {_percent(apart.auroc_high)}; chance is 50 %).",
+            f"A suspected text has the lower loss in {percent(apart.auroc)} of pairs "
+            f"(95 % interval {percent(apart.auroc_low)} to {percent(apart.auroc_high)}; chance is 50 %).",
         )  # fmt: skip
     said = Answer(
         "Can any be extracted?", "yes" if exact + found else "no",
@@ -86,9 +87,9 @@ def _plain(audit: Audit) -> list[str]:
         return [f"No single text can be called memorized here. {audit.unmeasured}"]
     flagged = int(audit.gaps.flagged.sum())
     return [
-        f"{_many(flagged, 'text')} of {len(audit.suspects.texts):,} can be called memorized: the model's loss on each "
+        f"{many(flagged, 'text')} of {len(audit.suspects.texts):,} can be called memorized: the model's loss on each "
         f"is at least {audit.gaps.threshold:.2f} nats ({audit.gaps.threshold / LN2:.2f} bits) a token below that of "
-        f"comparable controls, and of texts called so about {_percent(audit.settings.alpha)} at most are expected to "
+        f"comparable controls, and of texts called so about {percent(audit.settings.alpha)} at most are expected to "
         "be called so wrongly."
     ]
 
@@ -143,7 +144,7 @@ def _scores(audit: Audit) -> Grid:
             name,
             f"{each.auroc:.3f}",
             f"{each.auroc_low:.3f} to {each.auroc_high:.3f}",
-            f"{_percent(each.tpr)} at {_percent(each.fpr)}",
+            f"{percent(each.tpr)} at {percent(each.fpr)}",
         )
         for name, each in ((name, audit.separations[name]) for name in SCORES if name in audit.separations)
     ]
@@ -249,11 +250,3 @@ def _tries(logarithm: float) -> str:
     if not isfinite(logarithm):
         return "never"
     return f"{10**logarithm:,.0f}" if logarithm < 4 else f"10^{logarithm:.0f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

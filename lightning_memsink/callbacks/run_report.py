@@ -83,12 +83,9 @@ def write_report(findings: Findings, path: Path, opening: list[str], settings: M
     drawn = _draw(findings)
     pictures = {}
     if drawn:
-        from lightning_memsink.reporting.figures import save
+        from lightning_memsink.reporting.figures import save_all
 
-        figures.mkdir(exist_ok=True)
-        for stem, figure in drawn.items():
-            save(figure, figures / stem)
-            pictures[stem] = (figures / f"{stem}.svg").read_text(encoding="utf-8")
+        pictures = save_all(drawn, figures)
     unfinished = path.with_name(f"{path.name}.part")
     try:
         unfinished.write_text(markdown(findings, figures.name if drawn else None, opening), encoding="utf-8")

@@ -70,12 +70,10 @@ def _write(found: Audit, document: Document, folder: Path) -> list[Path]:
         print("There are no figures without matplotlib: pip install 'lightning-memsink[report]'", file=sys.stderr)
         figures = {}
     files, pictures = folder / "report_files", {}
-    for stem, figure in figures.items():
-        from lightning_memsink.reporting.figures import save
+    if figures:
+        from lightning_memsink.reporting.figures import save_all
 
-        files.mkdir(exist_ok=True)
-        save(figure, files / stem)
-        pictures[stem] = (files / f"{stem}.svg").read_text(encoding="utf-8")
+        pictures = save_all(figures, files)
     written = write(document, pictures, folder)
     path = folder / "report.md"
     path.write_text(markdown(document, files.name if figures else None), encoding="utf-8")

@@ -143,6 +143,15 @@ def save(figure: Figure, stem: Path) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def save_all(drawn: Mapping[str, Figure], folder: Path) -> dict[str, str]:
+    """Saves figures by stem, and gives their SVG; without any, no folder is made."""
+    if drawn:
+        folder.mkdir(exist_ok=True)
+    for stem, figure in drawn.items():
+        save(figure, folder / stem)
+    return {stem: (folder / f"{stem}.svg").read_text(encoding="utf-8") for stem in drawn}
+
+
 def svg(figure: Figure) -> str:
     """The same bytes for the same figure; text stays text."""
     drawn = io.StringIO()

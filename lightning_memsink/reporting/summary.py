@@ -63,7 +63,7 @@ class Findings:
 def summary(findings: Findings) -> str:
     """A few short paragraphs, each headed by its question."""
     if not findings.flags.evaluations:
-        return "\n".join(NOTHING).format(_many(len(findings.table), "sample"))
+        return "\n".join(NOTHING).format(many(len(findings.table), "sample"))
     return "\n\n".join(f"{title}\n  " + "\n  ".join(lines) for title, lines in parts(findings).items())
 
 
@@ -126,10 +126,10 @@ def _when(findings: Findings) -> list[str]:
         seen = _range(onset.exposures, onset.exposures_low, onset.exposures_high)
         return [
             f"Memorization set in at step {onset.step:,} (95 % interval {between}), at exposure {seen} of a sample.",
-            f"Estimated from {_many(onset.samples, 'memorized sample')}: when the first tenth of them were flagged.",
+            f"Estimated from {many(onset.samples, 'memorized sample')}: when the first tenth of them were flagged.",
         ]
     if last.memorized:
-        return [f"{_many(last.memorized, 'sample')} stand as memorized; no onset was estimated."]
+        return [f"{many(last.memorized, 'sample')} stand as memorized; no onset was estimated."]
     if last.tail == "none":
         return ["That can't be said: no sample could be compared with controls."]
     return [f"Not in this run: up to step {last.step:,} no sample stands as memorized."]
@@ -139,7 +139,7 @@ def _which(findings: Findings) -> list[str]:
     last, known = findings.evaluation, max(1, sum(findings.evaluation.counts.values()))
     others = ", ".join(f"{count:,} {word}" for word, count in last.counts.items() if count and word != "memorized")
     lines = [
-        f"{last.memorized:,} of {_many(known, 'sample')} memorized ({percent(last.memorized / known)})"
+        f"{last.memorized:,} of {many(known, 'sample')} memorized ({percent(last.memorized / known)})"
         + (f"; {others}." if others else ".")
     ]
     reasons = _reasons(findings.flags)
@@ -161,12 +161,12 @@ def _how_sure(findings: Findings) -> list[str]:
     if last.tail == "none":
         if not last.controls:
             return ["There were no usable controls, so there is no verdict to be sure of."]
-        return [f"Nothing was compared with the {_many(last.controls, 'control')} yet, so no verdict stands on them."]
+        return [f"Nothing was compared with the {many(last.controls, 'control')} yet, so no verdict stands on them."]
     level = f"at a false-discovery rate of {percent(last.alpha)}"
     lines = [
         f"A sample is called memorized {level}, and only if its loss is at least {last.threshold:.2f} {findings.unit} "
         f"({last.threshold / LN2:.2f} {findings.unit.replace('nats', 'bits')}) below that of its matched controls.",
-        f"{_many(last.controls, 'control')} took part; the smallest p-value they allow is {last.p_floor:.2g}. "
+        f"{many(last.controls, 'control')} took part; the smallest p-value they allow is {last.p_floor:.2g}. "
         + _TAILS[last.tail],
     ]
     null = findings.flags.null_gaps.float()
@@ -240,7 +240,7 @@ def _range(value: float, low: float, high: float) -> str:
     return f"{value:g}" if low == high else f"{value:g} ({low:g} to {high:g})"
 
 
-def _many(count: int, what: str) -> str:
+def many(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
