@@ -99,12 +99,16 @@ class Document:
         )
 
 
+def first_page(document: Document) -> list[str]:
+    """Lines of Markdown, without a title."""
+    answers = [f"- **{each.question}** {each.state.capitalize()}. {each.words}" for each in document.answers]
+    return [*answers, "", *(f"{words}\n" for words in document.plain)]
+
+
 def markdown(document: Document, figures: str | None = None, level: int = 1) -> str:
     """``figures``: the directory of the pictures, relative to the file, or None for none; ``level``: of the title."""
     head = "#" * level
-    lines = [f"{head} {document.title}", ""]
-    lines += [f"- **{each.question}** {each.state.capitalize()}. {each.words}" for each in document.answers]
-    lines += ["", *(f"{words}\n" for words in document.plain)]
+    lines = [f"{head} {document.title}", "", *first_page(document)]
     for section in document.sections:
         lines += [f"{head}# {section.title}", "", *(f"- {words}" for words in section.paragraphs)]
         for grid in section.grids:

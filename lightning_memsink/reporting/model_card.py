@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_memsink.reporting.document import Document
+from lightning_memsink.reporting.document import Document, first_page
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -16,9 +16,7 @@ TAGS = ("memorization", "lightning-memsink")
 
 def section(document: Document) -> str:
     """Markdown, headed by `TITLE`."""
-    lines = [TITLE, ""]
-    lines += [f"- **{each.question}** {each.state.capitalize()}. {each.words}" for each in document.answers]
-    lines += ["", *(f"{words}\n" for words in document.plain)]
+    lines = [TITLE, "", *first_page(document)]
     limits = [words for each in document.sections if "does not show" in each.title for words in each.paragraphs]
     lines += ["What this does not show:", "", *(f"- {words}" for words in limits), ""]
     return "\n".join([*lines, f"Measured with lightning-memsink, {document.date}."]) + "\n"
