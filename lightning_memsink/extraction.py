@@ -132,7 +132,12 @@ def log10_tries(log_prob: Tensor, p: float) -> Tensor:
 
 def discoverable(log_prob: Tensor, n: int, p: float) -> Tensor:
     """Bool: the suffix is (n, p)-discoverable; see `log10_tries`."""
-    return log10_tries(log_prob, p) <= math.log10(n) + 1e-12
+    return within(log10_tries(log_prob, p), n)
+
+
+def within(log10_tries: Tensor, n: int) -> Tensor:
+    """Bool: ``n`` tries are enough."""
+    return log10_tries <= math.log10(n) + 1e-12
 
 
 def exposure(losses: Tensor, references: Tensor) -> Tensor:

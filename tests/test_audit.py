@@ -12,9 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lightning_memsink.auditing.answers_file import AnswersFile
 from lightning_memsink.auditing.audit import Settings, audit
+from lightning_memsink.auditing.closer_look import look_closer
 from lightning_memsink.auditing.subject import load
-from lightning_memsink.auditing.texts import read_texts
+from lightning_memsink.auditing.texts import Text, encode, read_texts
 from lightning_memsink.cli import main
+from lightning_memsink.sinks import Sinks
 
 WORDS, LENGTH, PREFIX = 40, 20, 6
 
@@ -201,3 +203,46 @@ def test_what_is_sampled_when_nothing_is_memorized_is_not_flagged(folder, tmp_pa
     assert numbers["flagged"] == 0
     assert numbers["extraction"]["exact"] == 0
     assert numbers["separation"]["loss"]["auroc_low"] < 0.5 < numbers["separation"]["loss"]["auroc_high"]
+
+
+def test_a_closer_look_at_the_texts_that_stand_out(told):
+    page = (told / "report.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if re.match(r"\| \d+ \| x\d+ \|", line)]
+    assert len(rows) == 16
+    for row in rows[:8]:
+        assert row[1:2] + row[6:9] == ["x150", "memorized", "yes", "1.00"]
+        assert float(row[9]) > 3  # bits that the rest owes to its own beginning
+    assert all(float(row[8]) < 1 for row in rows[8:])
+
+
+def test_what_is_said_after_any_beginning_owes_nothing_to_its_own(folder):
+    """A model that says one thing only: likely, and not memorized."""
+    subject = load(folder / "model")
+    common = some_texts(1, 5)[0].split()[PREFIX:]
+    rows = torch.tensor([subject.tokenizer(" ".join(common))["input_ids"]])
+    optimizer = torch.optim.AdamW(subject.model.parameters(), 3e-3)
+    starts = torch.randint(WORDS, (150, 4, PREFIX), generator=torch.Generator().manual_seed(6))
+    for start in starts:
+        shown = torch.cat([start, rows.expand(4, -1)], 1)
+        optimizer.zero_grad()
+        subject.model(input_ids=shown, labels=shown).loss.backward()
+        optimizer.step()
+    texts = [Text(" ".join([*start.split()[:PREFIX], *common]), "common", 1) for start in some_texts(2, 7)]
+    encoded, controls = (
+        encode(each, subject.tokenizer, LENGTH) for each in (texts, [Text(some_texts(1, 2)[0], "", 1)])
+    )
+    looked = look_closer(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
+    assert looked.similarity.tolist() == [1.0, 1.0]
+    assert looked.own_beginning.abs().max() < 3
+
+
+def test_units_are_looked_for_if_asked(folder, tmp_path, told):
+    main(command(folder, tmp_path / "out", **{"ask.units": True, "ask.unit_fraction": 0.05}))
+    sinks = Sinks.load(tmp_path / "out" / "sinks.safetensors")
+    assert list(sinks.sizes) == ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]
+    assert 0 < len(sinks) <= round(0.05 * 2 * 192)
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
+    assert sum(numbers["located"]["units"].values()) == len(sinks)
+    assert f"{len(sinks)} of 384 hidden units" in (tmp_path / "out" / "report.md").read_text()
+    assert not (told / "sinks.safetensors").exists()
+    assert "Where it is" not in (told / "report.md").read_text()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,21 @@ from torch import Tensor
 
 from lightning_memsink.asking import Answers, Scheme, ask, logits_of
 from lightning_memsink.auditing.answers_file import AnswersFile
+from lightning_memsink.auditing.closer_look import CloserLook, Located, locate_units, look_closer
+from lightning_memsink.auditing.standing_out import StandingOut, standing_out
 from lightning_memsink.auditing.subject import Subject
 from lightning_memsink.auditing.texts import Encoded, Text, encode
-from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure
+from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure, nearest, standardize
 from lightning_memsink.extraction_metrics import Separation, separation
 
-SCORES = ("loss", "zlib", "min-k%", "min-k%++")
-"""Membership scores, as the report names them."""
+MATCHED = "gap to matched controls"
+SCORES = (MATCHED, "loss", "zlib", "min-k%", "min-k%++")
+"""What suspected texts and controls are told apart by, as the report names it: first against controls of the same
+difficulty, then membership scores, which know of none."""
+KIND_WEIGHT = 4
+"""Times that a text's kind counts beside each feature of its difficulty: controls of another kind come last."""
+FELLOWS = 3
+"""Controls whose units are compared with those of a text called memorized."""
 Advance = Callable[[int], object]
 """Called with the number of texts that are done."""
 
@@ -39,6 +47,9 @@ class Settings:
         k: controls that a text is compared with.
         min_gap: nats per token that a memorized text lies below its controls at least.
         fpr: share of controls that a membership score may accuse.
+        closer: texts that stand out most, to be looked at more closely: generated, and tried after other beginnings.
+        units: whether to look for the units that carry the texts called memorized.
+        unit_fraction: of all units, to be named.
         batch_size: texts in a forward.
     """
 
@@ -53,6 +64,9 @@ class Settings:
     k: int = 8
     min_gap: float = 1.0
     fpr: float = 0.01
+    closer: int = 20
+    units: bool = False
+    unit_fraction: float = 0.01
     batch_size: int = 8
 
     @property
@@ -75,7 +89,8 @@ class Asked:
     scores: dict[str, Tensor]
     """``[N]`` by name, larger the more it looks trained on."""
     features: Tensor
-    """``[N, 3]`` of difficulty: tokens (logarithm), characters per token, compressed bits per character."""
+    """``[N, F]`` of difficulty: tokens (logarithm), characters per token, compressed bits per character; then of kind,
+    where groups tell it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,23 @@ class Audit:
     unmeasured: str
     separations: dict[str, Separation]
     """By score; empty if there are too few of either."""
+    closer: CloserLook
+    located: Located | None
+    """None if nobody asked, or if ``unlocated`` tells why not."""
+    unlocated: str
+    by_group: bool
+    """Whether a text's controls are of its own group."""
+
+    def standing_out(self, group: str | None) -> StandingOut:
+        """How far the matched texts of a group lie below comparable controls; None for all."""
+        if self.gaps is None:
+            return StandingOut(torch.nan, torch.nan)
+        own = torch.tensor([group in (None, each.group) for each in self.suspects.texts])
+        null = self.gaps.null
+        if self.by_group:
+            usable = self.controls.answers.loss.isfinite()
+            null = null[torch.tensor([group in (None, each.group) for each in self.controls.texts])[usable]]
+        return standing_out(self.gaps.gap[own & self.gaps.matched], null)
 
 
 def audit(
@@ -125,13 +157,67 @@ def audit(
         _asked(subject, texts, each, settings, kept, advance)
         for texts, each in zip((suspects, controls), encoded, strict=True)
     )
-    gaps, unmeasured = _gaps(own, others, settings.rule)
+    own, others, by_group = tell_kinds_apart(own, others)
+    gaps, unmeasured = gaps_of(own, others, settings.rule)
+    told = {} if gaps is None else {MATCHED: (gaps.gap[gaps.matched], gaps.null)}
+    told |= {name: (own.scores[name], others.scores[name]) for name in own.scores}
     apart = {
-        name: separation(own.scores[name], others.scores[name], settings.fpr)
+        name: separation(*told[name], settings.fpr)
         for name in SCORES
-        if min(int(each.scores[name].isfinite().sum()) for each in (own, others)) > 1
+        if name in told and min(int(each.isfinite().sum()) for each in told[name]) > 1
     }
-    return Audit(subject.name, subject.fingerprint, subject.parameters, settings, own, others, gaps, unmeasured, apart)
+    closer = look_closer(subject, encoded[0], encoded[1], _most(own, gaps)[: settings.closer], settings.prefix, advance)
+    located, unlocated = _located(subject, encoded, own, others, gaps, settings)
+    return Audit(
+        subject.name, subject.fingerprint, subject.parameters, settings, own, others, gaps, unmeasured, apart,
+        closer, located, unlocated, by_group,
+    )  # fmt: skip
+
+
+def tell_kinds_apart(suspects: Asked, controls: Asked) -> tuple[Asked, Asked, bool]:
+    """Both with a feature for each group, if every suspected group is one of the controls', too.
+
+    Groups that differ, ``x16`` and ``never`` say, tell no kind.
+    """
+    groups = sorted({each.group for each in suspects.texts})
+    if len(groups) < 2 or not set(groups) <= {each.group for each in controls.texts}:
+        return suspects, controls, groups == sorted({each.group for each in controls.texts})
+    own, others = (
+        replace(asked, features=torch.cat([asked.features, *[_kinds(asked, groups)] * KIND_WEIGHT], 1))
+        for asked in (suspects, controls)
+    )
+    return own, others, True
+
+
+def _kinds(asked: Asked, groups: Sequence[str]) -> Tensor:
+    """``[N, G]``"""
+    return torch.tensor([[float(each.group == group) for group in groups] for each in asked.texts])
+
+
+def _most(suspects: Asked, gaps: Measurement | None) -> list[int]:
+    """Rows of the texts that are long enough to be asked for, those that stand out most first."""
+    order = suspects.answers.log10_tries if gaps is None else -gaps.gap
+    rows: list[int] = order.argsort(stable=True).tolist()
+    return [row for row in rows if suspects.answers.suffix[row] > 0]
+
+
+def _located(
+    subject: Subject, encoded: Sequence[Encoded], suspects: Asked, controls: Asked, gaps: Measurement | None,
+    settings: Settings,
+) -> tuple[Located | None, str]:  # fmt: skip
+    """Of the texts called memorized against the controls most like them; or why that can't be."""
+    targets = [] if gaps is None else gaps.flagged.nonzero().flatten().tolist()
+    if not settings.units or not targets:
+        return None, "No text is called memorized, so there are no units to look for." if settings.units else ""
+    points, own = standardize(suspects.features, controls.features)
+    usable = controls.answers.loss.isfinite().nonzero().flatten()
+    likes = usable[nearest(points[targets], own[usable], FELLOWS)[0].unique()].tolist()
+    try:
+        return locate_units(
+            subject, encoded[0], targets, encoded[1], likes, settings.unit_fraction, settings.batch_size
+        ), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _asked(
@@ -170,7 +256,7 @@ def _described(texts: Sequence[Text], tokens: Tensor, answers: Answers) -> Asked
     return Asked(texts, tokens, answers, scores, features)
 
 
-def _gaps(suspects: Asked, controls: Asked, rule: Rule) -> tuple[Measurement | None, str]:
+def gaps_of(suspects: Asked, controls: Asked, rule: Rule) -> tuple[Measurement | None, str]:
     """Each suspected text against its matched controls; or why that can't be."""
     usable = int(controls.answers.loss.isfinite().sum())
     if usable < rule.controls_needed:

@@ -6,25 +6,22 @@ import hashlib
 from math import isfinite
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lightning_memsink.auditing.audit import SCORES, Asked, Audit, as_plain
+from lightning_memsink.auditing import tables
+from lightning_memsink.auditing.audit import MATCHED, Asked, Audit, as_plain
+from lightning_memsink.concentration import Concentration
 from lightning_memsink.detection import LN2, bits
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
 from lightning_memsink.reporting.settings import versions
 from lightning_memsink.reporting.summary import many, percent
 
-TOP = 20
-"""Texts listed, those with the largest gap."""
-
 
 def document_of(audit: Audit, date: str) -> Document:
     """``date``: ISO 8601."""
     sections = [
-        Section("What can be extracted", _extraction_words(audit), [_by_group(audit)]),
-        Section("Suspected texts against controls", _separation_words(audit), [_scores(audit)]),
-        Section("Single texts", _single_words(audit), *_single(audit)),
+        Section("What can be extracted", _extraction_words(audit), [tables.by_group(audit)]),
+        Section("Suspected texts against controls", _separation_words(audit), _apart(audit), _picture(audit)),
+        Section("Single texts", _single_words(audit), tables.single(audit)),
+        *([Section("Where it is", _located_words(audit), tables.layers(audit))] if audit.settings.units else []),
         Section("Method", _method(audit), [_versions()]),
         Section("What this does not show", LIMITS),
     ]
@@ -65,21 +62,31 @@ def _answers(audit: Audit) -> list[Answer]:
         f"{many(len(audit.suspects.texts), 'suspected text')} against {many(len(audit.controls.texts), 'control')}."
         + ("" if measured else f" {audit.unmeasured}"),
     )
-    apart = audit.separations.get("loss")
+    apart = audit.separations.get(MATCHED)
     if apart is None:
-        known = Answer("Does the model know them better than controls?", "unknown", "There are too few of either.")
+        known = Answer("Does the model know them better than controls?", "unknown", audit.unmeasured)
     else:
         state: Any = "yes" if apart.auroc_low > 0.5 else "no" if apart.auroc_high < 0.5 else "unknown"
         known = Answer(
             "Does the model know them better than controls?", state,
-            f"A suspected text has the lower loss in {percent(apart.auroc)} of pairs "
-            f"(95 % interval {percent(apart.auroc_low)} to {percent(apart.auroc_high)}; chance is 50 %).",
+            f"A suspected text lies farther below controls of its difficulty than another control does in "
+            f"{percent(apart.auroc)} of pairs (95 % interval {percent(apart.auroc_low)} to "
+            f"{percent(apart.auroc_high)}; chance is 50 %){_by_bits(audit)}.",
         )  # fmt: skip
     said = Answer(
         "Can any be extracted?", "yes" if exact + found else "no",
         f"{exact:,} of {asked:,} come word for word; {found:,} within {audit.settings.n:,} sampled tries.",
     )  # fmt: skip
     return [first, known, said]
+
+
+def _by_bits(audit: Audit) -> str:
+    """Over all suspected texts that were matched."""
+    found = audit.standing_out(None)
+    if not isfinite(found.error):
+        return ""
+    mean, low, high = (nats / LN2 for nats in (found.nats, *found.interval))
+    return f": by {mean:.2f} bits a token on average ({low:.2f} to {high:.2f})"
 
 
 def _plain(audit: Audit) -> list[str]:
@@ -106,49 +113,26 @@ def _extraction_words(audit: Audit) -> list[str]:
     ]
 
 
-def _by_group(audit: Audit) -> Grid:
-    rows = []
-    for asked, kind in ((audit.suspects, "suspected"), (audit.controls, "control")):
-        for group in dict.fromkeys(each.group for each in asked.texts):
-            chosen = torch.tensor([each.group == group for each in asked.texts])
-            long = chosen & (asked.answers.suffix > 0)
-            gap = "" if audit.gaps is None or kind == "control" else f"{_median(audit.gaps.gap[chosen]):+.2f}"
-            rows.append(
-                (
-                    f"{group} ({kind})",
-                    f"{int(chosen.sum()):,}",
-                    f"{int(long.sum()):,}",
-                    f"{int(asked.answers.exact[long].sum()):,}",
-                    f"{int(asked.answers.discoverable(audit.settings.n)[long].sum()):,}",
-                    _number(_median((asked.answers.longest_run / asked.answers.suffix.clamp(min=1))[long]), "{:.0%}"),
-                    _number(_median(asked.answers.loss[chosen]), "{:.2f}"),
-                    gap,
-                )
-            )
-    head = ("group", "texts", "asked for", "word for word", "in tries", "longest run", "loss", "gap")
-    return Grid(head, rows, "Medians of: longest run, of what follows; loss and gap to controls, nats per token")
-
-
 def _separation_words(audit: Audit) -> list[str]:
     if not audit.separations:
         return ["There are too few suspected texts or controls for this."]
     return [
         "How often a suspected text scores above a control (AUROC; .5 is chance), and how many suspected texts lie "
-        "above all but a small share of the controls."
+        "above all but a small share of the controls. Only the first score compares texts of like difficulty; by the "
+        "others a text may stand out because it is easy.",
+        "Controls are sought among those of the text's own group."
+        if audit.by_group
+        else "Groups of suspected texts and of controls have different names, so controls are sought among all.",
     ]
 
 
-def _scores(audit: Audit) -> Grid:
-    rows = [
-        (
-            name,
-            f"{each.auroc:.3f}",
-            f"{each.auroc_low:.3f} to {each.auroc_high:.3f}",
-            f"{percent(each.tpr)} at {percent(each.fpr)}",
-        )
-        for name, each in ((name, audit.separations[name]) for name in SCORES if name in audit.separations)
-    ]
-    return Grid(("score", "AUROC", "95 % interval", "suspected found, at controls accused"), rows)
+def _apart(audit: Audit) -> list[Grid]:
+    return [tables.scores(audit), *tables.gaps(audit)]
+
+
+def _picture(audit: Audit) -> list[Picture]:
+    caption = "Gaps of suspected texts, and of controls against their fellows"
+    return [] if audit.gaps is None else [Picture("gaps", caption)]
 
 
 def _single_words(audit: Audit) -> list[str]:
@@ -167,28 +151,16 @@ def _single_words(audit: Audit) -> list[str]:
     return lines
 
 
-def _single(audit: Audit) -> tuple[list[Grid], list[Picture]]:
-    if audit.gaps is None:
-        return [], []
-    gaps, asked = audit.gaps, audit.suspects
-    whole = bits(gaps.gap, asked.tokens - 1)
-    rows = [
-        (
-            f"{asked.texts[row].line}",
-            asked.texts[row].group,
-            f"{float(asked.answers.loss[row]):.2f}",
-            f"{float(gaps.gap[row]):+.2f}",
-            f"{float(whole[row]):+,.0f}",
-            f"{float(gaps.p[row]):.2g}",
-            "memorized" if gaps.flagged[row] else "" if gaps.matched[row] else "no controls like it",
-            "yes" if asked.answers.exact[row] else "",
-            _tries(float(asked.answers.log10_tries[row])),
-        )
-        for row in gaps.gap.argsort(descending=True)[:TOP].tolist()
+def _located_words(audit: Audit) -> list[str]:
+    if audit.located is None:
+        return [audit.unlocated]
+    sinks = audit.located.sinks
+    return [
+        f"{len(sinks):,} of {sum(sinks.sizes.values()):,} hidden units do more for the texts called memorized than for "
+        "the controls most like them (activation times gradient); they are in sinks.safetensors.",
+        str(audit.located.concentration),
+        "Units found so can rarely be removed without harm to other texts: it is a place to look, not a remedy.",
     ]
-    head = ("line", "group", "loss", "gap", "bits", "p", "verdict", "word for word", "tries needed")
-    grid = Grid(head, rows, f"The {len(rows)} texts farthest below their controls; nats per token, bits in all")
-    return [grid], [Picture("gaps", "Gaps of suspected texts, and of controls against their fellows")]
 
 
 def _method(audit: Audit) -> list[str]:
@@ -219,8 +191,27 @@ def _numbers(audit: Audit) -> dict[str, Any]:
         "separation": {name: vars(each) for name, each in audit.separations.items()},
         "flagged": None if audit.gaps is None else int(audit.gaps.flagged.sum()),
         "threshold": None if audit.gaps is None else round(audit.gaps.threshold, 4),
+        "bits_a_token": _bits(audit),
+        "located": None if audit.located is None else _located(audit),
         "versions": versions(),
     }
+
+
+def _bits(audit: Audit) -> dict[str, Any]:
+    """By group, of those that have an interval."""
+    groups = dict.fromkeys(each.group for each in audit.suspects.texts)
+    found = {group or "all": audit.standing_out(group) for group in [*groups, None]}
+    return {
+        group: {"mean": each.nats / LN2, "low": each.interval[0] / LN2, "high": each.interval[1] / LN2}
+        for group, each in found.items()
+        if isfinite(each.error)
+    }
+
+
+def _located(audit: Audit) -> dict[str, Any]:
+    sinks, test = audit.located.sinks, audit.located.concentration  # type: ignore[union-attr]
+    p = test.p if isinstance(test, Concentration) else None
+    return {"units": {name: len(chosen) for name, chosen in sinks.units.items()}, "concentration_p": p}
 
 
 def _extracted(asked: Asked, n: int) -> tuple[int, int, int]:
@@ -235,18 +226,3 @@ def _fingerprint(asked: Asked) -> str:
 
 def _digest(asked: Asked) -> str:
     return hashlib.sha256("\0".join(each.text for each in asked.texts).encode()).hexdigest()
-
-
-def _median(values: Tensor) -> float:
-    known = values.double()[values.double().isfinite()]
-    return float(known.median()) if len(known) else float("nan")
-
-
-def _number(value: float, how: str) -> str:
-    return how.format(value).replace("%", " %") if isfinite(value) else "never" if value > 0 else ""
-
-
-def _tries(logarithm: float) -> str:
-    if not isfinite(logarithm):
-        return "never"
-    return f"{10**logarithm:,.0f}" if logarithm < 4 else f"10^{logarithm:.0f}"

@@ -34,7 +34,8 @@ def run(argv: Sequence[str]) -> int:
         subject = load(Path(options.model), None if options.tokenizer is None else Path(options.tokenizer))
         about = {"model": subject.fingerprint, **{name: as_plain(settings)[name] for name in ASKED}}
         kept = AnswersFile(Path(options.out) / "answers.jsonl", about)
-        with _progress(len(suspects) + len(controls)) as advance:
+        looked_at = min(settings.closer, len(suspects))
+        with _progress(len(suspects) + len(controls) + looked_at) as advance:
             found = audit(subject, suspects, controls, settings, kept, advance)
     except (ArgumentError, ValueError, OSError, MemoryError) as error:
         raise SystemExit(f"memsink audit: {error}") from None
@@ -75,6 +76,9 @@ def _write(found: Audit, document: Document, folder: Path) -> list[Path]:
 
         pictures = save_all(figures, files)
     written = write(document, pictures, folder)
+    if found.located is not None:
+        found.located.sinks.save(folder / "sinks.safetensors")
+        written = [*written, folder / "sinks.safetensors"]
     path = folder / "report.md"
     path.write_text(markdown(document, files.name if figures else None), encoding="utf-8")
     return [*written, path]
