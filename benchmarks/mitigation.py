@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Tuned, pretrain, tune
-from benchmarks.mitigation_arms import EVERY_SEED, HOLD, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
+from benchmarks.mitigation_arms import EVERY_SEED, HOLD, HOLD_HIGH, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
 from benchmarks.mitigation_data import Sizes
 from benchmarks.mitigation_figure import draw
 from benchmarks.mitigation_runs import Result, run
@@ -31,7 +31,7 @@ WORKERS = 2
 EXPERIMENTS = ("E1", "E2", "E3")
 QUICK = Sizes(background=1024, natural=6, twice=16, domain=48, canaries=6, easy=6, controls=96, twins=32, unseen=192)
 QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
-QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, "deduplicated (oracle)")
+QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_HIGH, "deduplicated (oracle)")
 NAN = float("nan")
 
 
@@ -89,10 +89,10 @@ def criteria(found: Found) -> list[Criterion]:
     ]  # fmt: skip
     tuned: list[tuple[str, str, Callable[[Tuned, Tuned], float], Any, float]] = [
         ("numbers said at the end", STANDARD, lambda own, _: own.last.total / own.sentences, ">=", 0.6),
-        ("numbers said at any epoch", HOLD, lambda own, _: max(each.total for each in own.epochs), "<=", 0),
-        ("held-out at the end against the best of standard, nats", HOLD,
+        ("numbers said at any epoch", HOLD_HIGH, lambda own, _: max(each.total for each in own.epochs), "<=", 0),
+        ("held-out at the end against the best of standard, nats", HOLD_HIGH,
          lambda own, std: own.last.held_out - std.best.held_out, "<=", 0.25),
-        ("held-out at its best against the best of standard, nats", HOLD,
+        ("held-out at its best against the best of standard, nats", HOLD_HIGH,
          lambda own, std: own.best.held_out - std.best.held_out, "<=", 0.03),
     ]  # fmt: skip
     said = [

@@ -98,14 +98,17 @@ def localized(*acting: Callback) -> list[Callback]:
     return [SinkLocalizer(norms=False, fraction=0.1), *acting]
 
 
-STANDARD, HOLD, HOLD_LOW, SKIP = "standard", "hold at .5", "hold at .25", "skip the flagged"
+STANDARD, HOLD, SKIP = "standard", "hold at .5", "skip the flagged"
 MEMSINKS, UNTIED, SMALL = "MemSinks .75/.15, dropped", "the same, untied", "MemSinks .1/.15, dropped"
-SWEEP = {"hold at .1": 0.1, HOLD_LOW: 0.25, HOLD: 0.5, "hold at 1": 1.0, "hold at 2": 2.0}
+HOLD_HIGH = "hold at .75"
+"""The set point for fine-tuning: epochs later every training text lies half a nat below unseen ones, and .5 holds texts
+that would still teach. Chosen on development seeds 901 and 902, where .5 costs up to .03 nats at the best epoch."""
+SWEEP = {"hold at .1": 0.1, "hold at .25": 0.25, HOLD: 0.5, "hold at 1": 1.0, "hold at 2": 2.0}
 NARROW = {"n_inner": 128}
 """The plain model's MLPs as wide as what MemSinks leaves of 512."""
 
 OURS = {
-    **{name: Arm(partial(hold, at)) for name, at in SWEEP.items()},
+    **{name: Arm(partial(hold, at)) for name, at in (SWEEP | {HOLD_HIGH: 0.75}).items()},
     SKIP: Arm(lambda: [SampleGradientMask(mode="skip")]),
     "attenuate the flagged to .1": Arm(lambda: [SampleGradientMask(mode="attenuate", weight=0.1)]),
     "route the flagged": Arm(lambda: [SampleGradientMask(mode="route")]),
@@ -134,7 +137,7 @@ TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)
 """Rivals that get as many visits through as hold at .5 did, and so come after it."""
 
 ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **TOLD}
-EVERY_SEED = {"E1": (STANDARD, MEMSINKS, UNTIED, SKIP), "E2": (STANDARD, HOLD), "E3": (STANDARD, HOLD)}
+EVERY_SEED = {"E1": (STANDARD, MEMSINKS, UNTIED, SKIP), "E2": (STANDARD, HOLD), "E3": (STANDARD, HOLD, HOLD_HIGH)}
 """What a criterion stands on; everything else is run on one seed, to be done in 40 minutes."""
 ONCE = {
     "E1": (
@@ -148,5 +151,5 @@ ONCE = {
         *(MEMSINKS, "MemSinks .75/.15 + hold at .5", "hold at .5 + weight decay .1", "deduplicated (oracle)"),
         *("skip from the start (oracle)", "loss floor 4 (flooding)", *TOLD),
     ),
-    "E3": (*EVERY_SEED["E3"], HOLD_LOW, SMALL, "goldfish, k=4", "weight decay .1"),
+    "E3": (*EVERY_SEED["E3"], "hold at 1", SMALL, "goldfish, k=4", "weight decay .1"),
 }
