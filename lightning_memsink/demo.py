@@ -111,6 +111,7 @@ class PythonDocs(LightningDataModule):
         if self._planted is not None:
             return
         corpus = tokenized(python_docs(), self.vocab_size, self.context, seed=self.seed)
+        self.tokenizer = corpus.tokenizer
         generator = torch.Generator().manual_seed(self.seed)
         real = corpus.train[torch.randperm(len(corpus.train), generator=generator)]
         background, spare = real[: self.background], real[self.background :]

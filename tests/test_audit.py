@@ -142,6 +142,8 @@ def test_answers_to_other_questions_are_not_mixed(folder, told):
         ('{"text": "  "}\n', "line 1 has no `text`"),
         ('{"text": "w1 w2"}\n', "No suspected text is longer than the prefix of 6 tokens; the longest has 2"),
         ('{"text": "w1"}\n', "No text has two tokens"),
+        ('{"tokens": [1]}\n', "line 1 has no `text`"),
+        ('{"tokens": [1, 99]}\n', "Line 1 has token 99, and the last that this tokenizer knows is 40"),
     ],
 )
 def test_bad_texts_are_told_by_their_line(folder, tmp_path, content, words):
@@ -190,6 +192,18 @@ def test_too_few_controls_give_no_verdict_on_single_texts(folder, tmp_path):
     assert told["numbers"]["separation"]["loss"]["fpr"] == 0.2  # the least that five can tell
 
 
+def test_tokens_stand_for_a_text_as_it_was_cut(folder, tmp_path):
+    def spelled(name):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        tokens = ({**row, "tokens": [int(word[1:]) for word in row.pop("text").split()]} for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in tokens))
+        return tmp_path / f"{name}.jsonl"
+
+    main(command(folder, tmp_path / "out", suspects=spelled("suspects"), controls=spelled("controls")))
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
+    assert numbers["extraction"] == {"asked": 16, "exact": 8, "discoverable": 8}
+
+
 def test_a_control_that_is_suspected_is_refused(folder):
     suspects = read_texts(folder / "suspects.jsonl")
     with pytest.raises(ValueError, match="Line 3 of the controls is a suspected text too"):
@@ -227,9 +241,9 @@ def test_what_is_said_after_any_beginning_owes_nothing_to_its_own(folder):
         optimizer.zero_grad()
         subject.model(input_ids=shown, labels=shown).loss.backward()
         optimizer.step()
-    texts = [Text(" ".join([*start.split()[:PREFIX], *common]), "common", 1) for start in some_texts(2, 7)]
+    texts = [Text(" ".join([*start.split()[:PREFIX], *common]), "common", "common", 1) for start in some_texts(2, 7)]
     encoded, controls = (
-        encode(each, subject.tokenizer, LENGTH) for each in (texts, [Text(some_texts(1, 2)[0], "", 1)])
+        encode(each, subject.tokenizer, LENGTH) for each in (texts, [Text(some_texts(1, 2)[0], "", "", 1)])
     )
     looked = look_closer(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
     assert looked.similarity.tolist() == [1.0, 1.0]

@@ -15,7 +15,7 @@ from lightning_memsink.auditing.texts import Text
 def asked_for(losses, group):
     """Texts of one difficulty, as far as anyone can tell."""
     losses = torch.as_tensor(losses)
-    texts = [Text(f"text {row}", group, row) for row in range(len(losses))]
+    texts = [Text(f"text {row}", "any", group, row) for row in range(len(losses))]
     flat = torch.ones(len(losses))
     answers = Answers(flat, flat < 0, flat, flat, flat, losses, flat, flat)
     return Asked(texts, flat, answers, {}, torch.ones(len(losses), 3))
@@ -31,16 +31,16 @@ def joined(*parts):
 
 
 @pytest.mark.parametrize("named_alike", [True, False])
-def test_controls_are_sought_in_the_texts_own_group(named_alike):
+def test_controls_are_sought_in_the_texts_own_kind(named_alike):
     """Verse is harder than prose; nothing is memorized."""
     noise = torch.Generator().manual_seed(0)
     verse, prose = (mean + 0.2 * torch.randn(60, generator=noise) for mean in (6.0, 3.0))
     controls = joined(asked_for(verse[:40], "verse"), asked_for(prose[:40], "prose"))
     names = ("verse", "prose") if named_alike else ("a", "b")
     suspects = joined(*(asked_for(each[40:], name) for each, name in zip((verse, prose), names, strict=True)))
-    suspects, controls, by_group = tell_kinds_apart(suspects, controls)
+    suspects, controls, by_kind = tell_kinds_apart(suspects, controls)
     gaps, _ = gaps_of(suspects, controls, Settings().rule)
-    assert by_group == named_alike
+    assert by_kind == named_alike
     assert (gaps.gap.abs().max() < 1) == named_alike
 
 

@@ -1,5 +1,6 @@
 """Each shipped recipe is valid, commented and runs."""
 
+import json
 import re
 import sys
 from functools import cache
@@ -13,7 +14,7 @@ import yaml
 
 from lightning_memsink.canaries import Rung
 from lightning_memsink.cli import main
-from lightning_memsink.cli.recipes import is_overlay, recipe_names, recipes_folder
+from lightning_memsink.cli.recipes import is_for_audit, is_overlay, recipe_names, recipes_folder
 from lightning_memsink.data import byte_level_bpe, python_docs
 from lightning_memsink.demo import CausalLM, PythonDocs, TextFile
 from lightning_memsink.demo_digits import Digits
@@ -60,8 +61,9 @@ def _part_of_the_docs():
     return python_docs()[::10]
 
 
-BASES = [name for name in recipe_names() if not is_overlay(name)]
+BASES = [name for name in recipe_names() if not is_overlay(name) and not is_for_audit(name)]
 OVERLAYS = [name for name in recipe_names() if is_overlay(name)]
+MITIGATIONS = [name for name in OVERLAYS if name.startswith("mitigate/")]
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -78,11 +80,33 @@ def test_every_overlay_validates_on_every_recipe(base, here, capsys):
     assert capsys.readouterr().out.rstrip().endswith("mitigation: SampleGradientMask")
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", MITIGATIONS)
 def test_an_overlay_runs_on_the_demo_and_the_report_says_what_it_did(name, here, capsys):
     main(["fit", "-c", "watch", "-c", name, *STEPS, *SHORT["watch"]])
     assert "What was done" in capsys.readouterr().out
     assert Path("memsink_report_files/mitigation.png").is_file()
+
+
+def test_the_demo_is_kept_as_an_audit_takes_it(here, capsys):
+    """Trained for long enough to know its most repeated sequences."""
+    ladder = ["--data.repeats=[1,64]", "--data.twins=16", "--model.n_embd=32", "--trainer.max_steps=40"]
+    fit = ["fit", "-c", "watch", "-c", "audit/keep_demo", *SHORT["watch"], *ladder, "--trainer.max_epochs=-1"]
+    main([*fit, "--model.lr=0.01", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null"])
+    files = {name: f"--{name}=demo_model/{name}.jsonl" for name in ("suspects", "controls")}
+    assert main(["audit", "--model=demo_model", *files.values(), "--out=audit", "--ask.closer=0"]) == 0
+    told = json.loads(Path("audit/report.json").read_text())["numbers"]["bits_a_token"]
+    assert told["canary x64"]["low"] > 1 > told["canary x1"]["mean"]
+    assert told["natural x64"]["mean"] > told["natural x1"]["mean"]
+
+
+def test_what_is_kept_for_an_audit_is_the_demo_alone(here):
+    with pytest.raises(ValueError, match=r"KeepForAudit keeps the demo's CausalLM of PythonDocs, not DigitsNet"):
+        main(["fit", "-c", "classification", "-c", "audit/keep_demo"])
+
+
+def test_a_recipe_of_an_audit_says_so(here):
+    with pytest.raises(SystemExit, match="memsink audit --config audit_smollm2"):
+        main(["validate", "audit_smollm2"])
 
 
 def test_an_overlay_alone_says_what_to_lay_it_over(here):

@@ -100,7 +100,7 @@ def test_the_onset_is_alerted_once(recorded):
 def test_config_and_summary_say_how_and_what(recorded):
     run, curves, *_ = recorded
     assert run.config["memsink"]["LiveCurves"]["top"] == 20
-    assert set(run.config["memsink"]["versions"]) == {"lightning-memsink", "lightning", "torch"}
+    assert set(run.config["memsink"]["versions"]) == {"lightning-memsink", "lightning", "torch", "transformers"}
     final = {name.rsplit("/", 1)[1]: value for name, value in run.summary.items() if name.startswith("memsink/final/")}
     assert {word: final[word] for word in WORDS} == {word: curves.history[-1][f"verdict/{word}"] for word in WORDS}
     assert (final["onset_step"], final["onset_exposures"]) == (ONSET.step, ONSET.exposures)

@@ -33,9 +33,6 @@ class AnswersFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write([head])
 
-    def __len__(self) -> int:
-        return len(self._found)
-
     def get(self, text: str) -> dict[str, Any] | None:
         """The answers for a text, None if it was not asked for yet."""
         return self._found.get(_key(text))
@@ -44,7 +41,7 @@ class AnswersFile:
         """By text; on disk when this returns."""
         rows = [{"text": _key(text), **told} for text, told in answers.items()]
         self._write(rows)
-        self._found |= {row["text"]: {name: value for name, value in row.items() if name != "text"} for row in rows}
+        self._remember(rows)
 
     def _read(self, head: Mapping[str, Any]) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -61,11 +58,15 @@ class AnswersFile:
             if row is None:  # the run was killed while it wrote this one
                 continue
             whole.append(row)
-            self._found[row["text"]] = {name: value for name, value in row.items() if name != "text"}
+        self._remember(whole)
         if len(whole) + 1 < len(lines):
             unfinished = self.path.with_name(f"{self.path.name}.part")
             unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in [head, *whole]), encoding="utf-8")
             os.replace(unfinished, self.path)
+
+    def _remember(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._found[row["text"]] = {name: value for name, value in row.items() if name != "text"}
 
     def _write(self, rows: list[Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -18,7 +18,7 @@ from lightning_memsink.auditing.answers_file import AnswersFile
 from lightning_memsink.auditing.closer_look import CloserLook, Located, locate_units, look_closer
 from lightning_memsink.auditing.standing_out import StandingOut, standing_out
 from lightning_memsink.auditing.subject import Subject
-from lightning_memsink.auditing.texts import Encoded, Text, encode
+from lightning_memsink.auditing.texts import Encoded, Text, encode, spelled_out
 from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure, nearest, standardize
 from lightning_memsink.extraction_metrics import Separation, separation
 
@@ -90,7 +90,7 @@ class Asked:
     """``[N]`` by name, larger the more it looks trained on."""
     features: Tensor
     """``[N, F]`` of difficulty: tokens (logarithm), characters per token, compressed bits per character; then of kind,
-    where groups tell it."""
+    where it is told."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Audit:
     located: Located | None
     """None if nobody asked, or if ``unlocated`` tells why not."""
     unlocated: str
-    by_group: bool
-    """Whether a text's controls are of its own group."""
+    by_kind: bool
+    """Whether a text's controls are of its own kind."""
 
     def standing_out(self, group: str | None) -> StandingOut:
         """How far the matched texts of a group lie below comparable controls; None for all."""
@@ -121,9 +121,10 @@ class Audit:
             return StandingOut(torch.nan, torch.nan)
         own = torch.tensor([group in (None, each.group) for each in self.suspects.texts])
         null = self.gaps.null
-        if self.by_group:
+        if self.by_kind:
+            kinds = {each.kind for each in self.suspects.texts if group in (None, each.group)}
             usable = self.controls.answers.loss.isfinite()
-            null = null[torch.tensor([group in (None, each.group) for each in self.controls.texts])[usable]]
+            null = null[torch.tensor([each.kind in kinds for each in self.controls.texts])[usable]]
         return standing_out(self.gaps.gap[own & self.gaps.matched], null)
 
 
@@ -140,6 +141,7 @@ def audit(
     Raises:
         ValueError: a suspected text is among the controls, or none is longer than the prefix.
     """
+    suspects, controls = (spelled_out(texts, subject.tokenizer) for texts in (suspects, controls))
     twice = {each.text for each in suspects} & {each.text for each in controls}
     if twice:
         line = next(each.line for each in controls if each.text in twice)
@@ -157,7 +159,7 @@ def audit(
         _asked(subject, texts, each, settings, kept, advance)
         for texts, each in zip((suspects, controls), encoded, strict=True)
     )
-    own, others, by_group = tell_kinds_apart(own, others)
+    own, others, by_kind = tell_kinds_apart(own, others)
     gaps, unmeasured = gaps_of(own, others, settings.rule)
     told = {} if gaps is None else {MATCHED: (gaps.gap[gaps.matched], gaps.null)}
     told |= {name: (own.scores[name], others.scores[name]) for name in own.scores}
@@ -170,28 +172,26 @@ def audit(
     located, unlocated = _located(subject, encoded, own, others, gaps, settings)
     return Audit(
         subject.name, subject.fingerprint, subject.parameters, settings, own, others, gaps, unmeasured, apart,
-        closer, located, unlocated, by_group,
+        closer, located, unlocated, by_kind,
     )  # fmt: skip
 
 
 def tell_kinds_apart(suspects: Asked, controls: Asked) -> tuple[Asked, Asked, bool]:
-    """Both with a feature for each group, if every suspected group is one of the controls', too.
-
-    Groups that differ, ``x16`` and ``never`` say, tell no kind.
-    """
-    groups = sorted({each.group for each in suspects.texts})
-    if len(groups) < 2 or not set(groups) <= {each.group for each in controls.texts}:
-        return suspects, controls, groups == sorted({each.group for each in controls.texts})
+    """Both with a feature for each kind, if every suspected one is also a control's: else they tell nothing."""
+    kinds = sorted({each.kind for each in suspects.texts})
+    shared = set(kinds) <= {each.kind for each in controls.texts}
+    if not shared or len({each.kind for each in controls.texts}) == 1:
+        return suspects, controls, shared
     own, others = (
-        replace(asked, features=torch.cat([asked.features, *[_kinds(asked, groups)] * KIND_WEIGHT], 1))
+        replace(asked, features=torch.cat([asked.features, *[_kinds(asked, kinds)] * KIND_WEIGHT], 1))
         for asked in (suspects, controls)
     )
     return own, others, True
 
 
-def _kinds(asked: Asked, groups: Sequence[str]) -> Tensor:
-    """``[N, G]``"""
-    return torch.tensor([[float(each.group == group) for group in groups] for each in asked.texts])
+def _kinds(asked: Asked, kinds: Sequence[str]) -> Tensor:
+    """``[N, K]``"""
+    return torch.tensor([[float(each.kind == kind) for kind in kinds] for each in asked.texts])
 
 
 def _most(suspects: Asked, gaps: Measurement | None) -> list[int]:

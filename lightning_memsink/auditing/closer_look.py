@@ -57,7 +57,8 @@ def look_closer(
         true.append(subject.tokenizer.decode(rest))
         ratios.append(_ratio(subject, tokens, others, prefix) if len(others) else torch.tensor([torch.nan]))
         advance(1)
-    return CloserLook(list(rows), edit_similarity(said, true), torch.cat(ratios) / LN2)
+    own = torch.cat([torch.zeros(0), *ratios]) / LN2
+    return CloserLook(list(rows), edit_similarity(said, true) if said else torch.zeros(0), own)
 
 
 @torch.no_grad()

@@ -120,9 +120,9 @@ def _separation_words(audit: Audit) -> list[str]:
         "How often a suspected text scores above a control (AUROC; .5 is chance), and how many suspected texts lie "
         "above all but a small share of the controls. Only the first score compares texts of like difficulty; by the "
         "others a text may stand out because it is easy.",
-        "Controls are sought among those of the text's own group."
-        if audit.by_group
-        else "Groups of suspected texts and of controls have different names, so controls are sought among all.",
+        "A text's controls are of its own kind."
+        if audit.by_kind
+        else "Kinds of suspected texts and of controls have different names, so controls are sought among all.",
     ]
 
 

@@ -42,6 +42,12 @@ def is_overlay(name: str) -> bool:
     return recipe is not None and recipe.parent != recipes_folder()
 
 
+def is_for_audit(name: str) -> bool:
+    """Whether a recipe is one of `memsink audit`, and not of `memsink fit`."""
+    recipe = None if Path(name).is_file() else find_recipe(name)
+    return recipe is not None and recipe.stem.startswith("audit_")
+
+
 def config_path(name: str) -> str:
     """The file of that name or, where there is none, the shipped recipe."""
     if Path(name).is_file():

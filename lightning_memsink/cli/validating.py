@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from lightning_memsink.cli.fitting import MemSinkCLI
+from lightning_memsink.cli.recipes import is_for_audit
 
 
 class Rehearsal(MemSinkCLI):
@@ -31,6 +32,8 @@ def validate(words: list[str]) -> str:
     """
     if not words:
         raise SystemExit("usage: memsink validate CONFIG [-c MORE] [--any.option=value]")
+    if is_for_audit(words[0]):
+        raise SystemExit(f"`{words[0]}` is of a finished model, and fits none: memsink audit --config {words[0]}")
     first = words if words[0].startswith("-") else ["-c", *words]
     config = Rehearsal(args=["fit", *first]).config.fit
     return (

@@ -37,7 +37,7 @@ def seed() -> int | None:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    return {package: _version(package) for package in ("lightning-memsink", "lightning", "torch")}
+    return {package: _version(package) for package in ("lightning-memsink", "lightning", "torch", "transformers")}
 
 
 def _version(package: str) -> str:
