@@ -1,6 +1,6 @@
 """What each hidden unit did for each sample's loss: activation × gradient, to first order the effect of zeroing it.
 
-B  samples in a batch      U  units of a hidden layer      L  hidden layers
+B  samples in a batch      U  units of a hidden layer
 """
 
 from __future__ import annotations
@@ -59,11 +59,6 @@ def shares(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scaled = {name: size / torch.where(largest > 0, largest, 1) for name, size in sizes.items()}  # sums can't under- or
     total = torch.stack([size.sum(1) for size in scaled.values()]).sum(0)[:, None]  # overflow
     return {name: size / torch.where(total > 0, total, 1) for name, size in scaled.items()}
-
-
-def layer_shares(shares: Mapping[str, Tensor]) -> Tensor:
-    """``[B, L]`` each layer's part of the sample's `shares`, in the mapping's order."""
-    return torch.stack([share.sum(1) for share in shares.values()], 1)
 
 
 def sample_weights(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0) -> Tensor | None:

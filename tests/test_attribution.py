@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.attribution import attribute, layer_shares, margins, sample_weights, shares, unit_effects
+from lightning_memsink.attribution import attribute, margins, sample_weights, shares, unit_effects
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.loss_graph import find_loss_calls
 
@@ -61,7 +61,6 @@ def test_a_sample_s_shares_over_all_layers_add_up_to_one(rows):
     for sample, row in enumerate(torch.cat(list(found.values()), 1)):
         exact = effects[sample].double().abs()
         assert_close(row.double(), exact / exact.sum() if exact.any() else exact, atol=1e-6, rtol=1e-5)
-    assert_close(layer_shares(found), torch.stack([found["first"].sum(1), found["second"].sum(1)], 1))
 
 
 def test_shares_of_nothing_are_nothing():
