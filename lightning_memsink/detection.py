@@ -12,12 +12,16 @@ Losses and gaps are in nats (per token for token losses). Nothing here knows of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lightning_memsink.blocks import in_blocks
+from lightning_memsink.neighbours import Neighbours, nearest
+from lightning_memsink.ridge import Ridge
 
 LN2 = math.log(2)
 SPREAD = 4
@@ -126,20 +130,18 @@ def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
     controls = controls.finite()
     count = len(samples.losses)
     gap, score, p = torch.zeros(count), torch.zeros(count), torch.ones(count)
-    beyond = torch.zeros(count, dtype=torch.bool)
-    static, own_static = standardize(samples.features, controls.features)
+    matched, beyond = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+    units = standard_units(controls.features)
+    limit = float(farthest(_in_units(controls.features, units), rule.k, rule.reach))
     nulls = []
-    for moment in sorted(set(samples.snapshot.tolist())):
+    for moment in torch.bincount(samples.snapshot).nonzero().flatten().tolist():
         group = (samples.snapshot == moment).nonzero().flatten()
-        points = torch.cat([static[group], samples.early[group, None].nan_to_num()], 1)
-        own = torch.cat([own_static, controls.early[moment, :, None].nan_to_num()], 1)
-        gap[group], score[group], null, null_score = _compare(
-            samples.losses[group], samples.weight[group], points, own, controls, rule
-        )
-        p[group], beyond[group] = conformal_p(score[group], null_score), score[group] > null_score.max()
-        nulls.append((len(group), null, null_score))
+        against = _Comparison(controls, moment, units, limit, rule)
+        in_blocks(len(group), against.into(gap, score, matched, samples, group))
+        p[group] = conformal_p(score[group], against.null_score)
+        beyond[group] = score[group] > against.null_score.max()
+        nulls.append((len(group), against.null, against.null_score))
     _, null, null_score = max(nulls, key=lambda entry: entry[0])
-    matched = _within_reach(static, own_static, rule)
     threshold = max(rule.min_gap, rule.null_sds * robust_sd(null))
     tail, flagged = "conformal", torch.zeros_like(matched)
     flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
@@ -150,21 +152,56 @@ def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
     return Measurement(gap, p, matched, flagged & (gap >= threshold), null, threshold, tail)
 
 
-def _compare(
-    losses: Tensor, weight: Tensor, points: Tensor, own: Tensor, controls: Controls, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gap and score of samples ``[N]``, and of controls ``[M]`` against their fellows.
+class _Comparison:
+    """The controls as one early moment shows them, ready for samples that have their early loss from it.
 
-    Some texts are harder to foretell than others, so the score is a gap in units of what is usual around it.
+    Some texts are harder to foretell than others, so a score is a gap in units of what is usual around it.
+    ``null`` and ``null_score`` ``[M]`` are the controls' own, against their fellows.
     """
-    index, _ = nearest(points, own, SPREAD * rule.k)
-    fellow, _ = nearest(own, own, SPREAD * rule.k, fellows=True)
-    expect = _by_ridge if rule.method == "ridge" else _by_neighbours
-    expected, expected_of_controls = expect(points, own, index[:, : rule.k], fellow[:, : rule.k], controls, weight)
-    gap, null = expected - losses, expected_of_controls - controls.after
-    usual = null.abs()
-    around, around_controls = usual[index].mean(1) + usual.mean(), usual[fellow].mean(1) + usual.mean()
-    return gap, gap / around, null, null / around_controls
+
+    def __init__(self, controls: Controls, moment: int, units: tuple[Tensor, Tensor], limit: float, rule: Rule) -> None:
+        self.controls, self.units, self.limit, self.rule = controls, units, limit, rule
+        self.static = _in_units(controls.features, units)
+        own = torch.cat([self.static, controls.early[moment, :, None].nan_to_num()], 1)
+        fellow, _ = nearest(own, own, SPREAD * rule.k, fellows=True)
+        self.near = Neighbours(own, SPREAD * rule.k)
+        self.ridge = Ridge(own, controls.before, controls.after) if rule.method == "ridge" else None
+        near = controls.after[fellow[:, : rule.k]].mean(1)
+        self.null = (near if self.ridge is None else self.ridge.expected_of_controls) - controls.after
+        self.usual = self.null.abs()
+        self.null_score = self.null / (self.usual[fellow].mean(1) + self.usual.mean())
+
+    def into(
+        self, gap: Tensor, score: Tensor, matched: Tensor, samples: Samples, group: Tensor
+    ) -> Callable[[slice], None]:
+        """Work on a block of the samples in ``group``: it fills their rows of ``gap``, ``score`` and ``matched``."""
+
+        def compare(part: slice) -> None:
+            rows = group[part]
+            static = _in_units(samples.features[rows], self.units)
+            points = torch.cat([static, samples.early[rows, None].nan_to_num()], 1)
+            index, squared = self.near.of(points)
+            near = index[:, : self.rule.k]
+            if self.ridge is None:
+                before, after = self.controls.before[near].mean(1), self.controls.after[near].mean(1)
+            else:
+                before, after = self.ridge.expected(points)
+            gap[rows] = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
+            score[rows] = gap[rows] / (self.usual[index].mean(1) + self.usual.mean())
+            matched[rows] = self._within_reach(static, squared[:, : self.rule.k])
+
+        return compare
+
+    def _within_reach(self, static: Tensor, squared: Tensor) -> Tensor:
+        """Bool ``[B]``: near enough to controls to be compared with them.
+
+        The early loss has no say: memorization that began before it moves it, and would leave a sample without fellows.
+        But who is near with it is nearer without, and need not be looked for again.
+        """
+        near = squared.sqrt().mean(1) < 0.99 * self.limit
+        doubtful = (~near).nonzero().flatten()
+        near[doubtful] = nearest(static[doubtful], self.static, self.rule.k)[1] <= self.limit
+        return near
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
@@ -201,10 +238,10 @@ def benjamini_hochberg(p: Tensor, alpha: float) -> Tensor:
     """
     if not len(p):
         return torch.zeros(0, dtype=torch.bool)
-    ranked = p.double().sort().values
-    bound = alpha * torch.arange(1, len(p) + 1, dtype=torch.float64) / len(p)
+    ranked = p[p <= 2 * alpha].double().sort().values  # no bound is larger than alpha
+    bound = alpha * torch.arange(1, len(ranked) + 1, dtype=torch.float64) / len(p)
     below = (ranked <= bound * (1 + 1e-6)).nonzero()  # p-values in single precision may equal the bound
-    return p.double() <= ranked[below[-1, 0]] if len(below) else torch.zeros_like(p, dtype=torch.bool)
+    return p <= ranked[below[-1, 0]].to(p.dtype) if len(below) else torch.zeros_like(p, dtype=torch.bool)
 
 
 def controls_for(samples: int, alpha: float, memorized: int = 1) -> int:
@@ -221,53 +258,6 @@ def bits(gap: Tensor, elements: Tensor) -> Tensor:
     return gap * elements / LN2
 
 
-def nearest(points: Tensor, among: Tensor, k: int, *, fellows: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices ``[N, k]`` of the nearest rows of ``among`` and the mean distance ``[N]`` to them.
-
-    ``fellows``: the points are ``among`` themselves, and nobody is its own neighbour.
-    """
-    k = min(k, len(among) - fellows)
-    index = torch.empty(len(points), k, dtype=torch.int64)
-    distance = torch.empty(len(points))
-    for part in _blocks(len(points), len(among)):
-        apart = torch.cdist(points[part], among)
-        if fellows:
-            rows = torch.arange(part.start, part.start + len(apart))
-            apart[torch.arange(len(apart)), rows] = torch.inf
-        closest = apart.topk(k, largest=False)
-        index[part], distance[part] = closest.indices, closest.values.mean(1)
-    return index, distance
-
-
-def _by_neighbours(
-    points: Tensor, own: Tensor, index: Tensor, fellow: Tensor, controls: Controls, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Expected loss of samples ``[N]`` and of controls ``[M]``: the mean of the k nearest controls."""
-    expected = torch.lerp(controls.before[index].mean(1), controls.after[index].mean(1), weight)
-    return expected, controls.after[fellow].mean(1)
-
-
-def _by_ridge(
-    points: Tensor, own: Tensor, index: Tensor, fellow: Tensor, controls: Controls, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same by ridge regression on features and their squares; a control's own expectation leaves it out (PRESS)."""
-    design, at = (torch.cat([torch.ones(len(x), 1), x, x.square()], 1).double() for x in (own, points))
-    gram = design.T @ design + torch.eye(design.shape[1], dtype=torch.float64)
-    pull = torch.linalg.solve(gram, design.T)
-    before, after = (pull @ loss.double() for loss in (controls.before, controls.after))
-    leverage = (design * pull.T).sum(1).clamp(max=0.99)
-    residual = (controls.after.double() - design @ after) / (1 - leverage)
-    return torch.lerp((at @ before).float(), (at @ after).float(), weight), (controls.after - residual).float()
-
-
-def _within_reach(points: Tensor, own: Tensor, rule: Rule) -> Tensor:
-    """Bool ``[N]``: near enough to controls to be compared with them.
-
-    The early loss has no say: memorization that began before it moves it, and would leave a sample without fellows.
-    """
-    return nearest(points, own, rule.k)[1] <= farthest(own, rule.k, rule.reach)
-
-
 def farthest(own: Tensor, k: int, reach: float) -> Tensor:
     """The mean distance to k controls up to which a sample has a match: see ``Rule.reach``."""
     return reach * nearest(own, own, k, fellows=True)[1].quantile(0.99).clamp(min=1e-6)
@@ -275,8 +265,13 @@ def farthest(own: Tensor, k: int, reach: float) -> Tensor:
 
 def standardize(features: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Both in units of the controls' standard deviation; what is unknown sits at the mean."""
-    mean, scale = standard_units(own)
-    return torch.nan_to_num((features - mean) * scale), torch.nan_to_num((own - mean) * scale)
+    units = standard_units(own)
+    return _in_units(features, units), _in_units(own, units)
+
+
+def _in_units(features: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
+    mean, scale = units
+    return torch.nan_to_num((features - mean) * scale)
 
 
 def standard_units(own: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,9 +282,3 @@ def standard_units(own: Tensor) -> tuple[Tensor, Tensor]:
     usable = torch.isfinite(mean) & (spread > 1e-9)
     scale = torch.where(usable, 1 / spread.clamp(min=1e-9), 0.0)
     return torch.where(usable, mean, 0.0), scale
-
-
-def _blocks(rows: int, columns: int, cells: int = 1 << 22) -> Iterator[slice]:
-    """Slices of the rows, few enough at a time for ``cells`` distances."""
-    step = max(1, cells // max(1, columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection import Rule, farthest, nearest, standard_units
+from lightning_memsink.detection import Rule, farthest, standard_units
+from lightning_memsink.neighbours import nearest
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.concentration import Concentration, concentration_test
-from lightning_memsink.detection import nearest, standardize
+from lightning_memsink.detection import standardize
 from lightning_memsink.localization import locate
+from lightning_memsink.neighbours import nearest
 from lightning_memsink.sinks import Sinks
 from lightning_memsink.table import LossTable
 from lightning_memsink.verdicts import Flags, Verdict, verdicts_of

@@ -1,0 +1,31 @@
+"""Many rows a few at a time: what is made on the way stays in the cache, and in memory there is room for the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+ROWS = 512
+
+
+def in_blocks(rows: int, work: Callable[[slice], object], size: int = ROWS) -> None:
+    """``work(part)`` for each block of ``size`` rows, on as many threads as torch may take.
+
+    ``work`` writes what it finds into the rows that it was given, so that the result is the same in any order. Blocks
+    are too small to be shared out between threads by torch: each is worked on by one.
+    """
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    threads = min(len(parts), torch.get_num_threads())
+    if threads < 2:
+        for part in parts:
+            work(part)
+        return
+    allowed = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(work, parts):
+                pass
+    finally:
+        torch.set_num_threads(allowed)
