@@ -146,6 +146,23 @@ def test_onset_is_a_quantile_of_the_samples_with_a_bootstrap_interval():
     assert median.step_low <= 100 and median.step_high == 300  # half and half: the median may be either
 
 
+def test_the_onset_interval_is_that_of_resampling():
+    """Every resample drawn and sorted, which takes as much memory as samples times draws."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(10_000, (300,), generator=generator)
+    onset = estimate_onset(steps, steps, [5], draws=20_000)
+    drawn = steps[torch.randint(300, (20_000, 300), generator=generator)].sort(1).values[:, math.floor(0.1 * 299)]
+    low, high = drawn.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert onset.exposures == float(steps.sort().values[29])
+    assert (onset.exposures_low, onset.exposures_high) == pytest.approx((low, high), rel=0.03)
+
+
+def test_onset_of_very_many_memorized_samples():
+    """A thousand resamples of them would take gigabytes, and older torch takes no quantile of so many."""
+    onset = estimate_onset(torch.arange(200_000) // 2000, torch.full((200_000,), 3), [5])
+    assert (onset.step, onset.step_low, onset.step_high, onset.samples) == (9, 5, 10, 200_000)
+
+
 def test_onset_draws_from_a_generator_of_its_own():
     state = torch.get_rng_state()
     first = estimate_onset(torch.arange(30), torch.arange(30), [5])
