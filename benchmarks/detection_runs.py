@@ -141,7 +141,8 @@ def _truth(people: Population, main: Tensor, twin: Tensor, main_controls: Tensor
 def _describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
     """Matching features as of now: of a sample last visited long ago they are as old as that visit."""
     tokens = Tokens(texts, torch.ones_like(texts, dtype=torch.bool))
-    tracker.matching.describe(tracker.table, ids, ids, tokens, None)
+    rows = tracker.table.index.find(ids)
+    tracker.matching.describe(tracker.table, rows, torch.ones_like(rows, dtype=torch.bool), tokens, None)
 
 
 def _measure_after(people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor) -> tuple[Samples, Controls]:

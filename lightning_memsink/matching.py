@@ -24,26 +24,25 @@ class Matching:
         self.counts.update(tokens.ids, tokens.mask)
 
     def describe(
-        self, table: LossTable, ids: Tensor, seen_anew: Tensor, tokens: Tokens | None, extra: Tensor | None
+        self, table: LossTable, rows: Tensor, new: Tensor, tokens: Tokens | None, extra: Tensor | None
     ) -> None:
-        """Writes to ``table`` the features that samples ``ids`` ``[V]`` have by what was counted so far.
+        """Writes to ``table`` the features that the samples in ``rows`` ``[V]`` have by what was counted so far.
 
-        ``seen_anew``: the ids seen for the first time; their compressed size, which never changes, is due.
+        ``new``: bool ``[V]``, samples seen for the first time; their compressed size, which never changes, is due.
         ``extra`` ``[V, F]``: the user's features.
         """
-        ids, last = _last_of_each(ids)  # of a sample that came twice only the last description stands
+        rows, last = _last_of_each(rows)  # of a sample that came twice only the last description stands
         parts = []
         if tokens is not None:
-            new = torch.isin(ids, seen_anew)
-            tokens = Tokens(tokens.ids[last], tokens.mask[last])
-            parts.append(self._ngrams(tokens, table.exposures_of(ids)))
-            compressed = table.described(ids, column=_COMPRESSED)
-            compressed[new] = compressed_bits(tokens.ids[new], tokens.mask[new])
+            fresh, tokens = new[last], Tokens(tokens.ids[last], tokens.mask[last])
+            parts.append(self._ngrams(tokens, table.exposures[rows]))
+            compressed = table.described(rows, column=_COMPRESSED)
+            compressed[fresh] = compressed_bits(tokens.ids[fresh], tokens.mask[fresh])
             parts.append(compressed[:, None])
         if extra is not None:
             parts.append(extra[last])
         if parts:
-            table.describe(ids, torch.cat(parts, 1))
+            table.describe(rows, torch.cat(parts, 1))
 
     def of_controls(self, ids: Tensor, tokens: Tokens | None, extra: Tensor | None) -> Tensor:
         """``[B, F]`` the same columns for samples ``ids`` ``[B]`` that were never trained on."""
@@ -64,7 +63,7 @@ class Matching:
         return torch.cat([likelihood, self.counts.familiarity(tokens.ids, tokens.mask, exposures)[:, None]], 1)
 
 
-def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted unique ids and the position of the last of each."""
-    unique, inverse = torch.unique(ids, return_inverse=True)
-    return unique, torch.zeros_like(unique).scatter_reduce(0, inverse, torch.arange(len(ids)), "amax")
+def _last_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted unique rows and the position of the last of each."""
+    unique, inverse = torch.unique(rows, return_inverse=True)
+    return unique, torch.zeros_like(unique).scatter_reduce(0, inverse, torch.arange(len(rows)), "amax")

@@ -21,7 +21,7 @@ def estimate_onset(
         exposures: ``[N]`` visits each had had by then.
         evaluations: steps at which the detector looked; onset lies between two of them.
         quantile: the run's onset is this quantile of the samples' (0: the first sample; .5: the median one).
-        draws: bootstrap resamples over samples. What they have at the quantile comes from a generator of their own, always the same.
+        draws: bootstrap resamples over samples, from a generator of their own, always the same.
 
     Returns:
         The estimate with a 95 % percentile interval, or None if no sample is memorized.

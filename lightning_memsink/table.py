@@ -16,56 +16,80 @@ SCHEMA = 1
 class IdIndex:
     """From any 64-bit id to a dense row, rows in order of first sight.
 
-    Two sorted runs: a large one, and a small one for what came lately, merged when it has grown to an eighth.
-    So a new id costs a share of a small sort and a lookup two binary searches; 12 bytes a row.
+    Sorted runs, each at least twice as long as the next: new ids are a run, merged with the last ones while they are
+    short. So a new id is moved a few dozen times in all, and a lookup is a binary search in each run; 12 bytes a row.
     """
 
     def __init__(self) -> None:
-        self._ids = [torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)]
-        self._rows = [torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)]
+        self._runs: list[tuple[Tensor, Tensor]] = []  # ids int64, ascending, and their rows int32
+
+    @staticmethod
+    def of(ids: Tensor) -> IdIndex:
+        """The index of ``ids`` ``[N]``, all different, in rows 0…N-1."""
+        index = IdIndex()
+        if len(ids):
+            ordered, rows = ids.sort()
+            index._runs = [(ordered, rows.int())]
+        return index
 
     def __len__(self) -> int:
-        return sum(len(ids) for ids in self._ids)
+        return sum(len(ids) for ids, _ in self._runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(ids.nbytes + rows.nbytes for ids, rows in self._runs)
 
     def find(self, ids: Tensor) -> Tensor:
         """Rows ``[V]`` int64 of ``ids`` ``[V]``; -1 for an unknown id."""
         rows = torch.full(ids.shape, -1, dtype=torch.int64)
-        for known, at in zip(self._ids, self._rows, strict=True):
-            if len(known):
-                place = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
-                rows = torch.where(known[place] == ids, at[place].long(), rows)
+        for known, at in self._runs:
+            missing = (rows < 0).nonzero().flatten()
+            if not len(missing):
+                break
+            wanted = ids[missing]
+            place = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+            rows[missing] = torch.where(known[place] == wanted, at[place].long(), -1)
         return rows
 
     def intern(self, ids: Tensor) -> Tensor:
         """Rows of ``ids``, giving new ids the next rows in order of first sight."""
         rows = self.find(ids)
-        unknown = ids[rows < 0]
+        unknown = (rows < 0).nonzero().flatten()
         if len(unknown):
-            new, inverse = torch.unique(unknown, return_inverse=True)
+            new, inverse = torch.unique(ids[unknown], return_inverse=True)
             first = torch.full((len(new),), len(unknown)).scatter_reduce(0, inverse, torch.arange(len(unknown)), "amin")
             rank = torch.empty_like(first)
             rank[first.argsort()] = torch.arange(len(new))
-            self._append(new, (len(self) + rank).int())
-            rows = self.find(ids)
+            given = len(self) + rank
+            rows[unknown] = given[inverse]
+            self._append(new, given.int())
         return rows
 
     def ids(self) -> Tensor:
         """``[N]`` int64: the id of each row."""
         by_row = torch.empty(len(self), dtype=torch.int64)
-        for known, at in zip(self._ids, self._rows, strict=True):
+        for known, at in self._runs:
             by_row[at.long()] = known
         return by_row
 
     def _append(self, ids: Tensor, rows: Tensor) -> None:
-        self._ids[1], self._rows[1] = _merge(self._ids[1], self._rows[1], ids, rows)
-        if len(self._ids[1]) > max(4096, len(self._ids[0]) // 8):
-            self._ids[0], self._rows[0] = _merge(self._ids[0], self._rows[0], self._ids[1], self._rows[1])
-            self._ids[1], self._rows[1] = self._ids[1][:0].clone(), self._rows[1][:0].clone()
+        while self._runs and len(self._runs[-1][0]) < 2 * len(ids):
+            ids, rows = _merge(*self._runs.pop(), ids, rows)
+        self._runs.append((ids, rows))
 
 
 def _merge(ids: Tensor, rows: Tensor, more_ids: Tensor, more_rows: Tensor) -> tuple[Tensor, Tensor]:
-    merged, order = torch.cat([ids, more_ids]).sort()
-    return merged, torch.cat([rows, more_rows])[order]
+    """Two sorted runs without a common id as one."""
+    place = torch.searchsorted(ids, more_ids) + torch.arange(len(more_ids))
+    before = torch.ones(len(ids) + len(more_ids), dtype=torch.bool)
+    before[place] = False
+    merged = []
+    for old, new in ((ids, more_ids), (rows, more_rows)):
+        both = torch.empty(len(before), dtype=old.dtype)
+        both[place], both[before] = new, old
+        merged.append(both)
+    return merged[0], merged[1]
 
 
 class LossTable:
@@ -126,19 +150,23 @@ class LossTable:
             return torch.zeros(len(ids), dtype=torch.int32)
         return torch.where(rows < 0, 0, self.exposures[rows.clamp(min=0)])
 
-    def describe(self, ids: Tensor, features: Tensor) -> None:
-        """Matching features ``[V, F]`` of known samples ``ids`` ``[V]``, each named once."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the columns, with the room they have for more rows, and the index."""
+        return self.index.nbytes + sum(column.nbytes for column in self._columns.values())
+
+    def describe(self, rows: Tensor, features: Tensor) -> None:
+        """Matching features ``[V, F]`` of the samples in ``rows`` ``[V]``, each named once."""
         if self.features.shape[1] != features.shape[1]:
             self._columns["features"] = torch.zeros(len(self._columns["exposures"]), features.shape[1]).half()
-        self.features[self.index.find(ids)] = features.half()
+        self.features[rows] = features.half()
 
-    def described(self, ids: Tensor, column: int) -> Tensor:
-        """``[V]`` one feature of known samples; 0 where none was described yet."""
-        rows = self.index.find(ids)
-        return self.features[rows, column].float() if column < self.features.shape[1] else torch.zeros(len(ids))
+    def described(self, rows: Tensor, column: int) -> Tensor:
+        """``[V]`` one feature of the samples in ``rows``; 0 where none was described yet."""
+        return self.features[rows, column].float() if column < self.features.shape[1] else torch.zeros(len(rows))
 
-    def record(self, ids: Tensor, losses: Tensor, steps: Tensor, elements: Tensor) -> None:
-        """Visits in the order they happened: all ``[V]``.
+    def record(self, ids: Tensor, losses: Tensor, steps: Tensor, elements: Tensor) -> Tensor:
+        """Visits in the order they happened: all ``[V]``. Returns their samples' rows ``[V]`` int64.
 
         A visit whose loss is NaN or infinite counts as an exposure and leaves every loss as it was.
         """
@@ -149,7 +177,7 @@ class LossTable:
         by_row, order = rows[seen].sort(stable=True)
         visits = seen[order]
         if not len(visits):
-            return
+            return rows
         starts = torch.ones_like(by_row, dtype=torch.bool)
         starts[1:] = by_row[1:] != by_row[:-1]
         ends = starts.roll(-1)
@@ -165,6 +193,7 @@ class LossTable:
             first = torch.ones_like(rows_late, dtype=torch.bool)
             first[1:] = rows_late[1:] != rows_late[:-1]
             self._set_once("early", rows_late[first], losses[visits_late[first]], steps[visits_late[first]])
+        return rows
 
     def _set_once(self, which: str, rows: Tensor, losses: Tensor, steps: Tensor) -> None:
         loss, step = self._columns[f"{which}_loss"], self._columns[f"{which}_step"]
@@ -207,8 +236,7 @@ class LossTable:
                 f"The checkpoint holds a memsink ledger of schema {state.get('schema')}; this version reads schema "
                 f"{SCHEMA}. Resume with the version that wrote it, or start without ckpt_path to begin a new ledger."
             )
-        self.index = IdIndex()
-        self.index.intern(state["ids"])
+        self.index = IdIndex.of(state["ids"])
         self.reference_step = state["reference_step"]
         self._columns = {name: column.clone() for name, column in state["columns"].items()}
 

@@ -134,6 +134,11 @@ class Flags:
                 setattr(self, name, torch.cat([column, torch.full((new,), empty, dtype=column.dtype)]))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes held for all samples."""
+        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+
+    @property
     def memorized(self) -> Tensor:
         """Bool ``[N]``: samples that stand as memorized now."""
         return self.verdict == Verdict.MEMORIZED

@@ -262,14 +262,14 @@ class LossTracker(Callback):
         ids = torch.cat([visit.ids for visit in visits])
         steps = torch.cat([torch.full((len(visit.ids),), visit.step, dtype=torch.int32) for visit in visits])
         tokens = stack(visit.tokens for visit in visits)
-        seen_anew = ids[self.table.exposures_of(ids) == 0]
         elements = torch.ones(len(ids)) if tokens is None else tokens.mask.sum(1)
-        self.table.record(ids, torch.cat([visit.losses for visit in visits]), steps, elements)
+        known = len(self.table)
+        rows = self.table.record(ids, torch.cat([visit.losses for visit in visits]), steps, elements)
         if tokens is not None:
             self._say_once(self.witnesses.look(ids, tokens))
             self.matching.count(tokens)
         extra = None if self.features is None else [visit.features for visit in visits if visit.features is not None]
-        self.matching.describe(self.table, ids, seen_anew, tokens, None if extra is None else torch.cat(extra))
+        self.matching.describe(self.table, rows, rows >= known, tokens, None if extra is None else torch.cat(extra))
 
     def _self_check(self, explained: float | None) -> None:
         if explained is not None and abs(explained - 1) > 0.01:
