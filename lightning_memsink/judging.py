@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_memsink.blocks import in_blocks
 from lightning_memsink.controls import ControlTable
 from lightning_memsink.detection import Measurement, Rule, Samples, measure, robust_sd
 from lightning_memsink.table import LossTable
@@ -38,14 +39,25 @@ def judge(
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> Samples:
     """What the tables know of the samples in ``rows`` ``[N]``, to be measured against ``controls.known()``."""
-    steps = table.early_step[rows]
-    return Samples(
+    many = len(rows)
+    samples = Samples(
         losses=table.last_loss[rows],
-        weight=controls.weight_at(table.last_step[rows]),
-        features=table.features[rows].float(),
-        early=controls.standing(table.early_loss[rows].float(), steps),
-        snapshot=controls.snapshot_of(steps),
+        weight=torch.empty(many),
+        features=torch.empty(many, table.features.shape[1]),
+        early=torch.empty(many),
+        snapshot=torch.empty(many, dtype=torch.int64),
     )
+
+    def fill(part: slice) -> None:
+        at = rows[part]
+        steps = table.early_step[at]
+        samples.weight[part] = controls.weight_at(table.last_step[at])
+        samples.features[part] = table.features[at].float()
+        samples.early[part] = controls.standing(table.early_loss[at].float(), steps)
+        samples.snapshot[part] = controls.snapshot_of(steps)
+
+    in_blocks(many, fill, 1 << 16)
+    return samples
 
 
 def _decide(

@@ -32,9 +32,10 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
     columns = {"sample_id": state["ids"], **state["columns"]}
     judged = {name: getattr(flags, name) for name in ("gap", "p", "streak", "onset_step", "onset_exposures")}
     samples = _arrow({**columns, **judged})
-    words = [Verdict(code) for code in flags.verdict.tolist()]
-    samples = samples.append_column("verdict", pa.array([word.word for word in words], pa.string()))
-    samples = samples.append_column("reason", pa.array([word.reason for word in words], pa.string()))
+    codes = pa.array(flags.verdict.numpy())
+    for column in ("word", "reason"):
+        meaning = pa.array([getattr(verdict, column) for verdict in Verdict], pa.string())
+        samples = samples.append_column({"word": "verdict"}.get(column, column), meaning.take(codes))
     facts = controls.state_dict()
     held_out = _arrow(
         {

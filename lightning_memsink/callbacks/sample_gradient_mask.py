@@ -153,7 +153,7 @@ class SampleGradientMask(Callback):
     ) -> None:
         ids, found = Ledger.of(trainer).batch.ids, self._decision
         if self.mode == "route" and ids is not None and len(ids):
-            routed = int(torch.isin(ids, self.latched).sum())
+            routed = int(_among(ids, self.latched).sum())
             self.actions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
         elif found is not None:
             acted, removed = torch.stack([(found.weights != 1).sum().float(), found.removed.float()]).tolist()
@@ -187,7 +187,7 @@ class SampleGradientMask(Callback):
         if self.mode == "hold":
             return self._hold(ledger, opened, ids)
         weights = torch.ones(len(ids))
-        weights[torch.isin(ids, self.latched)] = self.weight if self.mode == "attenuate" else 0.0
+        weights[_among(ids, self.latched)] = self.weight if self.mode == "attenuate" else 0.0
         return _Decision(weights, self._removed(opened, weights))
 
     def _hold(self, ledger: Ledger, opened: OpenLoss, ids: Tensor) -> _Decision:
@@ -243,7 +243,7 @@ class SampleGradientMask(Callback):
         ids = None if self._ledger is None else self._ledger.batch.ids
         if ids is None:
             return None
-        flagged = torch.isin(ids, self.latched)
+        flagged = _among(ids, self.latched)
         return flagged if bool(flagged.any()) else None
 
     def _say_once(self, whom: str, why: str) -> None:
@@ -262,3 +262,10 @@ class SampleGradientMask(Callback):
             handle.remove()
         self._handles.clear()
         self._ledger = None
+
+
+def _among(ids: Tensor, latched: Tensor) -> Tensor:
+    """Bool ``[B]``. ``torch.isin`` would look through all of ``latched`` ``[L]``, which is sorted, at each step."""
+    if not len(latched):
+        return torch.zeros_like(ids, dtype=torch.bool)
+    return latched[torch.searchsorted(latched, ids).clamp(max=len(latched) - 1)] == ids

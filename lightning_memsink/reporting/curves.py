@@ -112,13 +112,17 @@ def rung_series(
 def exposure_series(table: LossTable, flags: Flags, evaluation: Evaluation) -> dict[str, float]:
     """The same where nothing was planted: samples in bins of exposures 1, 2-3, 4-7, …, against all controls."""
     series: dict[str, float] = {}
-    memorized = _memorized(table, flags)
-    bins = table.exposures.clamp(min=1).double().log2().floor().long()
-    for power in torch.unique(bins).tolist():
+    power_of = torch.searchsorted(2 ** torch.arange(1, 31), table.exposures, right=True)
+    samples = torch.bincount(power_of)
+    finite = torch.isfinite(table.last_loss)
+    losses = torch.bincount(power_of[finite], table.last_loss[finite].double(), len(samples))
+    finite_losses = torch.bincount(power_of[finite], minlength=len(samples))
+    memorized = torch.bincount(power_of[_memorized(table, flags)], minlength=len(samples))
+    for power in samples.nonzero().flatten().tolist():
         low, high = 2**power, 2 ** (power + 1) - 1
         name = "1" if high == 1 else f"{low}-{high}"
-        series[f"loss/exposures/{name}"] = _mean(table.last_loss[bins == power])
-        series[f"share/exposures/{name}"] = _mean(memorized[bins == power].float())
+        series[f"loss/exposures/{name}"] = float(losses[power] / finite_losses[power])
+        series[f"share/exposures/{name}"] = int(memorized[power]) / int(samples[power])
     series["loss/exposures/controls"] = evaluation.control_loss
     return series
 

@@ -80,13 +80,11 @@ def gap_distribution(
     bins = [span[0] + (span[1] - span[0] or 1.0) * edge / 50 for edge in range(51)]
     # Shares, on a logarithmic axis: few memorized samples must be seen beside many others.
     if len(gaps):
-        weights = [1 / len(gaps)] * len(gaps)
         label = f"{measured} ({len(gaps):,})"
-        axes.hist(gaps.tolist(), bins, weights=weights, color=COLOURS["learned"], alpha=0.55, label=label)
+        axes.hist(bins[:-1], bins, weights=_shares(gaps, bins), color=COLOURS["learned"], alpha=0.55, label=label)
     if len(null):
-        weights = [1 / len(null)] * len(null)
         label = f"controls against their fellows ({len(null):,})"
-        axes.hist(null.tolist(), bins, weights=weights, histtype="step", color=INK, linewidth=1.5, label=label)
+        axes.hist(bins[:-1], bins, weights=_shares(null, bins), histtype="step", color=INK, linewidth=1.5, label=label)
     if len(gaps) or len(null):
         axes.set_yscale("log")
         axes.set_ylim(top=1.5)
@@ -97,6 +95,12 @@ def gap_distribution(
     _finish(axes, f"gap: expected from matched controls − own loss ({unit})", "share of samples, logarithmic")
     _legend_below(figure, axes, 3)
     return figure
+
+
+def _shares(values: Tensor, bins: Sequence[float]) -> list[float]:
+    """Of all ``values`` ``[N]``, the share in each bin."""
+    edges = torch.tensor(bins, dtype=torch.float64)
+    return (torch.histogram(values.double(), edges).hist / len(values)).tolist()
 
 
 def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = math.nan, unit: str = "nats") -> Figure:
