@@ -132,7 +132,8 @@ def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
     gap, score, p = torch.zeros(count), torch.zeros(count), torch.ones(count)
     matched, beyond = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     units = standard_units(controls.features)
-    limit = float(farthest(_in_units(controls.features, units), rule.k, rule.reach))
+    static = _in_units(controls.features, units)
+    limit = float(farthest(static, rule.k, rule.reach))
     nulls = []
     for moment in torch.bincount(samples.snapshot).nonzero().flatten().tolist():
         group = (samples.snapshot == moment).nonzero().flatten()
@@ -141,6 +142,8 @@ def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
         p[group] = conformal_p(score[group], against.null_score)
         beyond[group] = score[group] > against.null_score.max()
         nulls.append((len(group), against.null, against.null_score))
+    far = (~matched).nonzero().flatten()
+    matched[far] = nearest(_in_units(samples.features[far], units), static, rule.k)[1] <= limit
     _, null, null_score = max(nulls, key=lambda entry: entry[0])
     threshold = max(rule.min_gap, rule.null_sds * robust_sd(null))
     tail, flagged = "conformal", torch.zeros_like(matched)
@@ -161,8 +164,8 @@ class _Comparison:
 
     def __init__(self, controls: Controls, moment: int, units: tuple[Tensor, Tensor], limit: float, rule: Rule) -> None:
         self.controls, self.units, self.limit, self.rule = controls, units, limit, rule
-        self.static = _in_units(controls.features, units)
-        own = torch.cat([self.static, controls.early[moment, :, None].nan_to_num()], 1)
+        static = _in_units(controls.features, units)
+        own = torch.cat([static, controls.early[moment, :, None].nan_to_num()], 1)
         fellow, _ = nearest(own, own, SPREAD * rule.k, fellows=True)
         self.near = Neighbours(own, SPREAD * rule.k)
         self.ridge = Ridge(own, controls.before, controls.after) if rule.method == "ridge" else None
@@ -188,20 +191,11 @@ class _Comparison:
                 before, after = self.ridge.expected(points)
             gap[rows] = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
             score[rows] = gap[rows] / (self.usual[index].mean(1) + self.usual.mean())
-            matched[rows] = self._within_reach(static, squared[:, : self.rule.k])
+            # The early loss has no say in what is within reach: memorization that began before it moves it, and would
+            # leave a sample without fellows. But who is near with it is nearer without.
+            matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
 
         return compare
-
-    def _within_reach(self, static: Tensor, squared: Tensor) -> Tensor:
-        """Bool ``[B]``: near enough to controls to be compared with them.
-
-        The early loss has no say: memorization that began before it moves it, and would leave a sample without fellows.
-        But who is near with it is nearer without, and need not be looked for again.
-        """
-        near = squared.sqrt().mean(1) < 0.99 * self.limit
-        doubtful = (~near).nonzero().flatten()
-        near[doubtful] = nearest(static[doubtful], self.static, self.rule.k)[1] <= self.limit
-        return near
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_memsink.blocks import in_blocks
 
-_COLUMNS = 16
-"""Distances that share a group, of which only the smallest takes part in the first choice."""
+Floats = NDArray[np.float32]
 
 
 class Neighbours:
@@ -42,25 +42,31 @@ class Neighbours:
 
     def _smallest(self, apart: Tensor) -> tuple[Tensor, Tensor]:
         """Columns and values ``[N, k]`` of the smallest of each row of ``apart`` ``[N, M]``."""
-        rows, width = len(apart), apart.shape[1] // _COLUMNS
-        grouped = width * _COLUMNS
-        least = torch.cat([apart[:, :grouped].view(rows, _COLUMNS, width).amin(1), apart[:, grouped:]], 1).numpy()
-        bound = np.full((rows, 1), np.inf, np.float32)
-        if least.shape[1] > self.k:
-            bound = np.partition(least, self.k - 1, 1)[:, self.k - 1, None]
         values = apart.numpy()
+        least = _least_of_groups(values, 4 * self.k)
+        bound = np.partition(least, self.k - 1, 1)[:, self.k - 1, None]
         left = np.flatnonzero(values <= bound)
         row, column = np.divmod(left, values.shape[1])
-        many = np.bincount(row, minlength=rows)
+        many = np.bincount(row, minlength=len(values))
         place = np.arange(len(left)) - np.repeat(many.cumsum() - many, many)
         # A value in double precision has 29 bits to spare: they carry its column through the sort.
         keys = values.ravel()[left].astype(np.float64).view(np.int64) | column
-        ragged = np.full((rows, max(self.k, many.max(initial=0))), np.inf)
+        ragged = np.full((len(values), max(self.k, many.max(initial=0))), np.inf)
         ragged.view(np.int64)[row, place] = keys
         ragged.sort(1)
         smallest = ragged[:, : self.k].copy()
         order = smallest.view(np.int64) & ((1 << values.shape[1].bit_length()) - 1)
         return torch.from_numpy(order), torch.from_numpy(smallest.astype(np.float32))
+
+
+def _least_of_groups(values: Floats, groups: int) -> Floats:
+    """The smallest of each group of columns of ``values`` ``[N, M]``, folded in halves to about ``groups`` of them."""
+    single = []
+    while values.shape[1] > groups:
+        half = values.shape[1] // 2
+        single.append(values[:, 2 * half :])
+        values = np.minimum(values[:, :half], values[:, half : 2 * half])
+    return np.concatenate([values, *single], 1)
 
 
 def nearest(points: Tensor, among: Tensor, k: int, *, fellows: bool = False) -> tuple[Tensor, Tensor]:
