@@ -15,8 +15,10 @@ from lightning_memsink.detection import (
     benjamini_hochberg,
     conformal_p,
     controls_for,
+    farthest,
     measure,
     normal_tail_p,
+    standardize,
 )
 from lightning_memsink.neighbours import nearest
 
@@ -128,6 +130,18 @@ def test_samples_far_from_every_control_are_not_matched():
     found = measure(samples, controls, Rule())
     assert not found.matched[:20].any() and not found.flagged[:20].any()
     assert found.matched[20:].float().mean() > 0.95
+
+
+@pytest.mark.parametrize("early", [0.0, 3.0], ids=["early as controls", "early unlike any control"])
+def test_within_reach_is_told_by_the_static_features_alone(early):
+    samples, controls = world()
+    samples = replace(
+        samples, features=samples.features * torch.linspace(1, 6, 300)[:, None], early=torch.full((300,), early)
+    )
+    static, own = standardize(samples.features, controls.features)
+    reached = nearest(static, own, 8)[1] <= farthest(own, 8, 2.0)
+    assert 20 < int(reached.sum()) < 280
+    assert torch.equal(measure(samples, controls, Rule()).matched, reached)
 
 
 def test_a_control_with_an_infinite_loss_is_left_out():
