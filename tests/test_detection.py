@@ -162,11 +162,11 @@ def test_where_controls_scatter_more_a_gap_counts_less():
     loss = 5 + normal(300) * torch.where(kind == 1, 1.0, 0.1)
     controls = Controls(loss, loss, features[:, None], torch.zeros(1, 300))
     samples = Samples(
-        torch.full((100,), 4.1), torch.ones(100), features[:100, None], torch.zeros(100), torch.zeros(100).long()
+        torch.full((100,), 4.2), torch.ones(100), features[:100, None], torch.zeros(100), torch.zeros(100).long()
     )
     p = measure(samples, controls, Rule(k=4)).p
     calm, wild = p[0::2].median(), p[1::2].median()
-    assert calm < 0.01 < 0.1 < wild
+    assert calm < 0.05 < wild > 2 * calm  # unscaled, equal gaps have equal p-values
 
 
 @given(seed=seeds, n=st.integers(1, 12), m=st.integers(3, 12), k=st.integers(1, 4))

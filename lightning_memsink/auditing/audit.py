@@ -19,8 +19,9 @@ from lightning_memsink.auditing.closer_look import CloserLook, Located, locate_u
 from lightning_memsink.auditing.standing_out import StandingOut, standing_out
 from lightning_memsink.auditing.subject import Subject
 from lightning_memsink.auditing.texts import Encoded, Text, encode, spelled_out
-from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure, nearest, standardize
+from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure, standardize
 from lightning_memsink.extraction_metrics import Separation, separation
+from lightning_memsink.neighbours import nearest
 
 MATCHED = "gap to matched controls"
 SCORES = (MATCHED, "loss", "zlib", "min-k%", "min-k%++")
