@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ from lightning_memsink.detection import Rule
 from lightning_memsink.judging import judge
 from lightning_memsink.table import SCHEMA, LossTable
 from lightning_memsink.verdicts import Evaluation, Flags, Verdict
+from lightning_memsink.whole_files import written_whole
 
 _KEY = b"memsink"
 
@@ -104,9 +104,8 @@ def _matrix(columns: dict[str, Tensor], name: str, rows: int) -> Tensor:
 
 def _write(path: Path, table: pa.Table, about: dict[str, object]) -> None:
     note = {_KEY: json.dumps({"schema": SCHEMA, **about}).encode()}
-    unfinished = path.with_suffix(".part")
-    pq.write_table(table.replace_schema_metadata(note), unfinished)
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        pq.write_table(table.replace_schema_metadata(note), unfinished)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -6,8 +6,6 @@ U  units of a hidden layer      k  units of it that were chosen
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,8 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from lightning_memsink.whole_files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,14 +143,8 @@ class Sinks:
         tensors = {f"units/{name}": chosen.cpu().contiguous() for name, chosen in self.units.items()}
         tensors |= {f"scores/{name}": scores.detach().cpu().contiguous() for name, scores in self.scores.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, {_KEY: json.dumps(about)}))
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with written_whole(path) as unfinished:
+            unfinished.write_bytes(save(tensors, {_KEY: json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Sinks:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_memsink.whole_files import written_whole
+
 VERSION = 1
 
 
@@ -60,9 +62,8 @@ class AnswersFile:
             whole.append(row)
         self._remember(whole)
         if len(whole) + 1 < len(lines):
-            unfinished = self.path.with_name(f"{self.path.name}.part")
-            unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in [head, *whole]), encoding="utf-8")
-            os.replace(unfinished, self.path)
+            with written_whole(self.path) as unfinished:
+                unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in [head, *whole]), encoding="utf-8")
 
     def _remember(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:

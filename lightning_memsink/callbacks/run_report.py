@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_memsink.reporting.page import write
 from lightning_memsink.reporting.run_document import document_of
 from lightning_memsink.reporting.settings import settings_of, versions
 from lightning_memsink.reporting.summary import Findings, markdown, summary
+from lightning_memsink.whole_files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +73,10 @@ class RunReport(Callback):
                 _keep(trainer, [*(self.path.with_suffix(kind) for kind in (".md", ".html", ".json")), beside])
             except Exception as error:  # a full disk, say: training is over and must not end in an error of ours
                 rank_zero_warn(f"RunReport can't write {self.path}: {error}. The summary below is all of it.")
-        _print("\n\n".join([summary(findings), *opening]))
+        try:
+            _print("\n\n".join([summary(findings), *opening]))
+        except OSError as error:  # nobody reads any more: train.py | head
+            rank_zero_warn(f"RunReport can't print its summary: {error}. Files are written to {self.path}.")
 
 
 def write_report(findings: Findings, path: Path, opening: list[str], settings: Mapping[str, Any]) -> str:
@@ -86,12 +89,8 @@ def write_report(findings: Findings, path: Path, opening: list[str], settings: M
         from lightning_memsink.reporting.figures import save_all
 
         pictures = save_all(drawn, figures)
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
+    with written_whole(path) as unfinished:
         unfinished.write_text(markdown(findings, figures.name if drawn else None, opening), encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     document = document_of(findings, settings, versions(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
     _, page = write(document, pictures, path.parent, path.stem)
     return f"Report: {page} (for a browser), {path}"
@@ -161,8 +160,13 @@ def _print(text: str) -> None:
         text = "\n".join(_wrapped(line, console.width) for line in text.splitlines())
     told = Text(text)
     told.highlight_regex(r"(?m)^[A-Z][a-z ]+$", "bold")  # the questions that head the paragraphs
-    console.print()  # a progress bar may still stand in the line
-    console.print(told, soft_wrap=True)
+    with console.capture() as said:  # printed by rich, it would end the process when nobody reads any more
+        console.print()  # a progress bar may still stand in the line
+        console.print(told, soft_wrap=True)
+    try:
+        print(said.get(), end="", flush=True)
+    except UnicodeEncodeError:  # a terminal that knows no dash
+        print(said.get().encode("ascii", "replace").decode(), end="", flush=True)
 
 
 def _wrapped(line: str, width: int) -> str:

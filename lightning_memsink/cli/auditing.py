@@ -17,6 +17,7 @@ from lightning_memsink.auditing.subject import load
 from lightning_memsink.auditing.texts import read_texts
 from lightning_memsink.cli.recipes import config_path
 from lightning_memsink.reporting.document import Document, markdown
+from lightning_memsink.whole_files import written_whole
 
 ASKED = ("prefix", "length", "p", "temperature", "top_k", "top_p")
 """Settings that answers depend on; the others only judge them."""
@@ -80,7 +81,8 @@ def _write(found: Audit, document: Document, folder: Path) -> list[Path]:
         found.located.sinks.save(folder / "sinks.safetensors")
         written = [*written, folder / "sinks.safetensors"]
     path = folder / "report.md"
-    path.write_text(markdown(document, files.name if figures else None), encoding="utf-8")
+    with written_whole(path) as unfinished:
+        unfinished.write_text(markdown(document, files.name if figures else None), encoding="utf-8")
     return [*written, path]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_memsink.reporting.document import Document, Grid, Section
 from lightning_memsink.reporting.page import write
+from lightning_memsink.whole_files import written_whole
 
 COMPARED = {
     "memorized samples": ("last_evaluation", "counts", "memorized"),
@@ -41,7 +42,8 @@ def run(argv: Sequence[str]) -> int:
         if options.model_card is not None:
             from lightning_memsink.reporting.model_card import with_section
 
-            with_section(document, options.model_card).save(options.model_card)
+            with written_whole(options.model_card) as unfinished:
+                with_section(document, options.model_card).save(unfinished)
             written.append(options.model_card)
     except (ValueError, OSError) as error:
         raise SystemExit(f"memsink report: {error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lightning_memsink.verdicts import Onset, Verdict
+from lightning_memsink.whole_files import written_whole
 
 # Okabe & Ito's palette, which stays apart for every kind of colour vision; a marker says the same again.
 COLOURS = {
@@ -136,15 +136,11 @@ def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = 
 def save(figure: Figure, stem: Path) -> None:
     """``STEM.svg`` and ``STEM.png``, each complete or not there at all."""
     for kind in ("svg", "png"):
-        unfinished = stem.with_suffix(f".{kind}.part")
-        try:
+        with written_whole(stem.with_suffix(f".{kind}")) as unfinished:
             if kind == "svg":
                 unfinished.write_text(svg(figure), encoding="utf-8")
             else:
                 figure.savefig(unfinished, format=kind, dpi=150)
-            os.replace(unfinished, stem.with_suffix(f".{kind}"))
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def save_all(drawn: Mapping[str, Figure], folder: Path) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_memsink.reporting.document import Document
+from lightning_memsink.whole_files import written_whole
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SCHEMA = Path(__file__).with_name("report.schema.json")
@@ -47,12 +47,8 @@ def write(
     written = []
     for kind in kinds:
         path, content = folder / f"{stem}.{kind}", make[kind]()
-        unfinished = path.with_name(f"{path.name}.part")
-        try:
+        with written_whole(path) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
         written.append(path)
     return written
 
