@@ -46,7 +46,7 @@ class AnswersFile:
         self._remember(rows)
 
     def _read(self, head: Mapping[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()  # what is no JSON is passed over
         found = _parsed(lines[0])
         if found is None or found != json.loads(json.dumps(head)):
             differs = [name for name in head if found is None or found.get(name) != head[name]]

@@ -38,8 +38,12 @@ def read_texts(path: Path) -> list[Text]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. A line of it looks like this: {EXAMPLE}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}). A line of it looks like this: {EXAMPLE}") from None
     texts = []
-    for line, content in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for line, content in enumerate(lines, 1):
         if content.strip():
             texts.append(_text(path, line, content))
     if not texts:

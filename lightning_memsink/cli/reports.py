@@ -70,7 +70,7 @@ def read(path: Path) -> Document:
     """Raises a ValueError if it is no report."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no report: it is not JSON ({error}).") from None
     return Document.from_json(told if isinstance(told, dict) else {})
 
