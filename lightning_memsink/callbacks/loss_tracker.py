@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from lightning_memsink.capture import EvaluationCapture, StepCapture, reported_i
 from lightning_memsink.controls import ControlTable
 from lightning_memsink.gathering import gather
 from lightning_memsink.identity import SampleIds, content_ids
+from lightning_memsink.interrupts import interrupts_deferred
 from lightning_memsink.ledger import BatchInHand, Ledger
 from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.losses import NotCaptured
@@ -22,18 +23,8 @@ from lightning_memsink.matching import Matching
 from lightning_memsink.probing import ControlProbe
 from lightning_memsink.table import LossTable
 from lightning_memsink.tokens import Tokens, stack, tokens_of
+from lightning_memsink.visits import Visit
 from lightning_memsink.witnesses import Witnesses
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """One batch, as far as the ledger needs it."""
-
-    ids: Tensor
-    losses: Tensor
-    step: int
-    tokens: Tokens | None
-    features: Tensor | None
 
 
 class LossTracker(Callback):
@@ -81,7 +72,7 @@ class LossTracker(Callback):
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
         self.batch = BatchInHand()
-        self._visits: list[_Visit] = []
+        self._visits: list[Visit] = []
         self._current: tuple[Tensor, Tokens | None, Tensor | None] | None = None
         self._step = 0
         self._said: set[str] = set()
@@ -127,7 +118,7 @@ class LossTracker(Callback):
             else:
                 self._self_check(captured.explained)
                 losses = captured.losses.detach().float().cpu()
-            self._visits.append(_Visit(ids, losses, self._step, tokens, features))
+            self._visits.append(Visit(ids, losses, self._step, tokens, features))
         if trainer.world_size > 1 or len(self._visits) >= self.flush_every:
             self._flush()
         if self.probe.is_due(trainer.global_step, self.controls.latest_step):
@@ -184,10 +175,10 @@ class LossTracker(Callback):
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        if self._visits and not torch.distributed.is_initialized():
-            self._flush()
+        """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
         return {
             "table": self.table.state_dict(),
+            "visits": [asdict(visit) for visit in self._visits],
             "controls": self.controls.state_dict(),
             "counts": self.matching.counts.state_dict(),
             "witnesses": self.witnesses.state_dict(),
@@ -195,6 +186,7 @@ class LossTracker(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.table.load_state_dict(state_dict["table"])
+        self._visits = [Visit.restored(visit) for visit in state_dict.get("visits", [])]
         self.controls.load_state_dict(state_dict["controls"])
         self.matching.counts.load_state_dict(state_dict["counts"])
         self.witnesses.load_state_dict(state_dict["witnesses"])
@@ -255,10 +247,13 @@ class LossTracker(Callback):
 
     def _flush(self) -> None:
         """Reduce, then record: what all processes saw enters the table in the order of steps, then ranks."""
-        mine, self._visits = self._visits, []
-        visits = sorted((visit for one in gather(mine) for visit in one), key=lambda visit: visit.step)
-        if not visits:
-            return
+        visits = sorted((visit for one in gather(self._visits) for visit in one), key=lambda visit: visit.step)
+        with interrupts_deferred():
+            self._visits = []
+            if visits:
+                self._record(visits)
+
+    def _record(self, visits: list[Visit]) -> None:
         ids = torch.cat([visit.ids for visit in visits])
         steps = torch.cat([torch.full((len(visit.ids),), visit.step, dtype=torch.int32) for visit in visits])
         tokens = stack(visit.tokens for visit in visits)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_memsink.detection import Rule, controls_for
+from lightning_memsink.interrupts import interrupts_deferred
 from lightning_memsink.judging import judge
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.onset import estimate_onset
@@ -85,11 +86,12 @@ class MemorizationDetector(Callback):
         judged = self.flags.evaluations[-1].step if self.flags.evaluations else -1
         if ledger.controls.latest_step <= judged:
             return
-        evaluation = judge(
-            ledger.losses, ledger.controls, self.flags, self.rule, self.consecutive, trainer.current_epoch
-        )
+        with interrupts_deferred():
+            evaluation = judge(
+                ledger.losses, ledger.controls, self.flags, self.rule, self.consecutive, trainer.current_epoch
+            )
+            self.flags.evaluations.append(evaluation)
         self._power(len(ledger.losses), evaluation.controls)
-        self.flags.evaluations.append(evaluation)
         stands = self.flags.memorized
         ledger.onset = self.onset = estimate_onset(
             self.flags.onset_step[stands],
