@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memsink.restoring import REMEDY
+
 SCHEMA = 1
 
 
@@ -230,15 +232,32 @@ class LossTable:
         return {"schema": SCHEMA, "ids": self.ids, "reference_step": self.reference_step, "columns": columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a ledger of another schema."""
+        """Raises ValueError for a ledger of another schema, or one whose columns do not fit together."""
         if state.get("schema") != SCHEMA:
             raise ValueError(
                 f"The checkpoint holds a memsink ledger of schema {state.get('schema')}; this version reads schema "
-                f"{SCHEMA}. Resume with the version that wrote it, or start without ckpt_path to begin a new ledger."
+                f"{SCHEMA}. {REMEDY}"
             )
+        damage = self._damage(state)
+        if damage:
+            raise ValueError(f"The checkpoint's memsink ledger is damaged: {damage}. {REMEDY}")
         self.index = IdIndex.of(state["ids"])
         self.reference_step = state["reference_step"]
         self._columns = {name: column.clone() for name, column in state["columns"].items()}
+
+    def _damage(self, state: dict[str, Any]) -> str:
+        """What does not fit together in a saved table; empty if all does."""
+        columns, rows = state["columns"], len(state["ids"])
+        samples = len(torch.unique(state["ids"]))
+        if samples != rows:
+            return f"{rows} rows have {samples} different ids"
+        if columns.keys() != self._columns.keys():
+            return f"it has the columns {', '.join(columns)}, and not {', '.join(self._columns)}"
+        for name, own in self._columns.items():
+            found = columns[name]
+            if len(found) != rows or found.dtype != own.dtype or found.ndim != own.ndim:
+                return f"column {name} is {found.dtype} {list(found.shape)} for {rows} samples"
+        return ""
 
 
 _UNKNOWN: dict[torch.dtype, float] = {torch.int32: -1, torch.float32: torch.nan, torch.bfloat16: torch.nan}

@@ -24,6 +24,7 @@ from lightning_memsink.reporting.curves import (
 from lightning_memsink.reporting.settings import settings_of, versions
 from lightning_memsink.reporting.wandb_run import WandbRun
 from lightning_memsink.reporting.where import series
+from lightning_memsink.restoring import restoring
 
 MOST_ROWS = 1000
 
@@ -100,8 +101,9 @@ class LiveCurves(Callback):
         return {"history": [dict(row) for row in self.history], "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history[:] = state_dict["history"]  # in place: some strategies restore after it was published
-        self._announced = state_dict["announced"]
+        with restoring("LiveCurves"):
+            self.history[:] = state_dict["history"]  # in place: some strategies restore after it was published
+            self._announced = state_dict["announced"]
 
     def _show(self, trainer: Trainer) -> None:
         """The last evaluation, if it was not shown yet."""

@@ -21,6 +21,7 @@ from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.losses import NotCaptured
 from lightning_memsink.matching import Matching
 from lightning_memsink.probing import ControlProbe
+from lightning_memsink.restoring import leave_out, restoring
 from lightning_memsink.table import LossTable
 from lightning_memsink.tokens import Tokens, stack, tokens_of
 from lightning_memsink.visits import Visit
@@ -45,6 +46,8 @@ class LossTracker(Callback):
         control_fraction: split this share off the training set before training, and use it as controls.
         control_every: optimizer steps between two looks at such controls; the validation set needs none of our own.
         flush_every: steps between two writes to the table. Between them a step only appends to a list.
+        new_ledger: when resuming, leave the checkpoint's ledger alone and begin a new one, with all that callbacks of
+            this package know of samples. Weights, optimizer and progress are resumed.
 
     Raises:
         ValueError: when both `controls` and `control_fraction` are given, or the latter can't be split off.
@@ -60,11 +63,13 @@ class LossTracker(Callback):
         control_fraction: float | None = None,
         control_every: int = 100,
         flush_every: int = 50,
+        new_ledger: bool = False,
     ) -> None:
         self.probe = ControlProbe(controls, control_fraction, control_every)
         self.sample_ids = SampleIds(identity, key)
         self.features = features
         self.flush_every = flush_every
+        self.new_ledger = new_ledger
         self.table = LossTable(depth)
         self.controls = ControlTable()
         self.matching = Matching()
@@ -184,12 +189,17 @@ class LossTracker(Callback):
             "witnesses": self.witnesses.state_dict(),
         }
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.new_ledger:
+            leave_out(checkpoint, trainer.callbacks)  # type: ignore[attr-defined]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.table.load_state_dict(state_dict["table"])
-        self._visits = [Visit.restored(visit) for visit in state_dict.get("visits", [])]
-        self.controls.load_state_dict(state_dict["controls"])
-        self.matching.counts.load_state_dict(state_dict["counts"])
-        self.witnesses.load_state_dict(state_dict["witnesses"])
+        with restoring("LossTracker"):
+            self.table.load_state_dict(state_dict["table"])
+            self._visits = [Visit.restored(visit) for visit in state_dict.get("visits", [])]
+            self.controls.load_state_dict(state_dict["controls"])
+            self.matching.counts.load_state_dict(state_dict["counts"])
+            self.witnesses.load_state_dict(state_dict["witnesses"])
 
     # Ours alone -----------------------------------------------------------------------------------------------
 

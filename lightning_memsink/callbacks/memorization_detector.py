@@ -16,6 +16,7 @@ from lightning_memsink.interrupts import interrupts_deferred
 from lightning_memsink.judging import judge
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.onset import estimate_onset
+from lightning_memsink.restoring import REMEDY, restoring
 from lightning_memsink.verdicts import Flags, Onset
 
 
@@ -58,6 +59,11 @@ class MemorizationDetector(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         _ = ledger.losses, ledger.controls  # raises if nobody writes them
+        if len(self.flags.verdict) > len(ledger.losses):
+            raise ValueError(
+                f"MemorizationDetector resumes with verdicts on {len(self.flags.verdict)} samples, but LossTracker "
+                f"knows {len(ledger.losses)}: they come from different ledgers. {REMEDY}"
+            )
         if not trainer.enable_validation and not ledger.controls.expected:
             rank_zero_warn(
                 "MemorizationDetector has no controls: this Trainer runs no validation. Losses are tracked, but every "
@@ -112,8 +118,9 @@ class MemorizationDetector(Callback):
         return {"flags": self.flags.state_dict(), "onset": None if self.onset is None else asdict(self.onset)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.flags.load_state_dict(state_dict["flags"])
-        self.onset = None if state_dict["onset"] is None else Onset(**state_dict["onset"])
+        with restoring("MemorizationDetector"):
+            self.flags.load_state_dict(state_dict["flags"])
+            self.onset = None if state_dict["onset"] is None else Onset(**state_dict["onset"])
 
     def _power(self, samples: int, controls: int) -> None:
         """Says once what this many controls can show of this many samples, and whenever they can show nothing."""

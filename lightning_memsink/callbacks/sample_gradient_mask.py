@@ -19,6 +19,7 @@ from lightning_memsink.holding import Reference, held
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenLoss
+from lightning_memsink.restoring import restoring
 from lightning_memsink.routing import reserved_units, routing_hook
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
@@ -178,8 +179,9 @@ class SampleGradientMask(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.latched, self._backwards_before = state_dict["latched"].clone(), state_dict["backwards"]
-        self.actions.load_state_dict(state_dict["actions"])
+        with restoring("SampleGradientMask"):
+            self.latched, self._backwards_before = state_dict["latched"].clone(), state_dict["backwards"]
+            self.actions.load_state_dict(state_dict["actions"])
 
     # Ours alone -----------------------------------------------------------------------------------------------
 

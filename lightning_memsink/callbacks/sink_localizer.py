@@ -21,6 +21,7 @@ from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization import signed_shares
 from lightning_memsink.movement import Movement
 from lightning_memsink.propagation import Attribution, block_of
+from lightning_memsink.restoring import restoring
 from lightning_memsink.unit_recorder import UnitRecorder
 from lightning_memsink.verdicts import verdicts_of
 
@@ -167,7 +168,8 @@ class SinkLocalizer(Callback):
         return self.attribution.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.attribution.load_state_dict(state_dict)
+        with restoring("SinkLocalizer"):
+            self.attribution.load_state_dict(state_dict)
 
     def _settle(self, trainer: Trainer) -> None:
         ledger = Ledger.of(trainer)
