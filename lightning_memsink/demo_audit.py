@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memsink.canaries import Rung
 from lightning_memsink.demo import CausalLM, PythonDocs
+from lightning_memsink.whole_files import written_whole
 
 
 class KeepForAudit(Callback):
@@ -44,7 +45,8 @@ class KeepForAudit(Callback):
             self._write("controls", twins)
 
     def _write(self, name: str, lines: Iterable[str]) -> None:
-        (self.folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with written_whole(self.folder / f"{name}.jsonl") as file:
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _line(rung: Rung, tokens: list[int], group: str) -> str:

@@ -20,6 +20,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightning_memsink.whole_files import written_whole
+
 CHARACTERS = 340
 """Of a passage: some 80 tokens."""
 BOOKS = 66
@@ -143,7 +145,8 @@ def prepare(folder: Path) -> Path:
     for name, which in (("suspects", 0), ("controls", 1)):
         rows = [{"group": kind, "text": text} for found in both for kind, text in found[which]]
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with written_whole(folder / f"{name}.jsonl") as file:
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     link = folder / weights.name
     link.unlink(missing_ok=True)
     link.symlink_to(weights)
