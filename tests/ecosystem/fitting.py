@@ -1,0 +1,210 @@
+"""Fits one case three times in this process, and says what our callbacks saw and whether they left a trace.
+
+    python -m tests.ecosystem.fitting NAME
+
+1. plain: without us. 2. watched: the same seed with ``memsink()``. Weights and the states of the random generators
+afterwards must be equal to the bit. 3. checked: watched again, the module in evaluation mode (no dropout, running
+statistics of batch norms), so that each sample can be put through the module's own training step alone; its loss there
+must be the one in the ledger.
+
+B  samples in a batch
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_memsink import Ledger, memsink
+from tests.ecosystem.claims import CLAIMS, Finding
+
+MOST_CHECKED = 3  # batches of which every sample is recomputed alone
+
+
+@dataclass(frozen=True)
+class Case:
+    """Somebody else's module.
+
+    Args:
+        fit: ``fit(callbacks, **trainer_options)`` builds module, data and Trainer as the package's users do; the module.
+        alone: ``alone(module, batch)`` the loss of each sample by itself ``[B]``; None where no such thing exists.
+        lightning: the namespace that the module's class comes from.
+    """
+
+    fit: Callable[..., Any]
+    alone: Callable[[Any, Any], Tensor] | None = None
+
+
+@dataclass
+class Witness:
+    """Stands beside our callbacks in the checked run. By duck typing: it serves both namespaces."""
+
+    alone: Callable[[Any, Any], Tensor] | None
+    expected: list[Tensor] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    mean_errors: list[float] = field(default_factory=list)
+
+    def as_callback(self, base: type) -> Any:
+        witness = self
+
+        class Watching(base):  # type: ignore[misc]
+            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+                pl_module.eval()
+                if witness.alone is not None and len(witness.errors) < MOST_CHECKED:
+                    with silent(pl_module), torch.enable_grad():
+                        witness.expected = [witness.alone(pl_module, batch).detach()]
+
+            def on_train_batch_end(
+                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+            ) -> None:
+                ledger = Ledger.of(trainer)
+                if ledger.batch.ids is None or len(witness.mean_errors) >= MOST_CHECKED:
+                    return
+                found = ledger.losses.last_loss[ledger.losses.index.find(ledger.batch.ids)].float()
+                if not found.isfinite().all():
+                    return
+                loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+                witness.mean_errors.append(relative(found.mean()[None], loss.detach().reshape(1)))
+                if witness.expected:
+                    witness.errors.append(relative(found, witness.expected.pop()))
+
+        return Watching()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the expected losses' mean size."""
+    return float((found - expected).abs().max() / expected.abs().mean().clamp(min=1e-12))
+
+
+@contextmanager
+def silent(module: Any) -> Iterator[None]:
+    """A training step outside its place must not log."""
+    quiet = {name: (lambda *args, **kwargs: None) for name in ("log", "log_dict")}
+    vars(module).update(quiet)
+    try:
+        yield
+    finally:
+        for name in quiet:
+            vars(module).pop(name)
+
+
+def one_by_one(split: Callable[[Any, int], Any], size: Callable[[Any], int]) -> Callable[[Any, Any], Tensor]:
+    """``alone`` by the module's own training step, on batches of one that ``split(batch, sample)`` gives."""
+
+    def alone(module: Any, batch: Any) -> Tensor:
+        steps = [module.training_step(split(batch, sample), 0) for sample in range(size(batch))]
+        return torch.stack([step["loss"] if isinstance(step, dict) else step for step in steps]).reshape(-1)
+
+    return alone
+
+
+def rows(batch: Any, sample: int) -> Any:
+    """The batch of one, of any nest of tensors whose first axis is the sample's."""
+    if isinstance(batch, Tensor):
+        return batch[sample : sample + 1]
+    if isinstance(batch, dict):
+        return {key: rows(part, sample) for key, part in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(rows(part, sample) for part in batch)
+    return batch
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Every warning, as often as it is said."""
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *where: said.append(str(message))
+        yield said
+
+
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def trace(module: Any) -> list[Tensor]:
+    """All that a fit leaves behind: weights, buffers, random states."""
+    state = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    python = torch.tensor(random.getstate()[1])
+    numpy = torch.from_numpy(np.random.get_state()[1].astype(np.int64))
+    return [*state, torch.get_rng_state(), python, numpy]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True)
+    )
+
+
+class Keeper:
+    """Keeps the Trainer that a package makes for itself."""
+
+    trainer: Any = None
+
+    def as_callback(self, base: type) -> Any:
+        keeper = self
+
+        class Keeping(base):  # type: ignore[misc]
+            def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+                keeper.trainer = trainer
+
+        return Keeping()
+
+
+def examine(name: str) -> Finding:
+    """What a fit of the case with our callbacks on comes to."""
+    claim = CLAIMS[name]
+    case: Case = import_module(f"tests.ecosystem.modules.{claim.module}").CASES[name]
+    base = import_module(claim.lightning).Callback
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
+
+    with heard() as before:
+        seeded()
+        plain = trace(case.fit([], **options))
+    keeper = Keeper()
+    with heard() as said:
+        seeded()
+        watched = trace(case.fit([*memsink(path=None), keeper.as_callback(base)], **options))
+    ledger = Ledger.of(keeper.trainer)
+    ours = [one for one in said if one not in before]
+
+    witness = Witness(case.alone)
+    with heard():
+        seeded()
+        case.fit([*memsink(path=None, flush_every=1), witness.as_callback(base)], **options)
+    steps = int(keeper.trainer.global_step)
+    return Finding(
+        steps=steps,
+        samples=len(ledger.losses),
+        visits=int(ledger.losses.exposures.sum()),
+        controls=len(ledger.controls),
+        tracked=int(ledger.losses.last_loss.isfinite().sum()),
+        identical=same(plain, watched),
+        said=sorted(set(ours)),
+        said_times=max((ours.count(one) for one in ours), default=0),
+        error=max(witness.errors, default=None),
+        mean_error=max(witness.mean_errors, default=None),
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    found = examine(sys.argv[1])
+    print(json.dumps(vars(found)))
