@@ -144,7 +144,7 @@ class SampleIds:
         if self.identity == "key" or (self.identity == "auto" and found):
             self._source = "key"
             return self._key_ids(batch, size)
-        if self.identity != "content" and index is not None and size in (None, len(index)):
+        if self.identity != "content" and index is not None and _are_rows_of(index, batch, size):
             self._source = "index"
             return index
         if self.identity == "index":
@@ -197,6 +197,12 @@ def batch_size(batch: Any) -> int | None:
     text = batch.get("input_ids") if isinstance(batch, Mapping) else None
     first = next(_per_sample([text, batch]), None)
     return None if first is None else len(first)
+
+
+def _are_rows_of(index: Tensor, batch: Any, size: int | None) -> bool:
+    """Whether ``index`` holds one row for each sample. The batch's first tensor need not say: a batch of graphs begins
+    with the nodes of them all, and its targets have one row a graph."""
+    return size in (None, len(index)) or any(len(tensor) == len(index) for tensor in _per_sample(batch))
 
 
 def content_ids(batch: Any) -> Tensor:

@@ -78,6 +78,19 @@ def test_a_collate_fn_that_drops_samples_is_warned_of_once_and_hashed():
     assert [len(ids) for ids in watch.taken["train"]] == [len(rows) for rows in model.rows["train"]]
 
 
+def graph(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Three nodes a sample, one after the other, as graph libraries collate."""
+    batch = default_collate(samples)
+    return {"nodes": batch["x"].repeat_interleave(3, 0), **batch}
+
+
+@pytest.mark.parametrize("identity", ["auto", "index"])
+def test_a_batch_of_graphs_has_one_row_for_each_graph_whatever_its_first_tensor_is(identity):
+    watch, model, _ = fit(DataLoader(Rows(), 4, shuffle=True, collate_fn=graph), ids=SampleIds(identity))
+    assert watch.ids.source == "index"
+    assert watch.taken["train"] == model.rows["train"]
+
+
 @pytest.mark.parametrize(
     "value", [lambda row: row - 9, lambda row: (row - 9)[:, None].int(), lambda row: (row - 9).tolist()]
 )
