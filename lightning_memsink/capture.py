@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_memsink.losses import (
     Term,
     fold,
     merge,
+    samples_by_offset,
     terms_of,
     weigh,
 )
@@ -207,7 +209,11 @@ class EvaluationCapture:
             if not same:
                 return []
             left = [call for call in left if all(call is not used for used in same)]
-            parts = [fold(_laid_out(call, batch_size, term.time_major), batch_size) for call in same]
+            tiles = samples_by_offset(same, batch_size) or repeat(None)
+            parts = [
+                fold(_laid_out(call, batch_size, term.time_major), batch_size, samples)
+                for call, samples in zip(same, tiles, strict=False)
+            ]
             terms.append(replace(merge(parts), factor=term.factor))
         return terms
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_memsink.losses import LOSSES_KEY, LossCall, Rows
+from lightning_memsink.losses import LOSSES_KEY, LossCall, Rows, target_buffer
 
 MOST_NODES = 4096
 DEEPEST = 16  # nodes between a loss call and the tensor whose sizes tell its samples
@@ -250,12 +250,9 @@ def _read_likelihood(
     rows: Rows, self: Tensor, target: Tensor, weight: Any, total_weight: Tensor, ignore_index: int, reduction: int
 ) -> LossCall:
     losses, weights = gather_likelihood(self.detach(), target, weight, signed(ignore_index))
-    buffer = None
-    if target.ndim == 1 and target.is_contiguous():
-        storage = target.untyped_storage()
-        buffer = (storage.data_ptr(), int(target.storage_offset()), storage.nbytes() // target.element_size())
     divisor = total_weight.detach() if reduction == MEAN else 1.0
-    return LossCall("cross_entropy", self.shape[1], losses, weights, divisor, rows=replace(rows, buffer=buffer))
+    rows = replace(rows, buffer=target_buffer(target))
+    return LossCall("cross_entropy", self.shape[1], losses, weights, divisor, rows=rows)
 
 
 def gather_likelihood(

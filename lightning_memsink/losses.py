@@ -82,6 +82,14 @@ class Rows:
     buffer: tuple[int, int, int] | None = None
 
 
+def target_buffer(target: Tensor) -> tuple[int, int, int] | None:
+    """Where flat targets lie: (storage, offset, length of the storage); None for others."""
+    if target.ndim != 1 or not target.is_contiguous():
+        return None
+    storage = target.untyped_storage()
+    return storage.data_ptr(), int(target.storage_offset()), storage.nbytes() // target.element_size()
+
+
 @dataclass
 class LossCall:
     """One call of a loss function.

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink.loss_graph import gather_likelihood
-from lightning_memsink.losses import LossCall
+from lightning_memsink.losses import LossCall, Rows, target_buffer
 
 # kind, classes, losses, weights, divisor: plain values, because Dynamo traces this file
 Record = tuple[str, int, Tensor, Tensor | None, Tensor | float]
@@ -102,6 +102,7 @@ class LossWatch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[Record] = []
+        self.rows: dict[int, Rows] = {}  # by number of the record: which flat targets a call took
         self.unreduced: list[tuple[Tensor, int]] = []  # losses the user will average, and their record
         self.entered = False
 
@@ -128,6 +129,8 @@ class LossWatch(TorchFunctionMode):
             IndexError,
         ):  # not seen; the user's own call succeeded
             return
+        target = args[1] if len(args) > 1 else kwargs["target"]
+        self.rows[len(self.records)] = Rows(buffer=target_buffer(target))
         self.records.append(record)
         if result.ndim:
             self.unreduced.append((result, len(self.records) - 1))
@@ -151,6 +154,7 @@ class LossWatch(TorchFunctionMode):
 
     def start(self) -> None:
         self.records.clear()
+        self.rows.clear()
         self.unreduced.clear()
         if not self.entered:
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -162,9 +166,10 @@ class LossWatch(TorchFunctionMode):
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.entered = False
         calls = [
-            LossCall(kind, classes, losses, weights, divisor, upstream=losses.new_ones(()))
-            for kind, classes, losses, weights, divisor in self.records
+            LossCall(kind, classes, losses, weights, divisor, losses.new_ones(()), self.rows.get(number, Rows()))
+            for number, (kind, classes, losses, weights, divisor) in enumerate(self.records)
         ]
         self.records.clear()
+        self.rows.clear()
         self.unreduced.clear()
         return calls
