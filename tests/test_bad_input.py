@@ -246,6 +246,22 @@ def test_a_loss_that_cannot_be_split_is_said_once_and_training_goes_on():
     assert run.global_step == 63
 
 
+def test_a_message_that_counts_the_batch_is_said_once_whatever_its_size():
+    """Rows picked by a mask: another number of them in every batch."""
+
+    class Picked(TinyLM):
+        def loss(self, batch):
+            tokens = batch["input_ids"]
+            picked = self.embed(tokens).masked_select((tokens % 3 == 0)[..., None])
+            return F.mse_loss(picked, torch.zeros_like(picked))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([LossTracker(identity="content")], Picked(), controls="none", max_epochs=1)
+    said = [str(warning.message) for warning in caught if "Picked.training_step" in str(warning.message)]
+    assert len(said) == 1 and "mse_loss was computed on" in said[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Literal
@@ -284,8 +285,11 @@ class LossTracker(Callback):
             )
 
     def _say_once(self, message: str | None) -> None:
-        if message and message not in self._said:
-            self._said.add(message)
+        if message is None:
+            return
+        kind = re.sub(r"\d+", "", message)  # a batch of another size is no news
+        if kind not in self._said:
+            self._said.add(kind)
             rank_zero_warn(message)
 
     def _let_go(self) -> None:
