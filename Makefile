@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= 2.13.0
 
-.PHONY: demo test bench audit-smollm2 clean
+.PHONY: demo test test-ecosystem test-versions bench audit-smollm2 clean
 
 # torch first and alone: a range would drag in gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
@@ -20,6 +20,12 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2
+
+test-ecosystem: $(VENV)/installed # other people's modules, each in an environment that it can live in
+	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem
+
+test-versions: $(VENV)/installed # the oldest and the newest of what pyproject.toml allows
+	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem.versions
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3
@@ -40,4 +46,4 @@ audit-smollm2: $(VENV)/installed
 	$(VENV)/bin/memsink audit --config audit_smollm2
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-ecosystem runs

@@ -1,11 +1,11 @@
-"""Fits one case three times in this process, and says what our callbacks saw and whether they left a trace.
+"""Fits one case four times in this process, and says what our callbacks saw and whether they left a trace.
 
     python -m tests.ecosystem.fitting NAME
 
-1. plain: without us. 2. watched: the same seed with ``memsink()``. Weights and the states of the random generators
-afterwards must be equal to the bit. 3. checked: watched again, the module in evaluation mode (no dropout, running
-statistics of batch norms), so that each sample can be put through the module's own training step alone; its loss there
-must be the one in the ledger.
+1. plain: without us, twice, for what is not reproducible by itself proves nothing. 2. watched: the same seed with
+``memsink()``. Weights and the states of the random generators afterwards must be equal to the bit. 3. checked: watched
+again, the module in evaluation mode (no dropout, running statistics of batch norms), so that each sample can be put
+through the module's own training step alone; its loss there must be the one in the ledger.
 
 B  samples in a batch
 """
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,8 @@ class Case:
     """Somebody else's module.
 
     Args:
-        fit: ``fit(callbacks, **trainer_options)`` builds module, data and Trainer as the package's users do; the module.
+        fit: ``fit(callbacks, **trainer_options)`` the module, trained as the package's users train it.
         alone: ``alone(module, batch)`` the loss of each sample by itself ``[B]``; None where no such thing exists.
-        lightning: the namespace that the module's class comes from.
     """
 
     fit: Callable[..., Any]
@@ -55,6 +55,8 @@ class Witness:
     expected: list[Tensor] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     mean_errors: list[float] = field(default_factory=list)
+    controls: list[Tensor] = field(default_factory=list)  # of the last validation, in the order of their rows
+    ledger: Ledger | None = None
 
     def as_callback(self, base: type) -> Any:
         witness = self
@@ -80,7 +82,26 @@ class Witness:
                 if witness.expected:
                     witness.errors.append(relative(found, witness.expected.pop()))
 
+            def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+                witness.controls.clear()
+                witness.ledger = Ledger.of(trainer)
+
+            def on_validation_batch_end(
+                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *place: int
+            ) -> None:
+                if witness.alone is not None:
+                    with silent(pl_module), torch.no_grad():
+                        witness.controls.append(witness.alone(pl_module, batch))
+
         return Watching()
+
+    def control_error(self) -> float | None:
+        """Of the controls at the last validation, if each is known by its row in a loader that does not shuffle."""
+        expected = torch.cat(self.controls) if self.controls else torch.zeros(0)
+        if self.ledger is None or not len(expected) or len(self.ledger.controls) == 0:
+            return None
+        found, rows = self.ledger.controls, self.ledger.controls.ids
+        return relative(found.latest.float(), expected[rows]) if int(rows.max()) < len(expected) else None
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -122,12 +143,12 @@ def rows(batch: Any, sample: int) -> Any:
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
-    """Every warning, as often as it is said."""
-    said: list[str] = []
+def heard(keeper: Keeper) -> Iterator[list[tuple[int, str]]]:
+    """Every warning, as often as it is said, with the step of the Trainer."""
+    said: list[tuple[int, str]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *where: said.append(str(message))
+        warnings.showwarning = lambda message, *where: said.append((keeper.step, str(message)))
         yield said
 
 
@@ -156,6 +177,10 @@ class Keeper:
 
     trainer: Any = None
 
+    @property
+    def step(self) -> int:
+        return 0 if self.trainer is None else int(self.trainer.global_step)
+
     def as_callback(self, base: type) -> Any:
         keeper = self
 
@@ -173,32 +198,33 @@ def examine(name: str) -> Finding:
     base = import_module(claim.lightning).Callback
     options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
 
-    with heard() as before:
-        seeded()
-        plain = trace(case.fit([], **options))
-    keeper = Keeper()
-    with heard() as said:
-        seeded()
-        watched = trace(case.fit([*memsink(path=None), keeper.as_callback(base)], **options))
-    ledger = Ledger.of(keeper.trainer)
-    ours = [one for one in said if one not in before]
+    def fit(callbacks: list[Any], keeper: Keeper) -> tuple[list[Tensor], list[tuple[int, str]]]:
+        with heard(keeper) as said:
+            seeded()
+            module = case.fit([*callbacks, keeper.as_callback(base)], **options)
+        return trace(module), said
 
+    (plain, before), (again, _) = fit([], Keeper()), fit([], Keeper())
+    keeper = Keeper()
+    watched, said = fit(memsink(path=None), keeper)
+    ledger = Ledger.of(keeper.trainer)
+    theirs = {message for _, message in before}
+    ours = [(step, message) for step, message in said if message not in theirs]
     witness = Witness(case.alone)
-    with heard():
-        seeded()
-        case.fit([*memsink(path=None, flush_every=1), witness.as_callback(base)], **options)
-    steps = int(keeper.trainer.global_step)
+    fit([*memsink(path=None, flush_every=1), witness.as_callback(base)], Keeper())
     return Finding(
-        steps=steps,
+        versions={package: version(package) for package in ("torch", "lightning", "transformers", "numpy")},
+        steps=int(keeper.trainer.global_step),
         samples=len(ledger.losses),
         visits=int(ledger.losses.exposures.sum()),
         controls=len(ledger.controls),
         tracked=int(ledger.losses.last_loss.isfinite().sum()),
+        reproducible=same(plain, again),
         identical=same(plain, watched),
-        said=sorted(set(ours)),
-        said_times=max((ours.count(one) for one in ours), default=0),
+        said=ours,
         error=max(witness.errors, default=None),
         mean_error=max(witness.mean_errors, default=None),
+        control_error=witness.control_error(),
     )
 
 

@@ -1,0 +1,53 @@
+"""Virtual environments in ``.venv-ecosystem/``, made once and kept until what they must hold changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / ".venv-ecosystem"
+TORCH = os.environ.get("TORCH", "2.13.0")
+
+
+class NotInstalled(Exception):
+    """pip's own last words."""
+
+
+def environment(name: str, requirements: Sequence[str], torch: str = TORCH) -> Path:
+    """The Python of an environment that holds this package and ``requirements``.
+
+    torch goes in first and stays pinned: an open range would drag in gigabytes of CUDA packages.
+
+    Raises:
+        NotInstalled: pip finds no set of versions, or one with CUDA in it.
+    """
+    folder = KEPT / name
+    python, mark = folder / "bin" / "python", folder / "installed"
+    wanted = "\n".join([f"torch=={torch}", *sorted(requirements), (ROOT / "pyproject.toml").read_text()])
+    if mark.exists() and mark.read_text() == wanted:
+        return python
+    print(f"installing {', '.join(requirements)}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}"]
+    _checked(pip)
+    _checked([*pip, "--editable", str(ROOT), *requirements])
+    if any(folder.glob("lib/python*/site-packages/nvidia_*")):
+        raise NotInstalled("pip brought CUDA packages along; take a torch without them")
+    mark.write_text(wanted)
+    return python
+
+
+def _checked(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NotInstalled(last_words(done.stderr))
+
+
+def last_words(said: str) -> str:
+    """The line that names the error, without what pip says after it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no words at all")

@@ -1,0 +1,22 @@
+"""scvi-tools: SCVI on synthetic counts, trained by its own Trainer and training plan, on an ELBO of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import scvi
+
+from tests.ecosystem.fitting import Case
+
+
+def fit(callbacks: list[Any], **options: Any) -> Any:
+    scvi.settings.seed = 0  # without it the split of the data comes from a generator that nobody seeds
+    data = scvi.data.synthetic_iid(batch_size=100, n_genes=40)
+    scvi.model.SCVI.setup_anndata(data, batch_key="batch")
+    model = scvi.model.SCVI(data, n_hidden=16, n_latent=4)
+    options.pop("enable_model_summary")  # SCVI's Trainer chooses it
+    model.train(batch_size=32, train_size=0.8, check_val_every_n_epoch=1, callbacks=callbacks, logger=False, **options)
+    return model.module
+
+
+CASES = {"scvi": Case(fit)}

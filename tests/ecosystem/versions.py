@@ -1,0 +1,80 @@
+"""Runs a core of our own tests with the oldest and with the newest releases that pyproject.toml allows.
+
+    python -m tests.ecosystem.versions [oldest | newest]
+
+torch is TORCH in both, or TORCH_OLDEST in the first: its old releases come without CUDA only from an index of their
+own, which pip must be told of (PIP_EXTRA_INDEX_URL). Exits 1 if a set can't be installed or a test fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from tests.ecosystem.environments import ROOT, TORCH, NotInstalled, environment, last_words
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CORE = (
+    "callbacks", "hook_contract", "namespaces", "identity", "content_ids", "capture", "capture_runs", "losses",
+    "gradient_norms", "sink_localizer", "sample_gradient_mask", "sink_gradient_mask", "sink_dropout", "memsinks",
+    "goldfish", "extraction_probe", "ledger", "parquet", "reporting", "report_page", "wandb", "recipes",
+)  # fmt: skip
+SHOWN = ("torch", "lightning", "transformers", "torchmetrics", "wandb", "jsonargparse", "pyarrow", "rich")
+
+
+def oldest() -> list[str]:
+    """Each dependency at the lower bound of its range, but torch."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = []
+    for one in map(Requirement, project["dependencies"]):
+        (floor,) = [part.version for part in one.specifier if part.operator == ">="]
+        extras = f"[{','.join(one.extras)}]" if one.extras else ""
+        floors += [f"{one.name}{extras}=={floor}"] * (one.name != "torch")
+    return floors
+
+
+def tests() -> list[str]:
+    named = [f"tests/test_{name}.py" for name in CORE]
+    return [name for name in named if (ROOT / name).exists()]
+
+
+def run(name: str) -> tuple[str, ...]:
+    """A row: name, versions, what pytest said last."""
+    pinned = oldest() if name == "oldest" else []
+    torch = os.environ.get("TORCH_OLDEST", TORCH) if name == "oldest" else TORCH
+    extra = f"{ROOT}[report]", "pytest", "pytest-xdist", "hypothesis", "html5lib", "jsonschema", "tensorboard"
+    try:
+        python = environment(name, [*pinned, *extra, "scikit-learn"], torch)
+    except NotInstalled as why:
+        return name, "", f"not installed: {why}"
+    ask = "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in %r], sep=', ')"
+    versions = subprocess.run([python, "-c", ask % (SHOWN,)], capture_output=True, text=True, check=True).stdout.strip()
+    # Their own warnings are no failure of ours: other versions warn of other things.
+    command = [str(python), "-m", "pytest", "-W", "default", "-n", "2", "-p", "no:cacheprovider", *tests()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return name, versions, "\n".join([*failed, lines[-1] if lines else last_words(done.stderr)])
+
+
+def main(names: Sequence[str]) -> int:
+    table = Table("set", "versions", "tests", title="Oldest and newest", show_lines=True)
+    rows = [run(name) for name in names or ("oldest", "newest")]
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if os.isatty(1) else 160, markup=False).print(table)
+    return int(any("passed" not in row[2] or "FAILED" in row[2] or "ERROR" in row[2] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
