@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.namespaces import is_a
 from lightning_memsink.propagation import Spread
 from lightning_memsink.reporting.acting import action_series, side_by_side
 from lightning_memsink.reporting.curves import (
@@ -148,7 +149,7 @@ class LiveCurves(Callback):
 
     def _wandb_run(self, logger: Logger) -> WandbRun | None:
         """What is logged to a W&B run, described to it at the first call; None for other loggers."""
-        if not isinstance(logger, WandbLogger):
+        if not is_a(logger, WandbLogger):
             return None
         if id(logger) not in self._runs:
             self._runs[id(logger)] = WandbRun(logger.experiment, self._config, self.text)

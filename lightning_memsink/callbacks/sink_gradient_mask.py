@@ -15,6 +15,7 @@ from lightning_memsink.freezing import HeldBack, parameters_of, slices_in, squar
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.namespaces import is_a
 from lightning_memsink.sink_layers import given_sinks, sink_layers
 from lightning_memsink.sinks import Sinks
 from lightning_memsink.unit_parameters import Direction, UnitAxis, UnitSlice, unit_axes, unit_slices
@@ -63,7 +64,7 @@ class SinkGradientMask(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if is_a(trainer.strategy, FSDPStrategy) or is_a(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"SinkGradientMask holds back slices of whole parameters, but {type(trainer.strategy).__name__} shards "
                 "them. Train on one device or with strategy='ddp', or leave SinkGradientMask out."

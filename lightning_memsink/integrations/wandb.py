@@ -15,6 +15,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_memsink.namespaces import is_a
+
 
 def offline_without_key() -> bool:
     """Records W&B runs of this process offline if no API key can be found. Never prompts, never asks the network.
@@ -85,7 +87,7 @@ class SafeWandbLogger(WandbLogger):
 
 def keep_files(logger: Logger, files: Iterable[Path]) -> None:
     """Files and folders as a W&B artifact of type ``memsink-report``, with the run; nothing for other loggers."""
-    if not isinstance(logger, WandbLogger) or logger.experiment.disabled:
+    if not is_a(logger, WandbLogger) or logger.experiment.disabled:
         return
     from wandb import Artifact
 
@@ -98,7 +100,7 @@ def keep_files(logger: Logger, files: Iterable[Path]) -> None:
 
 def how_to_open(logger: Logger) -> str | None:
     """Where a W&B run is and what to type; None for other loggers and disabled runs."""
-    if not isinstance(logger, WandbLogger):
+    if not is_a(logger, WandbLogger):
         return None
     run = logger.experiment
     if run.disabled:
