@@ -45,6 +45,8 @@ class RunReport(Callback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         ledger = Ledger.of(trainer)
+        if not ledger.has("losses"):  # the Tuner leaves a fit before it starts, as if it had succeeded
+            return
         attribution = ledger.attribution if ledger.has("attribution") else None
         certificate = ledger.certificate if ledger.has("certificate") else None
         extraction = ledger.extraction if ledger.has("extraction") else None

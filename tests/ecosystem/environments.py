@@ -48,6 +48,6 @@ def _checked(command: Sequence[str]) -> None:
 
 
 def last_words(said: str) -> str:
-    """The line that names the error, without what pip says after it."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no words at all")
+    """The line that names the error, without what pip warns of and says after it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("WARNING")]
+    return next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no words at all")
