@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from tests.ecosystem.fitting import Case, one_by_one, rows
 
-WORDS = 6000
+WORDS = 3000
 
 
 def text() -> WikiText2:
@@ -33,7 +33,7 @@ def transformer(callbacks: list[Any], **options: Any) -> LightningModule:
     data = text()
     module = LightningTransformer(vocab_size=data.vocab_size)
     trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, **options)
-    trainer.fit(module, DataLoader(Subset(data, range(100)), 20, shuffle=True))  # it has no validation step
+    trainer.fit(module, DataLoader(Subset(data, range(80)), 20, shuffle=True))  # it has no validation step
     return module
 
 
