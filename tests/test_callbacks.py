@@ -124,10 +124,11 @@ def test_two_of_a_kind_are_refused_by_lightning_at_once():
 
 
 def test_a_callback_list_can_be_used_again():
-    """The second run continues the first one's ledger; nothing is left on model or strategy."""
+    """The second run continues the first one's ledger, of which it is warned; nothing is left on model or strategy."""
     crew = watch()
     fit(crew, max_epochs=1)
-    run, _ = fit(crew, max_epochs=1)
+    with pytest.warns(UserWarning, match="judged another run up to step 21, and this one starts at step 0"):
+        run, _ = fit(crew, max_epochs=1)
     assert Ledger.of(run).losses.exposures.max() == 64
 
 

@@ -69,6 +69,13 @@ class MemorizationDetector(Callback):
                 "MemorizationDetector has no controls: this Trainer runs no validation. Losses are tracked, but every "
                 "sample stays undecided. Pass held-out data, trainer.fit(model, train_loader, control_loader)."
             )
+        judged = self.flags.evaluations[-1].step if self.flags.evaluations else 0
+        if trainer.global_step < judged:
+            rank_zero_warn(
+                f"MemorizationDetector judged another run up to step {judged}, and this one starts at step "
+                f"{trainer.global_step}: nothing is judged before it is past that, and losses of both runs are in one "
+                "ledger. A run of its own needs callbacks of its own: Trainer(callbacks=memsink())."
+            )
         samples, controls = samples_in(trainer.train_dataloader), samples_in(trainer.val_dataloaders)
         if samples and controls and not ledger.controls.expected:
             self._power(samples, controls)
