@@ -130,7 +130,6 @@ class LiveCurves(Callback):
                 "ids of their content: use LossTracker(identity='content')."
             )
         step = int(row["step"])
-        samples = top_memorized(ledger.losses, flags, step, self.top)
         onset = None if self._announced else ledger.onset
         self._announced = ledger.onset is not None
 
@@ -139,6 +138,7 @@ class LiveCurves(Callback):
             if run is None:
                 logger.log_metrics({f"memsink/{name}": value for name, value in row.items() if name != "step"}, step)
             else:
+                samples = top_memorized(ledger.losses, flags, step, self.top)  # here, where a failure ends no training
                 run.evaluation(row, samples, measured_gaps(flags))
                 if spread is not None:
                     run.layers(int(row["step"]), spread.shares)
