@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_memsink.gathering import gather, is_first
+
 
 class Actions:
     """One mitigation's.
 
     ``what`` is a sentence for the report: "leaves out the gradient of samples that ...". ``unit`` names what
-    ``removed`` is a share of: "gradient", "units", "tokens". In several processes each counts its own batches.
+    ``removed`` is a share of: "gradient", "units", "tokens". In several processes each counts its own batches, and
+    `settle` adds them up; a checkpoint holds of what was counted since then the first process's part.
 
     >>> actions = Actions("leaves samples out", "gradient")
     >>> actions.add(visits=8, acted=2, removed=0.25)
@@ -33,11 +36,15 @@ class Actions:
             self._open[name] = self._open.get(name, 0) + value
 
     def settle(self, step: int) -> None:
-        """An evaluation is over. Called by whoever needs it first; nothing happens the second time."""
-        if self._steps:
-            record = {name: float(value) for name, value in self._open.items()}
-            self.records.append({"step": float(step), **record, "removed": record["removed"] / self._steps})
-            self._steps, self._open = 0, {}
+        """An evaluation is over. Called by whoever needs it first, and by all processes; a second time adds nothing."""
+        everyone = gather((self._steps, self._open))
+        self._steps, self._open = 0, {}
+        steps, record = sum(taken for taken, _ in everyone), dict[str, float]()
+        for _, counted in everyone:
+            for name, value in counted.items():
+                record[name] = record.get(name, 0.0) + value
+        if steps:
+            self.records.append({"step": float(step), **record, "removed": record["removed"] / steps})
 
     def total(self, name: str) -> float:
         """Over the whole run so far: a sum, or for ``removed`` the mean weighed by visits."""
@@ -51,4 +58,5 @@ class Actions:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.records[:] = [dict(record) for record in state["records"]]
-        self._steps, self._open = state["steps"], dict(state["open"])
+        if is_first():  # what it had counted, once
+            self._steps, self._open = state["steps"], dict(state["open"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.detection import Controls
+from lightning_memsink.gathering import gather
 
 SNAPSHOTS = 8
 
@@ -34,22 +35,29 @@ class ControlTable:
         self.expected = False
         """Whether the writer will look at controls of its own, validation or not."""
         self._open: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._open_step = -1
+        self._open_step: int | None = None
 
     def begin(self, step: int) -> None:
         """An evaluation at ``step`` starts."""
         self._open, self._open_step = [], step
 
     def add(self, ids: Tensor, losses: Tensor, features: Tensor) -> None:
-        """A batch of it: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
+        """A batch of it, in this process: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
         self._open.append((ids, losses, features))
 
     def settle(self) -> None:
-        """It is over. Called by whoever needs it first, the writer or a reader; nothing happens the second time."""
-        if self._open:
-            ids, losses, features = (torch.cat(parts) for parts in zip(*self._open, strict=True))
-            self._open = []
-            self.record(self._open_step, ids, losses, features)
+        """It is over. Called by whoever needs it first, the writer or a reader; nothing happens the second time.
+
+        All processes call it, and wait for one another here only: they may have had different numbers of batches.
+        """
+        if self._open_step is None:
+            return
+        step, mine = self._open_step, self._open
+        self._open_step, self._open = None, []
+        seen = [batch for one in gather(mine) for batch in one]
+        if seen:
+            ids, losses, features = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            self.record(step, ids, losses, features)
 
     def __len__(self) -> int:
         return len(self.ids)

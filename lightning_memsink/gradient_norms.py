@@ -43,14 +43,16 @@ class GradientNorms:
         self._rules: dict[str, Rule] = {}
         self._modules: dict[str, nn.Module] = {}
         self._parameters: dict[int, nn.Parameter] = {}
+        self._keys: dict[str, dict[str, int]] = {}  # of a module by local name: FSDP2 puts others in their place
         self._users: dict[int, list[str]] = defaultdict(list)
         self._never: dict[str, str] = {}
         self._now: dict[str, str] = {}
         for name, module, rule in _trainable(model):
-            for weight in module._parameters.values():
-                if wants_gradient(weight):
-                    self._parameters[id(weight)] = weight
-                    self._users[id(weight)].append(name)
+            own = {local: weight for local, weight in module._parameters.items() if wants_gradient(weight)}
+            self._keys[name] = {local: id(weight) for local, weight in own.items()}
+            for weight in own.values():
+                self._parameters[id(weight)] = weight
+                self._users[id(weight)].append(name)
             if isinstance(rule, str):
                 self._never[name] = rule
             else:
@@ -197,7 +199,7 @@ class GradientNorms:
             given, gradient = full
         axis = 0 if isinstance(module, FEATURES_FIRST) else self.batch_axis
         given, gradient = samples_first(given, axis, features=not looks_up), samples_first(gradient, axis)
-        keys = {local: id(weight) for local, weight in module._parameters.items() if wants_gradient(weight)}
+        keys = self._keys[name]
         for local, part in self._rules[name](module, given, gradient).items():
             self._add(name, keys[local], part)
         if all(self._expected[key] <= 1 for key in keys.values()):

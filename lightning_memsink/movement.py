@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_memsink.propagation import block_of
 
@@ -15,29 +17,52 @@ MOST_ENTRIES = 1 << 16
 class Movement:
     """Norm of one optimizer step of each block. Of a large tensor every n-th entry stands for the rest.
 
-    Looks at the weights only: a copy of at most 65,536 entries of each, for the length of a step.
+    Looks at the weights only: a copy of at most 65,536 entries of each, for the length of a step. Where weights are
+    sharded each process looks at its part, without waiting for the others.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._weights = [(block_of(name), weight) for name, weight in module.named_parameters() if weight.requires_grad]
-        self._before: list[Tensor] = []
+        self._module = module
+        self._before: list[tuple[str, Tensor, Tensor]] = []
 
     def before_step(self) -> None:
         """Just before the optimizer."""
-        self._before = [_thinned(weight).clone() for _, weight in self._weights]
+        self._before = [  # looked up each time: FSDP2 puts other parameters in the place of those there were at first
+            (block_of(name), weight, _thinned(weight).clone())
+            for name, weight in self._module.named_parameters()
+            if weight.requires_grad
+        ]
 
     def finish(self, blocks: Sequence[str]) -> Tensor | None:
-        """``[K]`` norms since `before_step`, in the order of ``blocks``; None if there was no step."""
+        """``[K]`` this process's part of the squared norms since `before_step`, in the order of ``blocks``; None if
+        there was no step. Over all processes the parts add up to the whole, be weights sharded or the same on each.
+        """
         if not self._before:
             return None
         squares = dict.fromkeys(blocks, 0.0)
-        for (block, weight), before in zip(self._weights, self._before, strict=True):
-            moved = (_thinned(weight) - before).float().square().sum() * (weight.numel() / max(1, before.numel()))
-            squares[block] += float(moved)
+        for block, weight, before in self._before:
+            mine = _part(weight)
+            moved = (_thinned(weight) - before).float().square().sum() * (mine.numel() / max(1, before.numel()))
+            squares[block] += float(moved) / _copies(weight)
         self._before = []
-        return torch.tensor([squares[block] for block in blocks]).sqrt()
+        return torch.tensor([squares[block] for block in blocks])
+
+
+def _part(weight: Tensor) -> Tensor:
+    """What of a weight is in this process."""
+    here = weight.to_local() if isinstance(weight, DTensor) else weight
+    return here.detach()
+
+
+def _copies(weight: Tensor) -> int:
+    """How many processes hold the same part."""
+    copies = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if isinstance(weight, DTensor):
+        for axis, placement in enumerate(weight.placements):
+            copies //= weight.device_mesh.size(axis) if isinstance(placement, Shard) else 1
+    return copies
 
 
 def _thinned(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
+    flat = _part(weight).reshape(-1)
     return flat[:: -(-len(flat) // MOST_ENTRIES) or 1]

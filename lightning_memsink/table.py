@@ -110,6 +110,9 @@ class LossTable:
     features   f16   ``[N, F]`` matching features, as of the last time they were described
     ========== ===== ============================================================================
 
+    Over several processes ``exposures`` counts what was trained on: where a DistributedSampler repeats samples to give
+    each process as many, the repeats are visits like others. (Of held-out controls a repeat counts nothing.)
+
     Losses in nats (per token for token losses); NaN where none is known. With ids and the detector's columns a sample
     takes 62 bytes; bf16 keeps three digits, enough for what is only compared in groups.
     """

@@ -16,6 +16,7 @@ from lightning_memsink.extracted import Extracted
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.probing import without_trace
 from lightning_memsink.reporting.curves import HasRungs
+from lightning_memsink.strategies import require_support
 
 
 class ExtractionProbe(Callback):
@@ -57,6 +58,10 @@ class ExtractionProbe(Callback):
         self._texts: dict[str, Tensor] = {}
         self._ask: Logits | None = None
         self._said = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_support(trainer.strategy, "ExtractionProbe")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).extraction = self.extracted

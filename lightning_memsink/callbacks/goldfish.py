@@ -19,6 +19,7 @@ from lightning_memsink.loss_graph import NEGATIVE_LIKELIHOOD, signed
 from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenCall, OpenLoss, Unweighable
 from lightning_memsink.losses import samples_by_offset
+from lightning_memsink.strategies import require_support
 
 
 class Goldfish(Callback):
@@ -45,6 +46,10 @@ class Goldfish(Callback):
         self._open: OpenLoss | None = None
         self._counts: tuple[int, Tensor] | None = None
         self._said = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_support(trainer.strategy, "Goldfish")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).actions["Goldfish"] = self.actions

@@ -23,6 +23,7 @@ from lightning_memsink.losses import NotCaptured
 from lightning_memsink.matching import Matching
 from lightning_memsink.probing import ControlProbe
 from lightning_memsink.restoring import leave_out, restoring
+from lightning_memsink.strategies import require_support
 from lightning_memsink.table import LossTable
 from lightning_memsink.tokens import Tokens, stack, tokens_of
 from lightning_memsink.visits import Visit
@@ -85,6 +86,7 @@ class LossTracker(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            require_support(trainer.strategy, "LossTracker")
             self.capture = StepCapture(type(pl_module).__name__, pl_module.automatic_optimization)
             self.control_capture = EvaluationCapture(self.capture)
             self.probe.attach(trainer)
@@ -229,18 +231,16 @@ class LossTracker(Callback):
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.wanted
 
     def _add_controls(self, found: tuple[Tensor, Tokens | None, Tensor | None] | None, outputs: Any) -> None:
-        seen = None
-        if found is not None:
-            ids, tokens, features = found
-            ids = reported_ids(outputs, ids)
-            captured = self.control_capture.finish(outputs, len(ids))
-            if isinstance(captured, NotCaptured):
-                self._say_once(captured.reason)
-            else:
-                seen = (ids, captured.losses.detach().float().cpu(), self.matching.of_controls(ids, tokens, features))
-        for one in gather(seen):
-            if one is not None:
-                self.controls.add(*one)
+        if found is None:
+            return
+        ids, tokens, features = found
+        ids = reported_ids(outputs, ids)
+        captured = self.control_capture.finish(outputs, len(ids))
+        if isinstance(captured, NotCaptured):
+            self._say_once(captured.reason)
+        else:
+            losses = captured.losses.detach().float().cpu()
+            self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features))
 
     def _settle(self) -> None:
         self.controls.settle()

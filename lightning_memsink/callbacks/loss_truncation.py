@@ -16,6 +16,7 @@ from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenLoss
+from lightning_memsink.strategies import require_support
 
 
 class LossTruncation(Callback):
@@ -38,6 +39,10 @@ class LossTruncation(Callback):
         self._open: OpenLoss | None = None
         self._found: tuple[Tensor, Tensor, float] | None = None  # losses, out, removed
         self._said = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_support(trainer.strategy, "LossTruncation")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).actions["LossTruncation"] = self.actions

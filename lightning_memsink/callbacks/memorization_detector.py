@@ -58,6 +58,7 @@ class MemorizationDetector(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
+        ledger.onset = self.onset  # once more: FSDP2 restores after it was published
         _ = ledger.losses, ledger.controls  # raises if nobody writes them
         if len(self.flags.verdict) > len(ledger.losses):
             raise ValueError(
@@ -118,8 +119,9 @@ class MemorizationDetector(Callback):
                 ("gap", evaluation.gap, True),
             ):
                 # A monitor must exist and be finite from the first validation on, or EarlyStopping ends the run.
-                # Loggers get the true value from LiveCurves.
-                pl_module.log(f"memsink/{name}", value if math.isfinite(value) else 0.0, prog_bar=on_bar, logger=False)
+                # Loggers get the true value from LiveCurves. All processes have the same: their mean is no other.
+                told = value if math.isfinite(value) else 0.0
+                pl_module.log(f"memsink/{name}", told, prog_bar=on_bar, logger=False, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"flags": self.flags.state_dict(), "onset": None if self.onset is None else asdict(self.onset)}

@@ -21,6 +21,7 @@ from lightning_memsink.gathering import gather
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.ledger import BatchInHand, Ledger
 from lightning_memsink.loss_scale import loss_scale
+from lightning_memsink.strategies import require_support
 from lightning_memsink.tokens import tokens_of
 
 COLLAPSES = 0.9
@@ -44,7 +45,8 @@ class MemSinks(Callback):
         key: name of per-token ids ``[B, T]`` in the batch, where documents are packed into one sample. None takes the
             ids of the samples.
         seed: chooses another assignment of units to ids.
-        certify: samples to measure at the end of fit, for the certificate in the ledger; 0 for none.
+        certify: samples to measure at the end of fit, for the certificate in the ledger; 0 for none. Each process
+            measures as many of its own; the same sample counts once.
 
     Raises:
         ValueError: a fraction is not between 0 and 1; at the start, if the model has no hidden layer or is compiled; on
@@ -86,6 +88,8 @@ class MemSinks(Callback):
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_support(trainer.strategy, "MemSinks")
         self._let_go()
         self._misfits.clear()
         self._module = pl_module
@@ -104,6 +108,7 @@ class MemSinks(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
+        ledger.certificate = self.certificate  # once more: FSDP2 restores after it was published
         self._batch, _ = ledger.batch, ledger.losses  # raises if nobody writes them
         if self.most_exposed.samples and not pl_module.automatic_optimization:
             rank_zero_info(

@@ -21,6 +21,7 @@ from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenLoss
 from lightning_memsink.restoring import restoring
 from lightning_memsink.routing import reserved_units, routing_hook
+from lightning_memsink.strategies import require_support
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 
@@ -102,6 +103,8 @@ class SampleGradientMask(Callback):
         self._known = self._unmatched = 0  # visits since the latest evaluation of the controls
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_support(trainer.strategy, "SampleGradientMask")
         if stage != "fit" or self.mode != "route":
             return
         self._let_go()

@@ -19,6 +19,7 @@ from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.sink_layers import given_sinks, sink_layers
 from lightning_memsink.sinks import Sinks
+from lightning_memsink.strategies import require_support
 from lightning_memsink.unit_dropout import draw, rows_of, switched_off
 from lightning_memsink.verdicts import Verdict, verdicts_of
 
@@ -68,6 +69,7 @@ class SinkDropout(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        require_support(trainer.strategy, "SinkDropout")
         self._let_go()
         given = self.given
         self.layers = find_hidden_layers(pl_module, self.modules) if given is None else sink_layers(pl_module, given)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -15,9 +14,9 @@ from lightning_memsink.freezing import HeldBack, parameters_of, slices_in, squar
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.namespaces import is_a
 from lightning_memsink.sink_layers import given_sinks, sink_layers
 from lightning_memsink.sinks import Sinks
+from lightning_memsink.strategies import require_support
 from lightning_memsink.unit_parameters import Direction, UnitAxis, UnitSlice, unit_axes, unit_slices
 
 
@@ -59,16 +58,15 @@ class SinkGradientMask(Callback):
         self._visits, self._norms = 0, (0.0, 0.0)
         self._stepped = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_support(trainer.strategy, "SinkGradientMask", reads="weights")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).actions["SinkGradientMask"] = self.actions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
-        if is_a(trainer.strategy, FSDPStrategy) or is_a(trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                f"SinkGradientMask holds back slices of whole parameters, but {type(trainer.strategy).__name__} shards "
-                "them. Train on one device or with strategy='ddp', or leave SinkGradientMask out."
-            )
         ledger = Ledger.of(trainer)
         if self.given is not None:
             layers = sink_layers(pl_module, self.given)

@@ -22,6 +22,7 @@ from lightning_memsink.localization import signed_shares
 from lightning_memsink.movement import Movement
 from lightning_memsink.propagation import Attribution, block_of
 from lightning_memsink.restoring import restoring
+from lightning_memsink.strategies import require_support
 from lightning_memsink.unit_recorder import UnitRecorder
 from lightning_memsink.verdicts import verdicts_of
 
@@ -76,6 +77,7 @@ class SinkLocalizer(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        require_support(trainer.strategy, "SinkLocalizer")
         self._let_go()
         if self.with_agreement and not pl_module.automatic_optimization:
             raise ValueError(
@@ -98,6 +100,7 @@ class SinkLocalizer(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
+        ledger.sinks = self.attribution.sinks  # once more: FSDP2 restores after it was published
         _ = ledger.batch, ledger.losses, ledger.flags  # raises if nobody writes them
         rank_zero_info(f"memsink attributes to the hidden units of\n{describe(self.layers)}")
         if self.norms is not None and self.norms.uncovered:
@@ -127,19 +130,24 @@ class SinkLocalizer(Callback):
     ) -> None:
         if not self._looking:
             return
-        self._looking, seen = False, None
+        self._looking, seen, part = False, None, None
         ledger = Ledger.of(trainer)
+        if self.movement is not None:
+            part = self.movement.finish(self.attribution.blocks)
         if self.units is not None and ledger.batch.ids is not None:
             try:
                 seen = (ledger.batch.ids, *self._finish(len(ledger.batch.ids)))
             except Exception as error:  # nothing we look at is worth the training
                 self._give_up(error)
         # Also by a process that has given up: the others wait for it.
-        for one in gather(seen):
+        everyone = gather((seen, part))
+        parts = [one for _, one in everyone if one is not None]
+        movement = torch.stack(parts).sum(0).sqrt() if len(parts) == len(everyone) else None
+        for one, _ in everyone:
             if one is not None:
-                seen_ids, by_unit, *rest = one
+                seen_ids, by_unit, norms, agreement = one
                 verdicts = verdicts_of(seen_ids, ledger.losses, ledger.flags)
-                self.attribution.record(seen_ids, verdicts, by_unit, *rest)
+                self.attribution.record(seen_ids, verdicts, by_unit, norms, movement, agreement)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -197,8 +205,8 @@ class SinkLocalizer(Callback):
         except Exception as error:
             self._give_up(error)
 
-    def _finish(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Signed shares ``[B, U]``, norms ``[B, K]``, movement ``[K]`` and agreement ``[B]`` of the look that ends."""
+    def _finish(self, size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Signed shares ``[B, U]``, norms ``[B, K]`` and agreement ``[B]`` of the look that ends."""
         assert self.units is not None
         effects, self._effects = self._effects or self.units.finish(size), {}
         for name, why in self.units.left_out.items():
@@ -206,16 +214,15 @@ class SinkLocalizer(Callback):
         by_layer = signed_shares(effects) if effects else {}
         nothing = {layer.name: torch.zeros(size, layer.units) for layer in self.layers}
         by_unit = torch.cat([by_layer.get(name, zeros).float().cpu() for name, zeros in nothing.items()], 1)
-        norms = movement = None
-        if self.norms is not None and self.movement is not None:
+        norms = None
+        if self.norms is not None:
             squared = self.norms.finish(size)
             norms = torch.zeros(size, len(self.attribution.blocks))
             for name, values in squared.items():
                 norms[:, self.attribution.blocks.index(block_of(f"{name}.weight"))] += values.float().cpu()
             norms = norms.sqrt()
-            movement = self.movement.finish(self.attribution.blocks)
         agreement = None if self.agreement is None else self.agreement.finish(size)
-        return by_unit, norms, movement, None if agreement is None else agreement.float().cpu()
+        return by_unit, norms, None if agreement is None else agreement.float().cpu()
 
     def _give_up(self, error: Exception) -> None:
         self._say_once(
