@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-ecosystem test-versions bench audit-smollm2 clean
+.PHONY: demo test test-distributed test-ecosystem test-versions bench audit-smollm2 clean
 
 # torch first and alone: a range would drag in gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
@@ -21,11 +21,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2
 
-test-ecosystem: $(VENV)/installed # other people's modules, each in an environment that it can live in
-	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem
-
-test-versions: $(VENV)/installed # the oldest and the newest of what pyproject.toml allows
-	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem.versions
+.PHONY: demo test test-distributed test-ecosystem test-versions bench audit-smollm2 clean
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3

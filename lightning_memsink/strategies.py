@@ -29,18 +29,18 @@ def refusal(strategy: Strategy, reads: Reads) -> str | None:
     """Why what is read can't be read under ``strategy``, and what would be needed; None if it can."""
     if is_a(strategy, DeepSpeedStrategy):
         return (
-            "its engine runs backward and optimizer itself, on partitioned gradients and (ZeRO-3) weights. It would take "
-            "hooks that read from its engine"
+            "its engine runs backward and optimizer itself, on partitioned gradients and (ZeRO-3) weights. It would "
+            "take hooks that read from its engine"
         )
     if is_a(strategy, FSDPStrategy):
         return (
-            "it flattens weights and swaps them in and out of the modules, and runs on GPUs only, where nobody has tried "
-            "it yet. Its successor works: ModelParallelStrategy(tensor_parallel_size=1) with fully_shard"
+            "it flattens weights and swaps them in and out of the modules, and runs on GPUs only, where nobody has "
+            "tried it yet. Its successor works: ModelParallelStrategy(tensor_parallel_size=1) with fully_shard"
         )
     if is_a(strategy, XLAStrategy):
         return (
-            "its processes do not speak through torch.distributed, so that each would keep a ledger of its own. It would "
-            "take a gather over XLA"
+            "its processes do not speak through torch.distributed, so that each would keep a ledger of its own. It "
+            "would take a gather over XLA"
         )
     if is_a(strategy, ModelParallelStrategy):
         return _of_model_parallel(strategy, reads)

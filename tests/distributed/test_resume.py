@@ -1,0 +1,57 @@
+"""A checkpoint of one world size goes on in another: nothing counted twice, nothing forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.distributed.launching import forked
+from tests.distributed.runs import VISITS, crew, differences, ranks, train
+from tests.distributed.test_ranks_agree import near
+
+MITIGATIONS = ("SinkGradientMask", "LossTruncation")
+
+
+def part(folder: Path, world: int, epochs: int, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Up to the end of pass ``epochs``; the facts, equal on all ranks."""
+    folder.mkdir()
+    spread = {"strategy": "ddp_fork", "devices": world} if world > 1 else {}
+    keeps = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    options = {"max_epochs": epochs, "enable_checkpointing": True, "ckpt_path": checkpoint}
+    forked(lambda: train(folder, [*crew(*MITIGATIONS), keeps], **spread, **options), folder)
+    first, *others = ranks(folder)
+    for other in others:
+        assert differences(first, other) == []
+    assert first["world"] == world
+    return first
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Three passes on one process, never interrupted."""
+    return part(tmp_path_factory.mktemp("whole") / "run", 1, 3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_the_run_goes_on_as_if_nothing_had_changed(before, after, whole, tmp_path):
+    stopped = part(tmp_path / "before", before, 2)
+    found = part(tmp_path / "after", after, 3, tmp_path / "before" / "epoch=1.ckpt")
+    assert int(stopped["losses"]["columns"]["exposures"].sum()) == 2 * len(VISITS)
+    assert int(found["losses"]["columns"]["exposures"].sum()) == 3 * len(VISITS)
+    assert torch.equal(found["losses"]["columns"]["exposures"], whole["losses"]["columns"]["exposures"])
+    for name in ("weights", "losses", "controls", "actions"):
+        near(whole[name], found[name], name)
+    for name in ("verdict", "onset_step", "gap"):
+        near(whole["flags"][name], found["flags"][name], name)
+    assert whole["onset"] == found["onset"] and whole["onset"] != "None"
+
+
+def test_what_was_counted_when_a_checkpoint_was_written_is_counted_once(tmp_path):
+    """The last steps before the end of a pass come after its last evaluation: their counts are open in a checkpoint."""
+    one, two = part(tmp_path / "before", 2, 1), part(tmp_path / "after", 2, 2, tmp_path / "before" / "epoch=0.ckpt")
+    visits = [sum(record["visits"] for record in run["actions"]["LossTruncation"]["records"]) for run in (one, two)]
+    assert visits[0] == len(VISITS) and len(VISITS) * 1.5 < visits[1] <= 2 * len(VISITS)
