@@ -125,7 +125,7 @@ MITIGATION: dict[str, Callable[[], Callback]] = {
     "SinkGradientMask, half": lambda: SinkGradientMask(0.5),
     "SinkDropout": SinkDropout,
     "MemSinks": lambda: MemSinks(certify=16),
-    "Goldfish": Goldfish,
+    "Goldfish": lambda: Goldfish(context=2),
     "LossTruncation": lambda: LossTruncation(0.1, window=100),
 }
 
