@@ -28,6 +28,10 @@ class NgramCounts:
         self.bigrams = torch.zeros(buckets)
         self.runs = torch.zeros(4 * buckets)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A spawned process is sent the memory itself, which all ranks would then count into: each takes its own."""
+        vars(self).update({name: each.clone() if isinstance(each, Tensor) else each for name, each in state.items()})
+
     def update(self, tokens: Tensor, mask: Tensor) -> None:
         """Counts ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` holds."""
         single, pair, paired = self._hash(tokens, mask)
