@@ -65,7 +65,7 @@ def test_padding_is_a_visit_in_training_and_no_second_control(tmp_path):
     found = two_ranks(tmp_path, crew("hold"), **options)
     exposures = found["losses"]["columns"]["exposures"]
     assert len(exposures) == 75 and int(exposures.sum()) == 2 * 76
-    assert sorted(exposures.tolist())[-2:] == [2, 4]
+    assert int(exposures.min()) == 2, "the repeats are two visits more, one a pass"
     assert sorted(found["controls"]["ids"].tolist()) == list(range(121))
 
 
