@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import sys
 import warnings
@@ -22,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -198,7 +201,10 @@ def examine(name: str) -> Finding:
     base = import_module(claim.lightning).Callback
     options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
 
+    start = Path.cwd()
+
     def fit(callbacks: list[Any], keeper: Keeper) -> tuple[list[Tensor], list[tuple[int, str]]]:
+        os.chdir(mkdtemp(dir=start))  # what one fit leaves on disk is no news to the next
         with heard(keeper) as said:
             seeded()
             module = case.fit([*callbacks, keeper.as_callback(base)], **options)
