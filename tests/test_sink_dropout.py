@@ -24,7 +24,7 @@ from tests.small_runs import LENGTH, TinyLM, fit, snapshot, watch
 
 UNITS = torch.tensor([5, 0, 77, 127])
 SINKS = Sinks({"mlp.2": UNITS}, {"mlp.2": torch.arange(4.0).flip(0)}, {"mlp.2": 128})
-QUIET: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0}
+QUIET: dict[str, Any] = {"val_check_interval": None, "max_epochs": 1, "limit_val_batches": 0}
 
 
 class ByPosition(TinyLM):
