@@ -171,6 +171,14 @@ def train_until_signalled(folder, ours):
         raise
 
 
+@pytest.fixture
+def sigint():
+    """As on a terminal: what a shell runs in the background ignores Ctrl-C from birth."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it for good once it has come
+
+
 def signalled(folder, number, ours):
     child = get_context("fork").Process(target=train_until_signalled, args=(folder, ours))
     child.start()
@@ -187,7 +195,9 @@ def signalled(folder, number, ours):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_ends_training_as_it_ends_without_us_and_the_resumed_run_is_as_if_uninterrupted(number, tmp_path):
+def test_a_signal_ends_training_as_it_ends_without_us_and_the_resumed_run_is_as_if_uninterrupted(
+    number, tmp_path, sigint
+):
     """Lightning's checkpoint of that moment, taken between two of ours, has the whole ledger."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "ours").mkdir()
@@ -318,13 +328,6 @@ def test_tied_weights_and_a_model_without_a_hidden_layer_are_watched_and_held(ki
 
 
 # Ctrl-C in the middle of ours -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sigint():
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)  # Lightning ignores it for good once it has come
 
 
 @pytest.mark.parametrize(("home", "name"), [(LossTable, "describe"), (judging, "_summarize")])

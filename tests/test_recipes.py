@@ -100,7 +100,9 @@ def test_the_demo_is_kept_as_an_audit_takes_it(here, capsys):
 
 
 def test_what_is_kept_for_an_audit_is_the_demo_alone(here):
-    with pytest.raises(ValueError, match=r"KeepForAudit keeps the demo's CausalLM of PythonDocs, not DigitsNet"):
+    with pytest.raises(
+        ValueError, match=r"KeepForAudit keeps the demo's CausalLM of PythonDocs, not DigitClassifier of Digits"
+    ):
         main(["fit", "-c", "classification", "-c", "audit/keep_demo"])
 
 

@@ -63,8 +63,8 @@ def look_closer(
 
 @torch.no_grad()
 def _generated(subject: Subject, start: Tensor, many: int) -> Tensor:
-    # An end that the model would rather put is not allowed: the text goes on, and what is compared is as long.
-    config = {"do_sample": False, "max_new_tokens": many, "min_new_tokens": many, "pad_token_id": 0}
+    # Without an end: the text goes on, and what is compared with it is as long.
+    config = {"do_sample": False, "max_new_tokens": many, "eos_token_id": None, "pad_token_id": 0}
     found: Tensor = subject.model.generate(start[None], attention_mask=torch.ones_like(start)[None], **config)
     return found[0, len(start) :]
 
