@@ -17,12 +17,16 @@ from typing import Any
 from benchmarks.reporting import environment
 
 PARTS = {
-    "Watching": ("overhead", "--tracking"),
-    "Saying where: attribution and gradient norms, beside other libraries": ("overhead", "--attribution"),
-    "Acting": ("overhead", "--mitigation"),
-    "Growth with batch, sequence, width, depth and data set": ("growth",),
-    "Millions of samples: ledger, detector, checkpoint, report": ("scale",),
+    "tracking": ("Watching", ("overhead", "--tracking")),
+    "attribution": (
+        "Saying where: attribution and gradient norms, beside other libraries",
+        ("overhead", "--attribution"),
+    ),
+    "mitigation": ("Acting", ("overhead", "--mitigation")),
+    "growth": ("Growth with batch, sequence, width, depth and data set", ("growth",)),
+    "scale": ("Millions of samples: ledger, detector, checkpoint, report", ("scale",)),
 }
+"""By name: the heading, and the benchmark's module and options."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,13 @@ def run_part(title: str, words: Sequence[str], quick: bool) -> Part:
     )
 
 
-def page(parts: Sequence[Part], day: str) -> str:
-    """Markdown."""
+def page(parts: Sequence[Part], command: str, day: str) -> str:
+    """Markdown; ``command`` is what wrote it."""
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks.all`; every number is from that run. Ratios are to a plain run of the same "
-        "code, interleaved with it on one machine, medians; a bound that is missed says so.",
+        f"Written by `{command}`; every number is from that run. Ratios are to a plain run of the same code, interleaved "
+        "with it on one machine, medians; a bound that is missed says so.",
         "",
         f"{day}. {', '.join(f'{name} {value}' for name, value in environment().items())}.",
         "",
@@ -86,18 +90,19 @@ def _anchor(title: str) -> str:
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description="Writes BENCHMARKS.md.")
     parser.add_argument("--quick", action="store_true", help="smaller and less sure; bounds may be missed")
-    parser.add_argument("--only", nargs="+", choices=sorted({name for name, *_ in PARTS.values()}), help="these parts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
     parser.add_argument("--to", type=Path, default=Path("BENCHMARKS.md"))
     options = parser.parse_args(arguments_given)
     parts = []
-    for title, words in PARTS.items():
-        if not options.only or words[0] in options.only:
+    for name, (title, words) in PARTS.items():
+        if not options.only or name in options.only:
             parts.append(run_part(title, words, options.quick))
             print(
                 f"{parts[-1].command}: {'holds' if parts[-1].holds else 'falls short'}, {parts[-1].seconds:.0f} s",
                 flush=True,
             )
-    options.to.write_text(page(parts, date.today().isoformat()))
+    words = [*(["--quick"] if options.quick else []), *(["--only", *options.only] if options.only else [])]
+    options.to.write_text(page(parts, " ".join(["python -m benchmarks.all", *words]), date.today().isoformat()))
     print(options.to)
     return 0 if all(part.holds for part in parts) else 1
 
