@@ -64,8 +64,8 @@ def page(parts: Sequence[Part], command: str, day: str) -> str:
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `{command}`; every number is from that run. Ratios are to a plain run of the same code, interleaved "
-        "with it on one machine, medians; a bound that is missed says so.",
+        f"Written by `{command}`; every number is from that run. Ratios are to a plain run of the same code, "
+        "interleaved with it on one machine, medians; a bound that is missed says so.",
         "",
         f"{day}. {', '.join(f'{name} {value}' for name, value in environment().items())}.",
         "",
