@@ -19,7 +19,8 @@ from lightning_memsink.concentration import (
     top_share,
 )
 
-SHARES = st.lists(st.floats(0, 1e6), min_size=1, max_size=30).map(lambda row: torch.tensor(row, dtype=torch.float64))
+SIZES = st.floats(0, 1e6).map(lambda size: size if size > 1e-300 else 0.0)  # what can be scaled
+SHARES = st.lists(SIZES, min_size=1, max_size=30).map(lambda row: torch.tensor(row, dtype=torch.float64))
 
 
 def gini_by_pairs(shares: list[float]) -> float:
