@@ -40,7 +40,7 @@ class Sizes:
     control_texts: int = 100
     control_sentences: int = 24
     unseen: int = 256
-    epochs: int = 12
+    epochs: int = 14
 
 
 @dataclass(frozen=True)

@@ -151,5 +151,5 @@ ONCE = {
         *(MEMSINKS, "MemSinks .75/.15 + hold at .5", "hold at .5 + weight decay .1", "deduplicated (oracle)"),
         *("skip from the start (oracle)", "loss floor 4 (flooding)", *TOLD),
     ),
-    "E3": (*EVERY_SEED["E3"], "hold at 1", SMALL, "goldfish, k=4", "weight decay .1"),
+    "E3": (*EVERY_SEED["E3"], "hold at 1", SMALL, "weight decay .1"),
 }
