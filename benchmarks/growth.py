@@ -197,9 +197,9 @@ def _typical(costs: Costs, way: str) -> float:
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("growth", "How the cost of watching grows.", seeds=2)
+    parser = arguments("growth", "How the cost of watching grows.", seeds=1)
     options = parser.parse_args(arguments_given)
-    seeds, steps = fresh_seeds(options), 20 if options.quick else 60
+    seeds, steps = fresh_seeds(options), 20 if options.quick else 40
     settle_down()
     with redirect_stdout(io.StringIO()):  # the reports' own words would bury the tables
         for way in WAYS:  # imports and the first allocations

@@ -229,7 +229,7 @@ def test_a_worker_that_dies_leaves_no_trace_and_a_whole_ledger():
 
     module, loader, crew = TinyLM(), DataLoader(Deadly(TRAIN), 16, num_workers=1), held()
     # Torch's own words, or those of the pipe that the worker died on: whichever is noticed first.
-    with pytest.raises((RuntimeError, ConnectionError), match="DataLoader worker|reset by peer"):
+    with pytest.raises((RuntimeError, ConnectionError), match=r"DataLoader worker|reset by peer"):
         fit(crew, module, train=loader)
     assert traces(module, loader) == []
     visits = crew[0].state_dict()["visits"]
