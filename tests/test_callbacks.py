@@ -13,6 +13,7 @@ from lightning_memsink.callbacks.memorization_detector import MemorizationDetect
 from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.verdicts import Verdict
+from lightning_memsink.visits import Visit
 from tests.small_runs import CANARIES, CONTROLS, TRAIN, Rows, TinyLM, control_loader, fit, snapshot, train_loader, watch
 
 
@@ -181,3 +182,16 @@ def test_a_loader_named_by_the_user_serves_as_controls_and_leaves_no_trace():
     run, watched = fit(crew, max_epochs=2)
     assert len(Ledger.of(run).controls) == len(CONTROLS)
     assert torch.equal(weights(plain), weights(watched)) and torch.equal(state, torch.get_rng_state())
+
+
+def test_visits_that_wait_in_a_checkpoint_are_taken_up_by_one_process_of_many(monkeypatch):
+    """Every process restores the same file, and what all of them have is recorded together."""
+    tracker = LossTracker(identity="content")
+    tracker._visits = [Visit(torch.tensor([7, 8]), torch.tensor([1.0, 2.0]), 3, None, None)]
+    restored = []
+    for first in (True, False):
+        monkeypatch.setattr("lightning_memsink.callbacks.loss_tracker.is_first", lambda first=first: first)
+        rank = LossTracker(identity="content")
+        rank.load_state_dict(tracker.state_dict())
+        restored.append([visit.ids.tolist() for visit in rank._visits])
+    assert restored == [[[7, 8]], []]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_memsink.capture import EvaluationCapture, StepCapture, reported_ids
 from lightning_memsink.controls import ControlTable
-from lightning_memsink.gathering import gather
+from lightning_memsink.gathering import gather, is_first
 from lightning_memsink.identity import SampleIds, content_ids
 from lightning_memsink.interrupts import interrupts_deferred
 from lightning_memsink.ledger import BatchInHand, Ledger
@@ -199,7 +199,8 @@ class LossTracker(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("LossTracker"):
             self.table.load_state_dict(state_dict["table"])
-            self._visits = [Visit.restored(visit) for visit in state_dict.get("visits", [])]
+            waiting = state_dict.get("visits", []) if is_first() else []  # to be counted once by all processes together
+            self._visits = [*map(Visit.restored, waiting)]
             self.controls.load_state_dict(state_dict["controls"])
             self.matching.counts.load_state_dict(state_dict["counts"])
             self.witnesses.load_state_dict(state_dict["witnesses"])
@@ -216,12 +217,8 @@ class LossTracker(Callback):
         return ids, *self._describe(batch, len(ids))
 
     def _describe(self, batch: Any, size: int) -> tuple[Tokens | None, Tensor | None]:
-        tokens = tokens_of(batch)
-        if tokens is not None and len(tokens.ids) == size:
-            tokens = Tokens(tokens.ids.cpu(), tokens.mask.cpu())
-        else:
-            tokens = None
-        features = None
+        found, features = tokens_of(batch), None
+        tokens = None if found is None or len(found.ids) != size else Tokens(found.ids.cpu(), found.mask.cpu())
         if self.features is not None:
             features = self.features(batch).detach().float().cpu().reshape(size, -1)
         return tokens, features
