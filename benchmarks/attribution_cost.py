@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 import time
@@ -16,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -25,6 +23,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from benchmarks.attribution_tasks import TASKS
 from benchmarks.gradient_peers import FLOOR, OURS, PEERS, Task, Way, loop, mean_loss, plain
+from benchmarks.memory import MEBIBYTE, forget_peak, resident, told_by_fork
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from lightning_memsink.gradient_norms import GradientNorms
 
@@ -95,30 +94,17 @@ def measure(task: Task, ways: dict[str, Way], memory: dict[str, float], rounds: 
 
 def peak_memory(way: Way, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     """MiB that the first steps of ``way`` need at most above what was resident before, in a process of their own."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        with os.fdopen(reader) as pipe:
-            told = pipe.read()
-        os.waitpid(child, 0)
-        return float(told) if told else nan
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def work() -> float:
         step = way(model)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = resident()
+        forget_peak()
         for _ in range(SETTLING):
             step(inputs, targets)
-        os.write(writer, f"{resident('VmHWM') - before:.1f}".encode())
-    finally:
-        os._exit(0)
+        return (resident("VmHWM") - before) / MEBIBYTE
 
-
-def resident(field: str) -> float:
-    """MiB, on Linux."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
+    told = told_by_fork(work)
+    return nan if told is None else round(told, 1)
 
 
 def coverage() -> dict[str, float]:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.reporting import settle_down
+from benchmarks.resumable import BatchesFrom, ByEpoch, ResumableLoader
 from benchmarks.twin_runs import TextModel
 from lightning_memsink import SampleGradientMask, memsink
 from lightning_memsink.ledger import Ledger
@@ -57,46 +57,6 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
         return {"input_ids": self.tokens[self.rows[place]], "sample_id": self.rows[place]}
-
-
-class ByEpoch(Sampler[int]):
-    """An order that follows from the epoch alone."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.epoch = size, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
-
-
-class BatchesFrom(BatchSampler):
-    """The batches of an epoch from the ``start``-th on, once; then whole epochs."""
-
-    start = taken = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start, self.start = self.start, 0
-        for self.taken, batch in enumerate(super().__iter__(), 1):
-            if self.taken > start:
-                yield batch
-
-
-class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """Its place in the epoch is in the checkpoint. Without workers, which would run ahead of training."""
-
-    batch_sampler: BatchesFrom
-
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.batch_sampler.taken}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batch_sampler.start = state["taken"]
 
 
 class Watch:

@@ -8,16 +8,13 @@ evaluations within; memory is what was resident at most above what was before th
 from __future__ import annotations
 
 import io
-import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from lightning.pytorch import seed_everything
 from rich.table import Table
 from torch.utils.data import Dataset
 
-from benchmarks.attribution_cost import resident
+from benchmarks.memory import MEBIBYTE, forget_peak, resident, told_by_fork
 from benchmarks.overhead import SETTLING, Clock, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.twin_runs import Sequences, TextModel
@@ -105,38 +102,25 @@ def measure(point: Point, seeds: Sequence[int], steps: int) -> Cost:
 
 def timed(point: Point, seed: int, steps: int, way: str) -> tuple[float, float]:
     """Seconds a step, and MiB at most above what was resident before."""
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident()
+    forget_peak()
     seed_everything(seed, verbose=False)
     workload, clock = point.workload(steps), Clock()
     watching = [] if way == PLAIN else memsink(path=None, identity="index", **WAYS[way])
     run(workload.module(), workload, seed, [clock, *watching], samples=point.samples)
-    return clock.seconds, resident("VmHWM") - before
+    return clock.seconds, (resident("VmHWM") - before) / MEBIBYTE
 
 
 def in_a_fork(work: partial[tuple[float, float]]) -> tuple[float, float]:
-    """What ``work`` returns in a copy of this process; its words go nowhere.
+    """What ``work`` returns in a copy of this process.
 
     Raises:
         RuntimeError: it did not end well.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
-            os.write(writer, json.dumps(work()).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        told = pipe.read()
-    os.waitpid(child, 0)
-    if not told:
+    told = told_by_fork(work)
+    if told is None:
         raise RuntimeError(f"A fit failed: {work.args}. Run benchmarks.growth.timed on it to see why.")
-    seconds, memory = json.loads(told)
+    seconds, memory = told
     return seconds, memory
 
 

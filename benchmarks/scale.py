@@ -18,13 +18,13 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.memory import MEBIBYTE
 from benchmarks.reporting import Criterion, Report, arguments, settle_down
 from benchmarks.scale_runs import CONTROLS, Sized, Stepped, measure_size, measure_steps
 
 SIZES, QUICK = (10_000, 100_000, 1_000_000, 10_000_000), (10_000, 100_000, 1_000_000)
 STEPS = 150
 BYTES, SECONDS, THREADS = 64, 30, 2
-MEGABYTE = 1 << 20
 PHASES = ("visits", "evaluation", "curves", "save", "load", "report")
 
 
@@ -86,7 +86,7 @@ def _tables(sized: Sequence[Sized], stepped: Stepped) -> list[Table]:
         )
         times.add_row(name, *(f"{each.seconds[phase]:.2f}" for phase in PHASES))
         busy.add_row(name, *(f"{each.processor[phase]:.2f}" for phase in PHASES))
-        peaks.add_row(name, *(f"{each.peaks[phase] / MEGABYTE:,.0f}" for phase in PHASES))
+        peaks.add_row(name, *(f"{each.peaks[phase] / MEBIBYTE:,.0f}" for phase in PHASES))
     return [steps, memory, times, busy, peaks]
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from benchmarks.memory import forget_peak, resident
 from benchmarks.overhead import SETTLING, Clock
 from benchmarks.workloads import CONTEXT, VOCABULARY, WORKLOADS
 from lightning_memsink.callbacks.live_curves import LiveCurves
@@ -103,6 +104,7 @@ def measure_size(samples: int, threads: int) -> Sized:
     peaks: dict[str, int] = {}
 
     def timed(phase: str, work: Callable[[], Any]) -> Any:
+        give_back()
         forget_peak()
         start, busy = time.perf_counter(), time.process_time()
         found = work()
@@ -177,21 +179,10 @@ def _same(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
-def resident(what: str = "VmRSS") -> int:
-    """Bytes of memory that this process has in use, or (``VmHWM``) has had at most. Linux only."""
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(what))
-
-
 def give_back() -> None:
     """What was freed goes back to the system, which glibc does when it likes: what stays is in use."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def forget_peak() -> None:
-    give_back()
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 # A step -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.resumable import ByEpoch
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.ledger import Ledger
@@ -26,22 +27,6 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.tokens[index]}
-
-
-class ByEpoch(Sampler[int]):
-    """Shuffles by epoch alone, which an exact resume needs."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.epoch = size, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
 
 
 class TinyLM(LightningModule):

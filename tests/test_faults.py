@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import get_worker_info
 
-from benchmarks.fault_runs import BatchesFrom, ByEpoch, ResumableLoader
+from benchmarks.resumable import BatchesFrom, ByEpoch, ResumableLoader
 from lightning_memsink import (
     Goldfish,
     LossTruncation,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import faults
-from benchmarks.fault_runs import BatchesFrom, ByEpoch, newest_whole
+from benchmarks.fault_runs import newest_whole
 from benchmarks.faults import Life, Reference, bits, judge, kill_when_ready
+from benchmarks.resumable import BatchesFrom, ByEpoch
 
 
 def test_values_are_the_same_only_to_the_bit():
