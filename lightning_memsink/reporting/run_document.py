@@ -27,8 +27,9 @@ PLACES = {
 def document_of(findings: Findings, settings: Mapping[str, Any], versions: Mapping[str, str], date: str) -> Document:
     """``settings``: arguments by callback; ``date``: ISO 8601."""
     sections = [_section(title, lines, findings) for title, lines in _parts(findings).items()]
-    sections.append(_method(findings, settings, versions))
-    numbers = _numbers(findings, settings, versions)
+    data = fingerprint(findings.table)
+    sections.append(_method(findings, data, settings, versions))
+    numbers = _numbers(findings, data, settings, versions)
     return Document("run", "What this run memorized", _answers(findings), _plain(findings), sections, numbers, date)
 
 
@@ -119,10 +120,10 @@ def _samples(findings: Findings) -> Grid:
     return Grid(head, rows, f"The most memorized samples, by id or hash; loss and gap in {findings.unit}")
 
 
-def _method(findings: Findings, settings: Mapping[str, Any], versions: Mapping[str, str]) -> Section:
+def _method(findings: Findings, data: str, settings: Mapping[str, Any], versions: Mapping[str, str]) -> Section:
     table = findings.table
     lines = [
-        f"Data: {len(table):,} samples, seen {int(table.exposures.sum()):,} times; SHA-256 {fingerprint(table)[:16]} "
+        f"Data: {len(table):,} samples, seen {int(table.exposures.sum()):,} times; SHA-256 {data[:16]} "
         "of ids and exposures.",
         "A sample's loss is compared with those of the held-out controls nearest in difficulty; p-values are "
         "conformal, and the false-discovery rate is held by Benjamini and Hochberg's procedure.",
@@ -139,13 +140,13 @@ def _told(arguments: Any) -> str:
 
 def fingerprint(table: LossTable) -> str:
     """SHA-256 of ids and exposures, whatever their order."""
-    order = table.ids.argsort()
-    digest = hashlib.sha256(table.ids[order].numpy().tobytes())
+    ids, order = table.ids.sort()
+    digest = hashlib.sha256(ids.numpy().tobytes())
     digest.update(table.exposures[order].long().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _numbers(findings: Findings, settings: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+def _numbers(findings: Findings, data: str, settings: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
     evaluations = findings.flags.evaluations
     actions = {
         name: {key: done.total(key) for key in ("visits", "acted", "removed")}
@@ -155,7 +156,7 @@ def _numbers(findings: Findings, settings: Mapping[str, Any], versions: Mapping[
     told: dict[str, Any] = _json_able(
         {
             "samples": len(findings.table),
-            "fingerprint": fingerprint(findings.table),
+            "fingerprint": data,
             "evaluations": len(evaluations),
             "last_evaluation": asdict(evaluations[-1]) if evaluations else None,
             "onset": None if findings.onset is None else asdict(findings.onset),
