@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -116,17 +116,21 @@ class Audit:
     by_kind: bool
     """Whether a text's controls are of its own kind."""
 
+    def matched(self, group: str | None) -> Tensor:
+        """Bool ``[N]``: texts of a group (None: of any) that have controls like them; none if nothing was measured."""
+        own = torch.tensor([group in (None, each.group) for each in self.suspects.texts])
+        return own & (False if self.gaps is None else self.gaps.matched)
+
     def standing_out(self, group: str | None) -> StandingOut:
         """How far the matched texts of a group lie below comparable controls; None for all."""
         if self.gaps is None:
             return StandingOut(torch.nan, torch.nan)
-        own = torch.tensor([group in (None, each.group) for each in self.suspects.texts])
         null = self.gaps.null
         if self.by_kind:
             kinds = {each.kind for each in self.suspects.texts if group in (None, each.group)}
             usable = self.controls.answers.loss.isfinite()
             null = null[torch.tensor([each.kind in kinds for each in self.controls.texts])[usable]]
-        return standing_out(self.gaps.gap[own & self.gaps.matched], null)
+        return standing_out(self.gaps.gap[self.matched(group)], null)
 
 
 def audit(
@@ -274,8 +278,3 @@ def gaps_of(suspects: Asked, controls: Asked, rule: Rule) -> tuple[Measurement |
     )
     others = Controls(losses[1], losses[1], controls.features, torch.full((1, len(losses[1])), torch.nan))
     return measure(samples, others, rule), ""
-
-
-def as_plain(settings: Settings) -> dict[str, Any]:
-    """As JSON has it."""
-    return asdict(settings)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
 from lightning_memsink.auditing import tables
-from lightning_memsink.auditing.audit import MATCHED, Asked, Audit, as_plain
+from lightning_memsink.auditing.audit import MATCHED, Asked, Audit
+from lightning_memsink.auditing.closer_look import Located
 from lightning_memsink.concentration import Concentration
 from lightning_memsink.detection import LN2, bits
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
@@ -85,7 +87,7 @@ def _by_bits(audit: Audit) -> str:
     found = audit.standing_out(None)
     if not isfinite(found.error):
         return ""
-    mean, low, high = (nats / LN2 for nats in (found.nats, *found.interval))
+    mean, low, high = found.bits
     return f": by {mean:.2f} bits a token on average ({low:.2f} to {high:.2f})"
 
 
@@ -164,7 +166,7 @@ def _located_words(audit: Audit) -> list[str]:
 
 
 def _method(audit: Audit) -> list[str]:
-    settings = ", ".join(f"{name} {value:g}" for name, value in as_plain(audit.settings).items())
+    settings = ", ".join(f"{name} {value:g}" for name, value in asdict(audit.settings).items())
     return [
         f"Model: {audit.subject}, {audit.parameters:,} parameters, SHA-256 {audit.fingerprint[:16]} of its "
         "configuration and its weights' sizes and ends.",
@@ -184,7 +186,7 @@ def _numbers(audit: Audit) -> dict[str, Any]:
     exact, found, asked = _extracted(audit.suspects, audit.settings.n)
     return {
         "model": {"name": audit.subject, "fingerprint": audit.fingerprint, "parameters": audit.parameters},
-        "settings": as_plain(audit.settings),
+        "settings": asdict(audit.settings),
         "suspects": {"texts": len(audit.suspects.texts), "fingerprint": _digest(audit.suspects)},
         "controls": {"texts": len(audit.controls.texts), "fingerprint": _digest(audit.controls)},
         "extraction": {"asked": asked, "exact": exact, "discoverable": found},
@@ -192,7 +194,7 @@ def _numbers(audit: Audit) -> dict[str, Any]:
         "flagged": None if audit.gaps is None else int(audit.gaps.flagged.sum()),
         "threshold": None if audit.gaps is None else round(audit.gaps.threshold, 4),
         "bits_a_token": _bits(audit),
-        "located": None if audit.located is None else _located(audit),
+        "located": None if audit.located is None else _located(audit.located),
         "versions": versions(),
     }
 
@@ -202,14 +204,14 @@ def _bits(audit: Audit) -> dict[str, Any]:
     groups = dict.fromkeys(each.group for each in audit.suspects.texts)
     found = {group or "all": audit.standing_out(group) for group in [*groups, None]}
     return {
-        group: {"mean": each.nats / LN2, "low": each.interval[0] / LN2, "high": each.interval[1] / LN2}
+        group: dict(zip(("mean", "low", "high"), each.bits, strict=True))
         for group, each in found.items()
         if isfinite(each.error)
     }
 
 
-def _located(audit: Audit) -> dict[str, Any]:
-    sinks, test = audit.located.sinks, audit.located.concentration  # type: ignore[union-attr]
+def _located(found: Located) -> dict[str, Any]:
+    sinks, test = found.sinks, found.concentration
     p = test.p if isinstance(test, Concentration) else None
     return {"units": {name: len(chosen) for name, chosen in sinks.units.items()}, "concentration_p": p}
 

@@ -9,6 +9,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from lightning_memsink.detection import LN2
+
 CERTAIN = NormalDist().inv_cdf(0.975)
 """Standard errors on either side of a 95 % interval."""
 
@@ -24,6 +26,12 @@ class StandingOut:
     def interval(self) -> tuple[float, float]:
         """Of 95 %."""
         return self.nats - CERTAIN * self.error, self.nats + CERTAIN * self.error
+
+    @property
+    def bits(self) -> tuple[float, float, float]:
+        """The mean and the ends of its interval, in bits a token."""
+        low, high = self.interval
+        return self.nats / LN2, low / LN2, high / LN2
 
 
 def standing_out(gap: Tensor, null: Tensor) -> StandingOut:

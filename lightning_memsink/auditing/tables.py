@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.auditing.audit import SCORES, Audit
-from lightning_memsink.detection import LN2, bits
+from lightning_memsink.detection import bits
 from lightning_memsink.reporting.document import Grid
 from lightning_memsink.reporting.summary import percent
 
@@ -59,17 +59,17 @@ def gaps(audit: Audit) -> list[Grid]:
     rows = []
     groups = [each.group for each in audit.suspects.texts]
     for group in [*dict.fromkeys(groups), None]:
-        chosen = torch.tensor([group in (None, each) for each in groups]) & audit.gaps.matched
+        chosen = audit.matched(group)
         found = audit.standing_out(group)
-        low, high = found.interval
+        (low, high), (bits_mean, bits_low, bits_high) = found.interval, found.bits
         rows.append(
             (
                 group or "all",
                 f"{int(chosen.sum()):,}",
                 f"{found.nats:+.3f}" if chosen.any() else "",
                 f"{low:+.3f} to {high:+.3f}" if isfinite(low) else "",
-                f"{found.nats / LN2:+.3f}" if chosen.any() else "",
-                f"{low / LN2:+.3f} to {high / LN2:+.3f}" if isfinite(low) else "",
+                f"{bits_mean:+.3f}" if chosen.any() else "",
+                f"{bits_low:+.3f} to {bits_high:+.3f}" if isfinite(low) else "",
                 f"{int(audit.gaps.flagged[chosen].sum()):,}",
             )
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from lightning_memsink.auditing.answers_file import AnswersFile
-from lightning_memsink.auditing.audit import Audit, Settings, as_plain, audit
+from lightning_memsink.auditing.audit import Audit, Settings, audit
 from lightning_memsink.auditing.report import document_of, picture_of
 from lightning_memsink.auditing.subject import load
 from lightning_memsink.auditing.texts import read_texts
@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
         _ = settings.scheme, settings.rule  # raise for what can't be asked
         suspects, controls = (read_texts(Path(each)) for each in (options.suspects, options.controls))
         subject = load(Path(options.model), None if options.tokenizer is None else Path(options.tokenizer))
-        about = {"model": subject.fingerprint, **{name: as_plain(settings)[name] for name in ASKED}}
+        about = {"model": subject.fingerprint, **{name: getattr(settings, name) for name in ASKED}}
         kept = AnswersFile(Path(options.out) / "answers.jsonl", about)
         looked_at = min(settings.closer, len(suspects))
         with _progress(len(suspects) + len(controls) + looked_at) as advance:
