@@ -122,10 +122,8 @@ class ControlTable:
 
     def snapshot_of(self, steps: Tensor) -> Tensor:
         """``[N]`` int64: the remembered evaluation nearest to each step, in the logarithm."""
-        apart = (
-            steps.double().clamp(min=1).log()[:, None] - torch.tensor(self.snapshot_steps).double().clamp(min=1).log()
-        )
-        return apart.abs().argmin(1)
+        at = torch.tensor(self.snapshot_steps).double().clamp(min=1)
+        return torch.bucketize(steps.double().clamp(min=1), (at[:-1] * at[1:]).sqrt())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _FACTS}

@@ -12,14 +12,14 @@ Losses and gaps are in nats (per token for token losses). Nothing here knows of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_memsink.blocks import in_blocks
+from lightning_memsink.blocks import blocks, in_threads
+from lightning_memsink.cells import Around, lots
 from lightning_memsink.neighbours import Neighbours, nearest
 from lightning_memsink.ridge import Ridge
 
@@ -138,7 +138,7 @@ def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
     for moment in torch.bincount(samples.snapshot).nonzero().flatten().tolist():
         group = (samples.snapshot == moment).nonzero().flatten()
         against = _Comparison(controls, moment, units, limit, rule)
-        in_blocks(len(group), against.into(gap, score, matched, samples, group))
+        against.into(gap, score, matched, samples, group)
         p[group] = conformal_p(score[group], against.null_score)
         beyond[group] = score[group] > against.null_score.max()
         nulls.append((len(group), against.null, against.null_score))
@@ -165,7 +165,7 @@ class _Comparison:
     def __init__(self, controls: Controls, moment: int, units: tuple[Tensor, Tensor], limit: float, rule: Rule) -> None:
         self.controls, self.units, self.limit, self.rule = controls, units, limit, rule
         static = _in_units(controls.features, units)
-        own = torch.cat([static, controls.early[moment, :, None].nan_to_num()], 1)
+        self.own = own = torch.cat([static, controls.early[moment, :, None].nan_to_num()], 1)
         fellow, _ = nearest(own, own, SPREAD * rule.k, fellows=True)
         self.near = Neighbours(own, SPREAD * rule.k)
         self.ridge = Ridge(own, controls.before, controls.after) if rule.method == "ridge" else None
@@ -174,28 +174,31 @@ class _Comparison:
         self.usual = self.null.abs()
         self.null_score = self.null / (self.usual[fellow].mean(1) + self.usual.mean())
 
-    def into(
-        self, gap: Tensor, score: Tensor, matched: Tensor, samples: Samples, group: Tensor
-    ) -> Callable[[slice], None]:
-        """Work on a block of the samples in ``group``: it fills their rows of ``gap``, ``score`` and ``matched``."""
+    def into(self, gap: Tensor, score: Tensor, matched: Tensor, samples: Samples, group: Tensor) -> None:
+        """Compares the samples in ``group`` and fills their rows of ``gap``, ``score`` and ``matched``."""
 
-        def compare(part: slice) -> None:
-            rows = group[part]
+        def points_of(rows: Tensor) -> Tensor:
             static = _in_units(samples.features[rows], self.units)
-            points = torch.cat([static, samples.early[rows, None].nan_to_num()], 1)
-            index, squared = self.near.of(points)
-            near = index[:, : self.rule.k]
-            if self.ridge is None:
-                before, after = self.controls.before[near].mean(1), self.controls.after[near].mean(1)
-            else:
-                before, after = self.ridge.expected(points)
-            gap[rows] = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
-            score[rows] = gap[rows] / (self.usual[index].mean(1) + self.usual.mean())
-            # The early loss has no say in what is within reach: memorization that began before it moves it, and would
-            # leave a sample without fellows. But who is near with it is nearer without.
-            matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
+            return torch.cat([static, samples.early[rows, None].nan_to_num()], 1)
 
-        return compare
+        def compare(lot: Tensor) -> None:
+            all_points = points_of(lot)
+            around = Around(self.near, self.own, all_points)
+            for part in blocks(len(lot)):
+                rows, points = lot[part], all_points[part]
+                index, squared = around.of(points)
+                near = index[:, : self.rule.k]
+                if self.ridge is None:
+                    before, after = self.controls.before[near].mean(1), self.controls.after[near].mean(1)
+                else:
+                    before, after = self.ridge.expected(points)
+                gap[rows] = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
+                score[rows] = gap[rows] / (self.usual[index].mean(1) + self.usual.mean())
+                # The early loss has no say in what is within reach: memorization that began before it moves it, and
+                # would leave a sample without fellows. But who is near with it is nearer without.
+                matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
+
+        in_threads(lots(group, points_of, self.own), compare)
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:

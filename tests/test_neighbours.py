@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_memsink.blocks import in_blocks
+from lightning_memsink.cells import Around, lots
 from lightning_memsink.neighbours import Neighbours, nearest
 
 
@@ -58,3 +59,39 @@ def test_an_error_in_a_block_is_not_lost_and_leaves_torch_its_threads():
     with pytest.raises(ValueError, match="in a thread"):
         in_blocks(1000, fail, size=100)
     assert torch.get_num_threads() == 2
+
+
+def clustered(n, seed):
+    """Two clouds, one of them flat, and a few points far from all."""
+    points = normal(n, 4, seed=seed)
+    points[::2] = points[::2] * torch.tensor([0.1, 1.0, 0.0, 1.0]) + 3
+    points[::1000] *= 20
+    return points
+
+
+@pytest.mark.parametrize("among", [normal(1000, 4, seed=1), clustered(1000, seed=1), torch.ones(50, 4), normal(3, 4)])
+@pytest.mark.parametrize("make", [clustered, lambda n, seed: torch.zeros(n, 4)])
+def test_looking_around_finds_what_looking_everywhere_finds(among, make):
+    points, everyone = make(40_000, 2), Neighbours(among, 8)
+    sorted_rows = lots(torch.arange(40_000), lambda rows: points[rows], among)
+    assert torch.equal(torch.cat(sorted_rows).sort().values, torch.arange(40_000))
+    for lot in sorted_rows:
+        index, squared = Around(everyone, among, points[lot]).of(points[lot])
+        _, apart = everyone.of(points[lot])
+        torch.testing.assert_close(squared, apart, rtol=1e-5, atol=1e-4)
+        own = (points[lot, None] - among[index]).square().sum(2)
+        torch.testing.assert_close(own, apart, rtol=1e-5, atol=1e-4)
+        assert (index.sort(1).values.diff(dim=1) > 0).all()
+
+
+def test_lots_lie_together_and_leave_most_controls_out():
+    points, among = normal(200_000, 3), normal(2000, 3, seed=1)
+    everyone, left = Neighbours(among, 8), []
+    for lot in lots(torch.arange(200_000), lambda rows: points[rows], among):
+        around = Around(everyone, among, points[lot])
+        left.append(len(lot) * len(around._kept))
+    assert sum(left) < 0.3 * 200_000 * 2000
+
+
+def test_few_points_are_one_lot():
+    assert [len(lot) for lot in lots(torch.arange(100), lambda rows: normal(len(rows), 2), normal(50, 2))] == [100]
