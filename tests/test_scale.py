@@ -107,3 +107,11 @@ def test_each_promise_can_fall_short(sized, steps, short):
     report = scale.report([measured(10), measured(1000, **sized)], stepped(steps), {})
     assert [each.holds or short in each.name for each in report.criteria] == [True] * len(report.criteria)
     assert report.holds is (short is None)
+
+
+def test_a_table_whose_part_of_a_step_grows_falls_short_though_fits_do_not_tell():
+    slow = replace(stepped(), table={10: [1e-6], 1000: [103e-6]})
+    report = scale.report([measured(10), measured(1000)], slow, {})
+    assert [each.name for each in report.criteria if not each.holds] == [
+        "the table's part of that, measured alone, % of a plain step"
+    ]
