@@ -97,13 +97,14 @@ def run(
     callbacks: list[Callback],
     logger: Logger | bool = False,
     samples: int = SAMPLES,
+    evaluations: int = EVALUATIONS,
     **options: Any,
 ) -> Trainer:
-    """A whole fit of the workload, validated ``EVALUATIONS`` times."""
+    """A whole fit of the workload, validated ``evaluations`` times."""
     trainer = Trainer(
         accelerator="cpu",
         max_steps=workload.steps,
-        val_check_interval=max(1, workload.steps // EVALUATIONS),
+        val_check_interval=max(1, workload.steps // evaluations),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=callbacks,
@@ -148,7 +149,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
     what.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
-    what.add_argument("--mitigation", action="store_true", help="each mitigation against watching, and against none")
+    what.add_argument("--mitigation", action="store_true", help="each mitigation against none")
     options = parser.parse_args(arguments_given)
     if options.attribution:
         from benchmarks import attribution_cost  # which needs transformers, and peers where there are any
