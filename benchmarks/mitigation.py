@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Tuned, pretrain, tune
-from benchmarks.mitigation_arms import EVERY_SEED, HOLD, HOLD_HIGH, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
+from benchmarks.mitigation_arms import ASKED, EVERY_SEED, HOLD, HOLD_HIGH, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
 from benchmarks.mitigation_data import Sizes
 from benchmarks.mitigation_figure import draw
 from benchmarks.mitigation_runs import Result, run
@@ -29,6 +29,7 @@ from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, sett
 
 WORKERS = 2
 EXPERIMENTS = ("E1", "E2", "E3")
+Extent = Literal["few", "usual", "all"]
 QUICK = Sizes(background=1024, natural=6, twice=16, domain=48, canaries=6, easy=6, controls=96, twins=32, unseen=192)
 QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
 QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_HIGH, "deduplicated (oracle)")
@@ -117,9 +118,10 @@ def _dearer(own: Result, standard: Result) -> float:
     return own.validation - standard.validation
 
 
-def arms_of(experiment: str, first: bool, quick: bool) -> list[str]:
-    """What is run on a seed. Only the first has the rivals and the sweep."""
-    names = ONCE[experiment] if first else EVERY_SEED[experiment]
+def arms_of(experiment: str, first: bool, quick: bool, extent: Extent = "usual") -> list[str]:
+    """What is run on a seed. Only the first has the rivals and the sweep, unless few are wanted."""
+    names = ONCE[experiment] if first and extent != "few" else EVERY_SEED[experiment]
+    names = (*names, *ASKED[experiment]) if first and extent == "all" else names
     return [name for name in names if name in QUICK_ARMS] if quick else list(names)
 
 
@@ -128,11 +130,11 @@ def find_out(
     quick: bool,
     model: Path | None,
     only: Sequence[str] = EXPERIMENTS,
-    brief: bool = False,
+    extent: Extent = "usual",
 ) -> Found:
     """Runs everything in two processes of one thread each; those that others wait for come first.
 
-    ``only``: these experiments. ``brief``: on no seed the rivals and the sweep.
+    ``only``: these experiments. ``extent``: which arms.
     """
     sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
     todo = [
@@ -140,7 +142,7 @@ def find_out(
         for seed in seeds
         for where in ("E2", "E1")
         if where in only
-        for name in arms_of(where, seed == seeds[0] and not brief, quick)
+        for name in arms_of(where, seed == seeds[0], quick, extent)
     ]
     context = multiprocessing.get_context("spawn")
     with (
@@ -161,7 +163,7 @@ def find_out(
             (tune, pretrained, name, seed, tuning)
             for seed in seeds
             if "E3" in only
-            for name in arms_of("E3", seed == seeds[0] and not brief, quick)
+            for name in arms_of("E3", seed == seeds[0], quick, extent)
         ]
         ended = _done(pool, [*tuning_jobs, *told])
     results |= {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
@@ -205,11 +207,13 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw memorization left against validation loss")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="these experiments")
-    parser.add_argument("--brief", action="store_true", help="only the arms that a criterion stands on")
+    parser.add_argument(
+        "--arms", choices=get_args(Extent), default="usual", help="few: those that a criterion stands on"
+    )
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
     settle_down()
-    found = find_out(seeds, options.quick, options.model, options.only, options.brief)
+    found = find_out(seeds, options.quick, options.model, options.only, options.arms)
     if options.figure is not None:
         draw(found.results, options.figure)
     return report(found, seeds, time.perf_counter() - start, options.only).tell(options.json)

@@ -14,6 +14,7 @@ from benchmarks import fine_tuning, mitigation, mitigation_data, mitigation_runs
 from benchmarks.fine_tuning import REPEATS, Epoch, Tuned, made_up, pretrain, sentences, told_of, tune
 from benchmarks.mitigation_arms import (
     ARMS,
+    ASKED,
     EVERY_SEED,
     HOLD,
     MEMSINKS,
@@ -238,6 +239,10 @@ def test_what_runs_on_every_seed_runs_on_the_first():
         first, later = (mitigation.arms_of(where, which, quick=False) for which in (True, False))
         assert list(names) == later
         assert set(later) < set(first) <= set(ARMS)
+        assert mitigation.arms_of(where, True, quick=False, extent="few") == later
+        asked = mitigation.arms_of(where, True, quick=False, extent="all")
+        assert asked == [*first, *ASKED[where]] and len(set(asked)) == len(asked)
+        assert set(asked) <= set(ARMS)
     assert set(TOLD) <= set(mitigation.arms_of("E2", True, quick=False))
     assert set(mitigation.arms_of("E3", True, quick=True)) < set(mitigation.arms_of("E3", True, quick=False))
 
