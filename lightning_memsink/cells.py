@@ -14,19 +14,19 @@ from torch import Tensor
 from lightning_memsink.blocks import in_blocks
 from lightning_memsink.neighbours import Neighbours
 
-LOT, POINTS = 1 << 16, 4096
-"""Most points in a lot; and how many a cell should have on average, for it to be worth looking around."""
-ASKED, WITHIN, WORTH = 64, 0.9, 0.7
+LOT, POINTS, SEEN = 1 << 13, 2048, 32
+"""Most points in a lot; how many a cell has, at least, on average; how many of them the cells are made by."""
+ASKED, WITHIN, WORTH = 32, 0.93, 0.7
 """Points of a lot that tell how far to look; the share of them that this suffices; the share of rows worth keeping."""
 
 
 class Cells:
-    """A k-d tree (Bentley 1975): ``among`` ``[M, F]`` halved ``levels`` times, where it is widest."""
+    """A k-d tree (Bentley 1975): ``seen`` ``[S, F]`` halved ``levels`` times, where they are widest."""
 
-    def __init__(self, among: Tensor, levels: int) -> None:
+    def __init__(self, seen: Tensor, levels: int) -> None:
         self.levels = levels
         self._axis, self._at = torch.zeros(2**levels - 1, dtype=torch.int64), torch.zeros(2**levels - 1)
-        held = [among]
+        held = [seen]
         for node in range(2**levels - 1):
             mine = held[node]
             if len(mine):
@@ -59,7 +59,7 @@ class Around:
         beside = torch.maximum(points.amin(0) - among, among - points.amax(0)).clamp(min=0).square().sum(1)
         self._kept = (beside <= 1.001 * self._reach).nonzero().flatten()
         worth = everyone.k <= len(self._kept) < WORTH * len(among)
-        self._near = Neighbours(among[self._kept], everyone.k) if worth else None
+        self._near = Neighbours(among[self._kept], everyone.k, everyone.rooms) if worth else None
 
     def of(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """As `Neighbours.of`, of some of the points."""
@@ -73,18 +73,19 @@ class Around:
         return index, squared
 
 
-def lots(rows: Tensor, points_of: Callable[[Tensor], Tensor], among: Tensor) -> list[Tensor]:
-    """``rows`` ``[N]`` in lots of points that lie together as ``among`` ``[M, F]`` does; one lot, if they are few.
+def lots(rows: Tensor, points_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``rows`` ``[N]`` in lots of points that lie together; one lot, if they are few.
 
     ``points_of``: the points ``[B, F]`` of some of the rows.
     """
-    levels = int(np.log2(max(1, min(len(rows) // POINTS, len(among)))))
-    cells, cell = Cells(among, levels), torch.empty(len(rows), dtype=torch.int16)
+    levels = int(np.log2(max(1, len(rows) // POINTS)))
+    seen = rows[:: max(1, len(rows) // (SEEN << levels))]
+    cells, cell = Cells(points_of(seen), levels), torch.empty(len(rows), dtype=torch.int16)
 
     def sort(part: slice) -> None:
         cell[part] = cells.of(points_of(rows[part]))
 
-    in_blocks(len(rows), sort, LOT)
+    in_blocks(len(rows), sort, 1 << 16)
     order = torch.from_numpy(np.argsort(cell.numpy(), kind="stable"))
     by_cell = rows[order].split(torch.bincount(cell.long()).tolist())
     return [lot for mine in by_cell if len(mine) for lot in mine.split(LOT)]

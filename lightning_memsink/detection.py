@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from lightning_memsink.blocks import blocks, in_threads
+from lightning_memsink.blocks import in_threads
 from lightning_memsink.cells import Around, lots
 from lightning_memsink.neighbours import Neighbours, nearest
 from lightning_memsink.ridge import Ridge
@@ -171,7 +172,7 @@ class _Comparison:
         self.ridge = Ridge(own, controls.before, controls.after) if rule.method == "ridge" else None
         near = controls.after[fellow[:, : rule.k]].mean(1)
         self.null = (near if self.ridge is None else self.ridge.expected_of_controls) - controls.after
-        self.usual = self.null.abs()
+        self.losses, self.usual = torch.stack([controls.before, controls.after], 1), self.null.abs()
         self.null_score = self.null / (self.usual[fellow].mean(1) + self.usual.mean())
 
     def into(self, gap: Tensor, score: Tensor, matched: Tensor, samples: Samples, group: Tensor) -> None:
@@ -181,24 +182,24 @@ class _Comparison:
             static = _in_units(samples.features[rows], self.units)
             return torch.cat([static, samples.early[rows, None].nan_to_num()], 1)
 
-        def compare(lot: Tensor) -> None:
-            all_points = points_of(lot)
-            around = Around(self.near, self.own, all_points)
-            for part in blocks(len(lot)):
-                rows, points = lot[part], all_points[part]
-                index, squared = around.of(points)
-                near = index[:, : self.rule.k]
-                if self.ridge is None:
-                    before, after = self.controls.before[near].mean(1), self.controls.after[near].mean(1)
-                else:
-                    before, after = self.ridge.expected(points)
-                gap[rows] = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
-                score[rows] = gap[rows] / (self.usual[index].mean(1) + self.usual.mean())
-                # The early loss has no say in what is within reach: memorization that began before it moves it, and
-                # would leave a sample without fellows. But who is near with it is nearer without.
-                matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
+        def compare(rows: Tensor) -> None:
+            points = points_of(rows)
+            index, squared = Around(self.near, self.own, points).of(points)
+            near = index[:, : self.rule.k]
+            if self.ridge is None:
+                before, after = embedding_bag(near, self.losses, mode="mean").T
+            else:
+                before, after = self.ridge.expected(points)
+            own = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
+            gap[rows], score[rows] = (
+                own,
+                own / (embedding_bag(index, self.usual[:, None], mode="mean")[:, 0] + self.usual.mean()),
+            )
+            # The early loss has no say in what is within reach: memorization that began before it moves it, and would
+            # leave a sample without fellows. But who is near with it is nearer without.
+            matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
 
-        in_threads(lots(group, points_of, self.own), compare)
+        in_threads(lots(group, points_of), compare)
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class LossTable:
     early_loss bf16  at the first such visit at or after ``reference_step``
     early_step int32
     elements   bf16  tokens (or other loss elements) counted at the last visit
-    recent     bf16  ``[N, K]`` the last K losses, newest first
+    recent     bf16  ``[N, K]`` the last K losses, newest first; K is 0 unless asked for: nothing here reads them
     features   f16   ``[N, F]`` matching features, as of the last time they were described
     ========== ===== ============================================================================
 
@@ -114,10 +114,10 @@ class LossTable:
     each process as many, the repeats are visits like others. (Of held-out controls a repeat counts nothing.)
 
     Losses in nats (per token for token losses); NaN where none is known. With ids and the detector's columns a sample
-    takes 62 bytes; bf16 keeps three digits, enough for what is only compared in groups.
+    takes 58 bytes; bf16 keeps three digits, enough for what is only compared in groups.
     """
 
-    def __init__(self, depth: int = 2) -> None:
+    def __init__(self, depth: int = 0) -> None:
         self.index = IdIndex()
         self.reference_step: int | None = None
         """Step from which a visit counts as early; None until the controls were evaluated once."""
@@ -209,6 +209,8 @@ class LossTable:
         """Push each row's new losses in front of the remembered ones; ``rows`` sorted, oldest first in a row."""
         recent = self.recent
         depth = recent.shape[1]
+        if not depth:
+            return
         group = starts.cumsum(0) - 1
         sizes = torch.bincount(group)
         from_end = sizes.cumsum(0)[group] - 1 - torch.arange(len(rows))

@@ -73,7 +73,7 @@ def clustered(n, seed):
 @pytest.mark.parametrize("make", [clustered, lambda n, seed: torch.zeros(n, 4)])
 def test_looking_around_finds_what_looking_everywhere_finds(among, make):
     points, everyone = make(40_000, 2), Neighbours(among, 8)
-    sorted_rows = lots(torch.arange(40_000), lambda rows: points[rows], among)
+    sorted_rows = lots(torch.arange(40_000), lambda rows: points[rows])
     assert torch.equal(torch.cat(sorted_rows).sort().values, torch.arange(40_000))
     for lot in sorted_rows:
         index, squared = Around(everyone, among, points[lot]).of(points[lot])
@@ -87,11 +87,11 @@ def test_looking_around_finds_what_looking_everywhere_finds(among, make):
 def test_lots_lie_together_and_leave_most_controls_out():
     points, among = normal(200_000, 3), normal(2000, 3, seed=1)
     everyone, left = Neighbours(among, 8), []
-    for lot in lots(torch.arange(200_000), lambda rows: points[rows], among):
+    for lot in lots(torch.arange(200_000), lambda rows: points[rows]):
         around = Around(everyone, among, points[lot])
         left.append(len(lot) * len(around._kept))
     assert sum(left) < 0.3 * 200_000 * 2000
 
 
 def test_few_points_are_one_lot():
-    assert [len(lot) for lot in lots(torch.arange(100), lambda rows: normal(len(rows), 2), normal(50, 2))] == [100]
+    assert [len(lot) for lot in lots(torch.arange(100), lambda rows: normal(len(rows), 2))] == [100]

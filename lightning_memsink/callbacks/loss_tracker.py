@@ -41,7 +41,7 @@ class LossTracker(Callback):
             token sequences (or tensors) share one id, so that duplicates count as one sample seen often.
             ``key``: ``batch[key]``. ``auto``: the key if the batch has it, else the index, else the content.
         key: name of the user's own ids in the batch.
-        depth: recent losses remembered per sample.
+        depth: recent losses remembered per sample, for you to read in the ledger; 2 bytes each.
         features: ``features(batch) -> [B, F]``, what samples are matched on beside the early loss. For batches of
             tokens the default is n-gram likelihood and compressed size; for others there is none.
         controls: a loader of held-out samples, if the validation set is not the one to compare with.
@@ -59,7 +59,7 @@ class LossTracker(Callback):
         self,
         identity: Literal["auto", "index", "content", "key"] = "auto",
         key: str = "sample_id",
-        depth: int = 2,
+        depth: int = 0,
         features: Callable[[Any], Tensor] | None = None,
         controls: Iterable[Any] | None = None,
         control_fraction: float | None = None,

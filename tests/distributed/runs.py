@@ -110,7 +110,7 @@ class Asked(ExtractionProbe):
 
 
 WATCH: dict[str, Callable[[], Callback]] = {
-    "LossTracker": lambda: LossTracker(flush_every=1),
+    "LossTracker": lambda: LossTracker(flush_every=1, depth=2),
     "MemorizationDetector": lambda: MemorizationDetector(k=4),
     "SinkLocalizer": lambda: SinkLocalizer(every=2),
     "ExtractionProbe": Asked,
