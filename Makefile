@@ -35,7 +35,7 @@ bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) --editable '.[peers]'
 	$(VENV)/bin/pip uninstall --quiet --yes torchvision # BackPACK only names it, and its build need not fit torch's
 	$(VENV)/bin/python -m benchmarks.localization --seeds 3
-	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --figure docs/mitigation.png
+	$(VENV)/bin/python -m benchmarks.mitigation --seeds 3 --arms all --figure docs/mitigation.png
 	$(VENV)/bin/python -m benchmarks.findings --seeds 3
 	$(VENV)/bin/python -m benchmarks.faults --kills 20
 	$(VENV)/bin/python -m benchmarks.all

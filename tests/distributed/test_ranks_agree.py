@@ -44,6 +44,7 @@ def near(one: Any, other: Any, where: str = "") -> None:
     elif isinstance(one, Tensor):
         tight = one.dtype in (torch.float32, torch.float64)
         exact = not one.is_floating_point()
+        # Half-precision columns keep two or three digits: noise that tips a rounding moves the last of them by 2^-8.
         rtol, atol = (0, 0) if exact else (1e-5, 1e-6) if tight else (1e-2, 1e-2)
         assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True, msg=lambda said: f"{where}: {said}")
     else:
