@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
@@ -98,14 +99,20 @@ def own_units(ids: Tensor, pool: int, active: int, seed: int = 0) -> Tensor:
         return own_units(unique, pool, active, seed)[inverse]
     if not active or not len(ids):
         return torch.zeros(*ids.shape, pool, dtype=torch.bool, device=ids.device)
-    number = torch.arange(pool, device=ids.device)
-    owner = _mix_(ids.long() ^ _mix_(torch.full((), seed, dtype=torch.int64, device=ids.device) + 1))
-    rank = _mix_(owner[:, None] + _mix_(number + 1))
+    number, spread, start = _spread(pool, seed, ids.device)
+    rank = _mix_(_mix_(ids.long() ^ start)[:, None] + spread)
     low = (1 << pool.bit_length()) - 1
     rank &= ~low  # the unit's number in the low bits: no two ranks of a row are equal
     rank |= number
     last = rank.topk(active, -1, sorted=False).values.amin(-1, keepdim=True)
     return rank >= last
+
+
+@lru_cache(maxsize=32)
+def _spread(pool: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What `own_units` needs of its numbers alone, which are the same in every step: not to be written to."""
+    number = torch.arange(pool, device=device)
+    return number, _mix_(number + 1), _mix_(torch.full((), seed, dtype=torch.int64, device=device) + 1)
 
 
 def union_fraction(active_fraction: float, deleted: int) -> float:
