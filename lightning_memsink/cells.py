@@ -5,6 +5,7 @@ N  points      M  rows among which they have neighbours      F  features      k 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -26,9 +27,9 @@ class Cells:
     def __init__(self, seen: Tensor, levels: int) -> None:
         self.levels = levels
         self._axis, self._at = torch.zeros(2**levels - 1, dtype=torch.int64), torch.zeros(2**levels - 1)
-        held = [seen]
+        held = deque([seen])
         for node in range(2**levels - 1):
-            mine = held[node]
+            mine = held.popleft()
             if len(mine):
                 spread = mine.amax(0) - mine.amin(0)
                 self._axis[node] = axis = int(spread.argmax())
@@ -46,14 +47,14 @@ class Cells:
 
 
 class Around:
-    """The ``everyone.k`` nearest rows of ``among`` ``[M, F]``, for ``points`` ``[N, F]`` that lie together.
+    """What ``everyone`` finds, among its ``[M, F]`` rows, for ``points`` ``[N, F]`` that lie together.
 
     What is farther from the box around the points than some of them need to look is left out; whoever needs to look
     farther than that, is compared with everyone. So what is found is exact.
     """
 
-    def __init__(self, everyone: Neighbours, among: Tensor, points: Tensor) -> None:
-        self._everyone = everyone
+    def __init__(self, everyone: Neighbours, points: Tensor) -> None:
+        self._everyone, among = everyone, everyone.among
         some = everyone.of(points[:: -(-len(points) // ASKED)])[1][:, -1].sort().values
         self._reach = some[int(WITHIN * (len(some) - 1))]
         beside = torch.maximum(points.amin(0) - among, among - points.amax(0)).clamp(min=0).square().sum(1)

@@ -166,14 +166,15 @@ class _Comparison:
     def __init__(self, controls: Controls, moment: int, units: tuple[Tensor, Tensor], limit: float, rule: Rule) -> None:
         self.controls, self.units, self.limit, self.rule = controls, units, limit, rule
         static = _in_units(controls.features, units)
-        self.own = own = torch.cat([static, controls.early[moment, :, None].nan_to_num()], 1)
+        own = torch.cat([static, controls.early[moment, :, None].nan_to_num()], 1)
         fellow, _ = nearest(own, own, SPREAD * rule.k, fellows=True)
         self.near = Neighbours(own, SPREAD * rule.k)
         self.ridge = Ridge(own, controls.before, controls.after) if rule.method == "ridge" else None
         near = controls.after[fellow[:, : rule.k]].mean(1)
         self.null = (near if self.ridge is None else self.ridge.expected_of_controls) - controls.after
         self.losses, self.usual = torch.stack([controls.before, controls.after], 1), self.null.abs()
-        self.null_score = self.null / (self.usual[fellow].mean(1) + self.usual.mean())
+        self.anywhere = self.usual.mean()
+        self.null_score = self.null / (self.usual[fellow].mean(1) + self.anywhere)
 
     def into(self, gap: Tensor, score: Tensor, matched: Tensor, samples: Samples, group: Tensor) -> None:
         """Compares the samples in ``group`` and fills their rows of ``gap``, ``score`` and ``matched``."""
@@ -184,17 +185,15 @@ class _Comparison:
 
         def compare(rows: Tensor) -> None:
             points = points_of(rows)
-            index, squared = Around(self.near, self.own, points).of(points)
+            index, squared = Around(self.near, points).of(points)
             near = index[:, : self.rule.k]
             if self.ridge is None:
                 before, after = embedding_bag(near, self.losses, mode="mean").T
             else:
                 before, after = self.ridge.expected(points)
             own = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
-            gap[rows], score[rows] = (
-                own,
-                own / (embedding_bag(index, self.usual[:, None], mode="mean")[:, 0] + self.usual.mean()),
-            )
+            usual = embedding_bag(index, self.usual[:, None], mode="mean")[:, 0]
+            gap[rows], score[rows] = own, own / (usual + self.anywhere)
             # The early loss has no say in what is within reach: memorization that began before it moves it, and would
             # leave a sample without fellows. But who is near with it is nearer without.
             matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit

@@ -60,7 +60,7 @@ class Neighbours:
     """
 
     def __init__(self, among: Tensor, k: int, rooms: Rooms | None = None) -> None:
-        self.k = min(k, len(among))
+        self.k, self.among = min(k, len(among)), among
         self.rooms = rooms or Rooms(len(among))
         self._centre = among.mean(0)  # products of small numbers lose less
         centred = among - self._centre
@@ -68,9 +68,11 @@ class Neighbours:
 
     def of(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and squared distances ``[N, k]``, nearest first; the latter as exact as coordinates are."""
-        found = [self.of_block(points[part]) for part in blocks(len(points))]
-        index, squared = zip(*found, strict=True)
-        return torch.cat(index), torch.cat(squared)
+        index = torch.empty(len(points), self.k, dtype=torch.int64)
+        squared = torch.empty(len(points), self.k)
+        for part in blocks(len(points)):
+            index[part], squared[part] = self.of_block(points[part])
+        return index, squared
 
     def of_block(self, points: Tensor, own: slice | None = None) -> tuple[Tensor, Tensor]:
         """The same of up to ``ROWS`` points.
