@@ -164,10 +164,9 @@ def joined(measured: Sequence[Losses | None]) -> Losses | None:
 
 def visits_of(table: LossTable, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Exposures ``[B]``, with the visit that is not in ``table`` yet, and matching features ``[B, F]``."""
-    if not len(table):
-        return torch.ones(len(ids), dtype=torch.int32), torch.zeros(len(ids), 0)
     rows = table.index.find(ids)
-    return torch.where(rows < 0, 0, table.exposures[rows.clamp(min=0)]) + 1, table.features[rows].float()
+    features = table.features[rows].float() if len(table) else torch.zeros(len(ids), 0)
+    return table.exposures_at(rows) + 1, features
 
 
 def twins_of(features: Tensor, table: ControlTable) -> Tensor:
