@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import Dataset
 
 from benchmarks.memory import MEBIBYTE, forget_peak, resident, told_by_fork
-from benchmarks.overhead import SETTLING, Clock, run
+from benchmarks.overhead import SETTLING, Clock, ratio_of_blocks, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.twin_runs import Sequences, TextModel
 from benchmarks.workloads import VOCABULARY, Workload
@@ -78,8 +78,7 @@ class Cost:
 
     def ratio(self, way: str) -> float:
         """Median over blocks, each of which runs there and back."""
-        mine, plain = self.seconds[way], self.seconds[PLAIN]
-        return statistics.median(sum(mine[at : at + 2]) / sum(plain[at : at + 2]) for at in range(0, len(plain), 2))
+        return ratio_of_blocks(self.seconds[way], self.seconds[PLAIN])
 
     def added(self, way: str) -> float:
         """Seconds a step above plain."""

@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.overhead import SETTLING, Clock, run
+from benchmarks.overhead import SETTLING, Clock, noise_of_blocks, ratio_of_blocks, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.workloads import WORKLOADS, Workload, images
 from lightning_memsink.callbacks.goldfish import Goldfish
@@ -45,13 +45,13 @@ ACTED = 0.05
 
 @dataclass(frozen=True)
 class Way:
-    """A mitigation, made for a module that is about to train; ``bound`` of its time against the plain run.
+    """A mitigation, made for a module that is about to train, or none; ``bound`` of its time against the plain run.
 
     ``watchers``: as many of LossTracker and MemorizationDetector, in this order, as it reads from.
     """
 
     name: str
-    make: Callable[[LightningModule], Callback]
+    make: Callable[[LightningModule], Callback] | None
     watchers: int
     bound: float | None = None
     texts_only: bool = False
@@ -76,6 +76,7 @@ WAYS = (
     Way("Goldfish", lambda module: Goldfish(k=4), 0, texts_only=True),
 )
 PLAIN, WATCHED = "plain", "LossTracker and MemorizationDetector alone"
+BASES = (Way(PLAIN, None, 0), Way(WATCHED, None, 2))
 
 
 @dataclass
@@ -88,42 +89,37 @@ class Measured:
 
     def ratio(self, way: str) -> float:
         """To plain: the median over blocks, each of which runs there and back; NaN if the way does not apply."""
-        if way not in self.seconds:
-            return nan
-        mine, plain = self.seconds[way], self.seconds[PLAIN]
-        return statistics.median(sum(mine[at : at + 2]) / sum(plain[at : at + 2]) for at in range(0, len(plain), 2))
+        return ratio_of_blocks(self.seconds[way], self.seconds[PLAIN]) if way in self.seconds else nan
 
     def noise(self) -> float:
-        """What a ratio of two fits can be off by: the median over blocks of the first plain fit by the last."""
-        plain = self.seconds[PLAIN]
-        return statistics.median(first / last for first, last in zip(plain[::2], plain[1::2], strict=True))
+        """What a ratio of two fits can be off by."""
+        return noise_of_blocks(self.seconds[PLAIN])
 
 
 def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Measured:
     """A block a seed: all ways in a row, then in reverse; so a drift of the machine hits all alike."""
     fitting = [way for way in ways if not (way.texts_only and is_of_images(workload))]
-    turns: list[Way | str] = [PLAIN, WATCHED, *fitting]
+    turns = [*BASES, *fitting]
     found = Measured(workload.name)
     for turn in turns:  # imports and the first allocations
         timed(replace(workload, steps=2 * SETTLING), seeds[0], turn)
     for seed in seeds:
         for turn in (*turns, *reversed(turns)):
             seconds, acted = timed(workload, seed, turn)
-            name = turn if isinstance(turn, str) else turn.name
-            found.seconds.setdefault(name, []).append(seconds)
-            found.acted[name] = acted
+            found.seconds.setdefault(turn.name, []).append(seconds)
+            found.acted[turn.name] = acted
     return found
 
 
-def timed(workload: Workload, seed: int, turn: Way | str) -> tuple[float, float]:
+def timed(workload: Workload, seed: int, way: Way) -> tuple[float, float]:
     """Seconds per step, and the share of visits acted on."""
     seed_everything(seed, verbose=False)
     module, clock = workload.module(), Clock()
     watching: list[Any] = [LossTracker(features=brightness if is_of_images(workload) else None), MemorizationDetector()]
     # The clock first, so that what the others do at the end of training, once, is not in the time of a step.
-    callbacks = [clock, *watching[: 2 * (turn == WATCHED) if isinstance(turn, str) else turn.watchers]]
-    if isinstance(turn, Way):
-        callbacks.append(turn.make(module))
+    callbacks = [clock, *watching[: way.watchers]]
+    if way.make is not None:
+        callbacks.append(way.make(module))
     trainer = run(module, workload, seed, callbacks, samples=SAMPLES, evaluations=EVALUATIONS, gradient_clip_val=CLIP)
     acted = [each.total("acted") / max(1.0, each.total("visits")) for each in Ledger.of(trainer).actions.values()]
     return clock.seconds, acted[0] if acted else nan

@@ -56,14 +56,22 @@ class Comparison:
     @property
     def ratio(self) -> float:
         """Median over blocks, in each of which two watched fits lie between two plain ones."""
-        plain, watched = self.plain, self.watched
-        blocks = [sum(watched[at : at + 2]) / sum(plain[at : at + 2]) for at in range(0, len(plain), 2)]
-        return statistics.median(blocks)
+        return ratio_of_blocks(self.watched, self.plain)
 
     @property
     def noise(self) -> float:
-        """What a ratio of two fits can be off by: the median over blocks of the first plain fit by the last."""
-        return statistics.median(first / last for first, last in zip(self.plain[::2], self.plain[1::2], strict=True))
+        """What a ratio of two fits can be off by."""
+        return noise_of_blocks(self.plain)
+
+
+def ratio_of_blocks(seconds: Sequence[float], plain: Sequence[float]) -> float:
+    """The median over blocks, each of two fits of either way, there and back."""
+    return statistics.median(sum(seconds[at : at + 2]) / sum(plain[at : at + 2]) for at in range(0, len(plain), 2))
+
+
+def noise_of_blocks(plain: Sequence[float]) -> float:
+    """What a ratio of two fits can be off by: the median over blocks of the first plain fit by the last."""
+    return statistics.median(first / last for first, last in zip(plain[::2], plain[1::2], strict=True))
 
 
 def compare(workload: Workload, seeds: Sequence[int]) -> Comparison:
