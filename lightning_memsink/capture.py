@@ -6,7 +6,7 @@ code, validation) the loss functions are watched as they are called. What `per_s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.loss_graph import find_loss_calls, names_near
+from lightning_memsink.loss_graph import LossNodes, awaiting_upstream, find_loss_nodes, names_near
 from lightning_memsink.losses import (
     IDS_KEY,
     LOSSES_KEY,
@@ -51,11 +51,18 @@ class StepCapture:
         module_name: the user's class, for messages.
         automatic: whether Lightning runs the optimizer. Then a second backward in a step is a closure run again
             (L-BFGS) and does not count; otherwise the losses of all backwards are added.
+        search: how loss calls are found; others may ask of the same loss.
     """
 
-    def __init__(self, module_name: str = "LightningModule", automatic: bool = True) -> None:
+    def __init__(
+        self,
+        module_name: str = "LightningModule",
+        automatic: bool = True,
+        search: Callable[[Tensor], LossNodes] = find_loss_nodes,
+    ) -> None:
         self.module_name = module_name
         self.automatic = automatic
+        self.search = search
         self.terms: tuple[Term, ...] = ()  # of the last captured step, without its samples
         self._backwards: list[_Backward] = []
         self._watch = LossWatch()
@@ -74,7 +81,7 @@ class StepCapture:
         if self.automatic and self._backwards:
             return
         try:
-            calls = find_loss_calls(loss)
+            calls = awaiting_upstream(self.search(loss))
             names = [] if calls else names_near(loss)
         except UNREADABLE as error:
             calls, names = [], [f"a graph whose reading ended in {type(error).__name__}: {error}"]

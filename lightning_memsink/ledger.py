@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 from weakref import WeakKeyDictionary
 
+from lightning_memsink.loss_graph import LossNodes, find_loss_nodes
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
@@ -64,6 +66,17 @@ class BatchInHand:
 
     ids: Tensor | None = None
     """``[B]`` int64; None where nobody can tell whose it is."""
+    _searched: tuple[Tensor, LossNodes] | None = None
+
+    def loss_nodes(self, loss: Tensor) -> LossNodes:
+        """What `find_loss_nodes` says of ``loss``, before its backward; looked for once, whoever asks."""
+        if self._searched is None or self._searched[0] is not loss:
+            self._searched = loss, find_loss_nodes(loss)
+        return self._searched[1]
+
+    def forget_loss(self) -> None:
+        """Its graph holds memory, and is not needed after the step."""
+        self._searched = None
 
 
 class Ledger:

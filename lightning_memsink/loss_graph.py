@@ -6,7 +6,7 @@ A pre-hook on each call's node then tells, in the user's own backward, the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink.losses import LOSSES_KEY, LossCall, Rows, target_buffer
+
+LossNodes = Sequence[tuple[Any, LossCall]]
+"""Loss calls, each with its node of the graph."""
 
 MOST_NODES = 4096
 DEEPEST = 16  # nodes between a loss call and the tensor whose sizes tell its samples
@@ -69,13 +72,17 @@ def find_loss_calls(loss: Tensor) -> list[LossCall]:
     Their ``upstream`` is filled in by the backward that must follow. None is found in compiled code, in a custom
     autograd function, or where reading would recompute a checkpointed forward.
     """
-    found = find_loss_nodes(loss)
+    return awaiting_upstream(find_loss_nodes(loss))
+
+
+def awaiting_upstream(found: LossNodes) -> list[LossCall]:
+    """The calls, hooked: the backward that must follow fills in their ``upstream``."""
     for node, call in found:
         node.register_prehook(note_upstream(node, call))
     return [call for _, call in found]
 
 
-def find_loss_nodes(loss: Tensor) -> list[tuple[Any, LossCall]]:
+def find_loss_nodes(loss: Tensor) -> LossNodes:
     """The same, each with its node of the graph, and nothing hooked: ``upstream`` stays empty."""
     root = loss.grad_fn
     try:

@@ -9,7 +9,7 @@ forward, the loss and its denominators stay as they were. Under a mean the rest 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memsink.loss_graph import (
     LOG_SOFTMAX,
     NEGATIVE_LIKELIHOOD,
+    LossNodes,
     find_loss_nodes,
     is_report,
     names_near,
@@ -64,19 +65,21 @@ class OpenLoss:
         loss: as it will be differentiated, scaled as it may be.
         batch_size: B.
         loss_scale: what accumulation and gradient scaling multiplied the loss with.
+        found: what `find_loss_nodes` says of this loss, where it was asked before.
 
     Raises:
         Unweighable: no loss call is found (compiled code, custom autograd functions), or none has a sample axis.
     """
 
-    def __init__(self, loss: Tensor, batch_size: int, loss_scale: float = 1.0) -> None:
+    def __init__(self, loss: Tensor, batch_size: int, loss_scale: float = 1.0, found: LossNodes | None = None) -> None:
         self.batch_size, self.loss_scale = batch_size, loss_scale
-        found = find_loss_nodes(loss)
+        found = find_loss_nodes(loss) if found is None else found
         if not found:
             raise Unweighable(
                 f"the loss comes from {', '.join(names_near(loss)) or 'no graph'}, where the part of a sample can't be "
                 "told. End training_step with `return per_sample(losses, ids)`"
             )
+        found = [(node, replace(call)) for node, call in found]  # who found them waits for another upstream than we
         _note_upstreams(loss, found)
         self.calls: list[OpenCall] = []
         lost = ""
@@ -112,6 +115,9 @@ class OpenLoss:
 
     def shares(self) -> Tensor:
         """``[B]`` each sample's part of the loss's coefficients, adding up to 1: ``1/B`` each under a batch mean."""
+        if len(self._terms) == 1:
+            weights = self._terms[0].weights.abs()
+            return weights / weights.sum()
         absent = torch.stack([term.weights == 0 for term in self._terms])  # a mean over nothing has no scale
         weights = torch.stack([term.weights * term.scale for term in self._terms]).masked_fill(absent, 0).abs().sum(0)
         return weights / weights.sum()
@@ -134,7 +140,7 @@ class OpenLoss:
         self._handles.clear()
 
 
-def _note_upstreams(loss: Tensor, found: Sequence[tuple[Any, LossCall]]) -> None:
+def _note_upstreams(loss: Tensor, found: LossNodes) -> None:
     """Fills in ``upstream`` as the backward would, by a walk from ``loss`` down to the calls and no further."""
     if len(found) == 1 and (is_report(found[0][0]) or getattr(found[0][0], "_saved_reduction", False)):
         found[0][1].upstream = torch.ones((), device=loss.device)  # one number for all elements cancels

@@ -44,14 +44,14 @@ class IdIndex:
 
     def find(self, ids: Tensor) -> Tensor:
         """Rows ``[V]`` int64 of ``ids`` ``[V]``; -1 for an unknown id."""
-        rows = torch.full(ids.shape, -1, dtype=torch.int64)
-        for known, at in self._runs:
+        if not self._runs:
+            return torch.full(ids.shape, -1, dtype=torch.int64)
+        rows = _rows_in(*self._runs[0], ids)  # which is most of them
+        for run in self._runs[1:]:
             missing = (rows < 0).nonzero().flatten()
             if not len(missing):
                 break
-            wanted = ids[missing]
-            place = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
-            rows[missing] = torch.where(known[place] == wanted, at[place].long(), -1)
+            rows[missing] = _rows_in(*run, ids[missing])
         return rows
 
     def intern(self, ids: Tensor) -> Tensor:
@@ -79,6 +79,12 @@ class IdIndex:
         while self._runs and len(self._runs[-1][0]) < 2 * len(ids):
             ids, rows = _merge(*self._runs.pop(), ids, rows)
         self._runs.append((ids, rows))
+
+
+def _rows_in(known: Tensor, at: Tensor, ids: Tensor) -> Tensor:
+    """Rows ``[V]`` int64 of ``ids`` ``[V]`` in one sorted run; -1 for those that are not in it."""
+    place = torch.searchsorted(known, ids).clamp_(max=len(known) - 1)
+    return torch.where(known[place] == ids, at[place], -1).long()
 
 
 def _merge(ids: Tensor, rows: Tensor, more_ids: Tensor, more_rows: Tensor) -> tuple[Tensor, Tensor]:

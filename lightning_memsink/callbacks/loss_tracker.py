@@ -87,7 +87,8 @@ class LossTracker(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_support(trainer.strategy, "LossTracker")
-            self.capture = StepCapture(type(pl_module).__name__, pl_module.automatic_optimization)
+            name, automatic = type(pl_module).__name__, pl_module.automatic_optimization
+            self.capture = StepCapture(name, automatic, search=self.batch.loss_nodes)
             self.control_capture = EvaluationCapture(self.capture)
             self.probe.attach(trainer)
             self.sample_ids.attach(trainer)
@@ -116,6 +117,7 @@ class LossTracker(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         found, self._current = self._current, None
+        self.batch.forget_loss()
         if found is not None:
             ids, tokens, features = found
             ids = reported_ids(outputs, ids)
@@ -294,4 +296,5 @@ class LossTracker(Callback):
         self.probe.detach()
         self.capture.abandon()
         self.control_capture.abandon()
+        self.batch.forget_loss()
         self._current = None

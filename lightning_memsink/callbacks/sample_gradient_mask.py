@@ -137,11 +137,12 @@ class SampleGradientMask(Callback):
             self._latch(self._ledger)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        ids, self._backwards = Ledger.of(trainer).batch.ids, self._backwards + 1
+        batch, self._backwards = Ledger.of(trainer).batch, self._backwards + 1
+        ids = batch.ids
         if ids is None or not len(ids) or self.mode == "route":
             return
         try:
-            self._open = OpenLoss(loss, len(ids), loss_scale(trainer))
+            self._open = OpenLoss(loss, len(ids), loss_scale(trainer), batch.loss_nodes(loss))
             if self._decision is None or not pl_module.automatic_optimization:  # else a closure that is run again
                 ids = ids if self._open.ids is None else self._open.ids.cpu()
                 self._decision = self._decide(Ledger.of(trainer), self._open, ids)
