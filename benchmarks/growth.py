@@ -1,8 +1,8 @@
 """How the cost of watching grows: with the batch, the sequence, the width, the depth and the data set.
 
-One GPT is stretched along one axis at a time. Each fit is a process of its own, forked from one that has warmed up, so
-that time and memory are those of that fit. Time is processor time per training step, validations and the detector's
-evaluations within; memory is what was resident at most above what was before the fit.
+One GPT is stretched along one axis at a time. Time is processor time of a training step, a validation and an evaluation
+by the detector within; fits take their steps in turn. Memory is what was resident at most above what was before the
+fit, in a process of its own that was forked from one that has warmed up.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import seed_everything
 from rich.table import Table
 from torch.utils.data import Dataset
 
+from benchmarks.interleaving import SETTLING, Turn, in_turns, ratio, typical
 from benchmarks.memory import MEBIBYTE, forget_peak, resident, told_by_fork
-from benchmarks.overhead import SETTLING, Clock, ratio_of_blocks, run
+from benchmarks.overhead import PLAIN, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.twin_runs import Sequences, TextModel
 from benchmarks.workloads import VOCABULARY, Workload
@@ -39,7 +40,7 @@ AXES: Mapping[str, tuple[int, ...]] = {
     "samples": (512, 4096, 262144),
 }
 """The middle one is where the axes cross."""
-PLAIN = "plain"
+EVALUATIONS = 1
 WAYS: Mapping[str, Mapping[str, Any]] = {
     PLAIN: {},
     "default set": {},
@@ -47,6 +48,9 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "and norms, every 8th step": {"localize": True},
     "units and norms, every step": {"localize": True, "every": 1},
 }
+
+
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True)
@@ -71,57 +75,62 @@ def texts(length: int, samples: int, seed: int) -> Dataset[Any]:
 
 @dataclass
 class Cost:
-    """By way, of each fit: ``seconds`` a step and ``memory`` in MiB."""
+    """By way, of each fit: ``seconds`` of its steps and ``memory`` in MiB."""
 
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    memory: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, way: str) -> float:
-        """Median over blocks, each of which runs there and back."""
-        return ratio_of_blocks(self.seconds[way], self.seconds[PLAIN])
+        return ratio(self.seconds[way], self.seconds[PLAIN])
 
     def added(self, way: str) -> float:
         """Seconds a step above plain."""
-        return (self.ratio(way) - 1) * statistics.median(self.seconds[PLAIN])
+        return typical(self.seconds[way]) - typical(self.seconds[PLAIN])
 
     def extra_memory(self, way: str) -> float:
         """MiB above plain."""
-        return statistics.median(self.memory[way]) - statistics.median(self.memory[PLAIN])
+        return self.memory[way] - self.memory[PLAIN]
 
 
 def measure(point: Point, seeds: Sequence[int], steps: int) -> Cost:
-    """A block a seed: all ways in a row, then in reverse."""
-    cost = Cost()
+    """Each way alone, for its memory; then, for each seed, all of them in turns."""
+    cost = Cost(memory={way: in_a_fork(partial(memory_of, point, seeds[0], steps, way)) for way in WAYS})
     for seed in seeds:
-        for way in (*WAYS, *reversed(WAYS)):
-            seconds, memory = in_a_fork(partial(timed, point, seed, steps, way))
+        for way, seconds in in_a_fork(partial(times_of, point, seed, steps)).items():
             cost.seconds.setdefault(way, []).append(seconds)
-            cost.memory.setdefault(way, []).append(memory)
     return cost
 
 
-def timed(point: Point, seed: int, steps: int, way: str) -> tuple[float, float]:
-    """Seconds a step, and MiB at most above what was resident before."""
+def memory_of(point: Point, seed: int, steps: int, way: str) -> float:
+    """MiB at most above what was resident before."""
     before = resident()
     forget_peak()
+    fit(point, seed, steps, way, Turn())
+    return (resident("VmHWM") - before) / MEBIBYTE
+
+
+def times_of(point: Point, seed: int, steps: int) -> dict[str, list[float]]:
+    """By way, seconds of each step."""
+    return in_turns({way: partial(fit, point, seed, steps, way) for way in WAYS}, seed)
+
+
+def fit(point: Point, seed: int, steps: int, way: str, turn: Turn) -> None:
     seed_everything(seed, verbose=False)
-    workload, clock = point.workload(steps), Clock()
+    workload = point.workload(steps)
     watching = [] if way == PLAIN else memsink(path=None, identity="index", **WAYS[way])
-    run(workload.module(), workload, seed, [clock, *watching], samples=point.samples)
-    return clock.seconds, (resident("VmHWM") - before) / MEBIBYTE
+    run(workload.module(), workload, seed, [turn, *watching], samples=point.samples, evaluations=EVALUATIONS)
 
 
-def in_a_fork(work: partial[tuple[float, float]]) -> tuple[float, float]:
+def in_a_fork(work: partial[Told]) -> Told:
     """What ``work`` returns in a copy of this process.
 
     Raises:
         RuntimeError: it did not end well.
     """
-    told = told_by_fork(work)
+    told: Told | None = told_by_fork(work)
     if told is None:
-        raise RuntimeError(f"A fit failed: {work.args}. Run benchmarks.growth.timed on it to see why.")
-    seconds, memory = told
-    return seconds, memory
+        raise RuntimeError(f"A fit failed: {work.args}. Run benchmarks.growth.fit on it to see why.")
+    return told
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -149,7 +158,7 @@ def report(costs: Costs, seeds: Sequence[int]) -> Report:
         added = ([each.added(way) for each in found.values()] for found in costs.values())
         grown = [slope([*found], values) for found, values in zip(costs.values(), added, strict=True)]
         slopes.add_row(way, *("within noise" if each != each else f"{each:.2f}" for each in grown))
-    ratios = {way: _typical(costs, way) for way in [*WAYS][1:]}
+    ratios = {way: _median(costs, way) for way in [*WAYS][1:]}
     criteria = [
         Criterion("default set, time per step against plain, median of points", ratios["default set"], "<=", RATIO)
     ]
@@ -162,32 +171,32 @@ def _table(axis: str, found: Mapping[int, Cost]) -> Table:
     title = f"{axis}: time of a step against plain, and MiB above it"
     table = Table(axis, "plain, ms", "MiB", *[*WAYS][1:], title=title)
     for size, cost in found.items():
-        plain = (1000 * statistics.median(cost.seconds[PLAIN]), statistics.median(cost.memory[PLAIN]))
+        plain = (1000 * typical(cost.seconds[PLAIN]), cost.memory[PLAIN])
         ways = (f"{cost.ratio(way):.3f}  {cost.extra_memory(way):+.0f}" for way in [*WAYS][1:])
         table.add_row(f"{size:,}", f"{plain[0]:.1f}", f"{plain[1]:.0f}", *ways)
     return table
 
 
 def _plain(found: Mapping[int, Cost]) -> list[float]:
-    return [statistics.median(cost.seconds[PLAIN]) for cost in found.values()]
+    return [typical(cost.seconds[PLAIN]) for cost in found.values()]
 
 
 def _ratios(found: Mapping[int, Cost]) -> dict[str, dict[str, float]]:
     return {str(size): {way: cost.ratio(way) for way in [*WAYS][1:]} for size, cost in found.items()}
 
 
-def _typical(costs: Costs, way: str) -> float:
+def _median(costs: Costs, way: str) -> float:
     return statistics.median(cost.ratio(way) for found in costs.values() for cost in found.values())
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("growth", "How the cost of watching grows.", seeds=1)
+    parser = arguments("growth", "How the cost of watching grows.", seeds=3)
     options = parser.parse_args(arguments_given)
-    seeds, steps = fresh_seeds(options), 20 if options.quick else 40
+    seeds, steps = fresh_seeds(options), 20 if options.quick else 30
     settle_down()
     with redirect_stdout(io.StringIO()):  # the reports' own words would bury the tables
         for way in WAYS:  # imports and the first allocations
-            timed(Point(samples=512), seeds[0], 2 * SETTLING, way)
+            fit(Point(samples=512), seeds[0], 2 * SETTLING, way, Turn())
     costs: dict[str, dict[int, Cost]] = {}
     measured: dict[Point, Cost] = {}
     for axis, sizes in AXES.items():

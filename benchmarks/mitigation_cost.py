@@ -1,4 +1,4 @@
-"""What each mitigation adds to a training step: whole fits in turns, plain, and with each of them.
+"""What each mitigation adds to a training step: whole fits, plain and with each of them, a step of each in turn.
 
 A mitigation runs with those callbacks that it needs and no others: their time is part of its price. Time is processor
 time of a whole step, hooks of all callbacks within, clipping and AdamW too; validations lie within. Every mitigation
@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -20,7 +21,8 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.overhead import SETTLING, Clock, noise_of_blocks, ratio_of_blocks, run
+from benchmarks.interleaving import SETTLING, Turn, in_turns, ratio, typical
+from benchmarks.overhead import AGAIN, PLAIN, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.workloads import WORKLOADS, Workload, images
 from lightning_memsink.callbacks.goldfish import Goldfish
@@ -75,54 +77,47 @@ WAYS = (
     Way("SinkDropout", lambda module: SinkDropout(who="all", sinks=some_sinks(module)), 0),
     Way("Goldfish", lambda module: Goldfish(k=4), 0, texts_only=True),
 )
-PLAIN, WATCHED = "plain", "LossTracker and MemorizationDetector alone"
-BASES = (Way(PLAIN, None, 0), Way(WATCHED, None, 2))
+WATCHED = "LossTracker and MemorizationDetector alone"
+BASES = (Way(PLAIN, None, 0), Way(AGAIN, None, 0), Way(WATCHED, None, 2))
 
 
 @dataclass
 class Measured:
-    """One workload: by way, seconds per step of its fits, two a block; and the share of visits it acted on."""
+    """One workload: by way, seconds of each step of its fits, one a seed; and the share of visits it acted on."""
 
     name: str
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     acted: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, way: str) -> float:
-        """To plain: the median over blocks, each of which runs there and back; NaN if the way does not apply."""
-        return ratio_of_blocks(self.seconds[way], self.seconds[PLAIN]) if way in self.seconds else nan
-
-    def noise(self) -> float:
-        """What a ratio of two fits can be off by."""
-        return noise_of_blocks(self.seconds[PLAIN])
+        """To plain; NaN if the way does not apply."""
+        return ratio(self.seconds[way], self.seconds[PLAIN]) if way in self.seconds else nan
 
 
 def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Measured:
-    """A block a seed: all ways in a row, then in reverse; so a drift of the machine hits all alike."""
-    fitting = [way for way in ways if not (way.texts_only and is_of_images(workload))]
-    turns = [*BASES, *fitting]
+    """For each seed, a fit of every way, in turns."""
+    fitting = [*BASES, *(way for way in ways if not (way.texts_only and is_of_images(workload)))]
     found = Measured(workload.name)
-    for turn in turns:  # imports and the first allocations
-        timed(replace(workload, steps=2 * SETTLING), seeds[0], turn)
+    for way in fitting:  # imports and the first allocations
+        fit(replace(workload, steps=2 * SETTLING), seeds[0], way, {}, Turn())
     for seed in seeds:
-        for turn in (*turns, *reversed(turns)):
-            seconds, acted = timed(workload, seed, turn)
-            found.seconds.setdefault(turn.name, []).append(seconds)
-            found.acted[turn.name] = acted
+        fits = {way.name: partial(fit, workload, seed, way, found.acted) for way in fitting}
+        for name, seconds in in_turns(fits, seed).items():
+            found.seconds.setdefault(name, []).append(seconds)
     return found
 
 
-def timed(workload: Workload, seed: int, way: Way) -> tuple[float, float]:
-    """Seconds per step, and the share of visits acted on."""
+def fit(workload: Workload, seed: int, way: Way, acted: dict[str, float], turn: Turn) -> None:
+    """Adds to ``acted`` the share of visits that the way acted on, if it is one that acts."""
     seed_everything(seed, verbose=False)
-    module, clock = workload.module(), Clock()
+    module = workload.module()
     watching: list[Any] = [LossTracker(features=brightness if is_of_images(workload) else None), MemorizationDetector()]
-    # The clock first, so that what the others do at the end of training, once, is not in the time of a step.
-    callbacks = [clock, *watching[: way.watchers]]
+    callbacks = [turn, *watching[: way.watchers]]
     if way.make is not None:
         callbacks.append(way.make(module))
     trainer = run(module, workload, seed, callbacks, samples=SAMPLES, evaluations=EVALUATIONS, gradient_clip_val=CLIP)
-    acted = [each.total("acted") / max(1.0, each.total("visits")) for each in Ledger.of(trainer).actions.values()]
-    return clock.seconds, acted[0] if acted else nan
+    for actions in Ledger.of(trainer).actions.values():
+        acted[way.name] = actions.total("acted") / max(1.0, actions.total("visits"))
 
 
 def is_of_images(workload: Workload) -> bool:
@@ -137,13 +132,12 @@ def brightness(batch: tuple[Tensor, Tensor]) -> Tensor:
 def report(found: Sequence[Measured], seeds: Sequence[int], ways: Sequence[Way]) -> Report:
     workloads = [each.name for each in found]
     times, acted = (Table("", *workloads, title=title) for title in TITLES)
-    for name in (WATCHED, *(way.name for way in ways)):
+    for name in (AGAIN, WATCHED, *(way.name for way in ways)):
         times.add_row(name, *(_cell(each.ratio(name)) for each in found))
-    times.add_row("plain against plain", *(_cell(each.noise()) for each in found))
-    times.add_row("plain, ms a step", *(f"{1000 * statistics.median(each.seconds[PLAIN]):.2f}" for each in found))
+    times.add_row("plain, ms a step", *(f"{1000 * typical(each.seconds[PLAIN]):.2f}" for each in found))
     for way in ways:
         acted.add_row(way.name, *(_cell(each.acted.get(way.name, nan)) for each in found))
-    typical = {way.name: _typical([each.ratio(way.name) for each in found]) for way in ways}
+    typical = {way.name: _median([each.ratio(way.name) for each in found]) for way in ways}
     criteria = [
         Criterion(f"{way.name}, time per step against plain, median of workloads", typical[way.name], "<=", way.bound)
         for way in ways
@@ -167,7 +161,7 @@ def _ratios(measured: Measured, ways: Sequence[Way]) -> dict[str, float]:
     return {way.name: measured.ratio(way.name) for way in ways if way.name in measured.seconds}
 
 
-def _typical(ratios: Sequence[float]) -> float:
+def _median(ratios: Sequence[float]) -> float:
     return statistics.median(ratio for ratio in ratios if ratio == ratio)
 
 

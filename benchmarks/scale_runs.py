@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import io
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from benchmarks.interleaving import SETTLING, Turn
 from benchmarks.memory import forget_peak, resident
-from benchmarks.overhead import SETTLING, Clock
 from benchmarks.workloads import CONTEXT, VOCABULARY, WORKLOADS
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
@@ -233,11 +234,11 @@ def measure_steps(sizes: tuple[int, ...], rounds: int, steps: int) -> Stepped:
 
 def _fit(tracker: LossTracker | None, samples: int, steps: int, seed: int) -> float:
     seed_everything(seed, verbose=False)
-    clock, data = Clock(), Texts(samples)
+    turn, data = Turn(), Texts(samples)
     sampler = RandomSampler(data, replacement=True, num_samples=steps * BATCH)
-    trainer = _trainer([clock, *([] if tracker is None else [tracker])], steps)
+    trainer = _trainer([turn, *([] if tracker is None else [tracker])], steps)
     trainer.fit(_module(), DataLoader(data, BATCH, sampler=sampler))
-    return clock.seconds
+    return statistics.fmean(turn.seconds[SETTLING:])
 
 
 def _module() -> LightningModule:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,13 +102,18 @@ def _own(buckets: Tensor, mask: Tensor) -> Tensor:
     """``[B, T]`` how often each bucket occurs in its own row, where the mask holds; elsewhere 1."""
     if not buckets.numel():
         return buckets.float()
-    apart = -1 - torch.arange(buckets.shape[1])  # what is masked equals nothing
-    ordered, place = torch.where(mask, buckets, apart).sort(1)
-    starts = torch.ones_like(ordered)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    group = starts.cumsum(1) - 1
-    counts = torch.zeros_like(ordered).scatter_add(1, group, torch.ones_like(ordered))
-    return torch.empty_like(ordered).scatter(1, place, counts.gather(1, group)).float()
+    places = np.arange(buckets.numel()).reshape(buckets.shape)
+    bits = buckets.numel().bit_length()
+    apart = np.where(mask.numpy(), buckets.numpy(), -1 - places)  # what is masked equals nothing
+    keys = (apart << bits) | places  # sorted as one number, several times as fast as with an order beside it
+    keys.sort(1)
+    ordered = keys >> bits
+    starts = np.ones(keys.shape, dtype=bool)
+    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=starts[:, 1:])
+    lengths = np.diff(np.flatnonzero(starts), append=keys.size)
+    own = np.empty(keys.size, dtype=np.float32)
+    own[(keys & ((1 << bits) - 1)).ravel()] = lengths.repeat(lengths)
+    return torch.from_numpy(own).view(buckets.shape)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_memsink.blocks import blocks
 from lightning_memsink.loss_graph import gather_likelihood
 from lightning_memsink.losses import LossCall, Rows, target_buffer
 
@@ -29,14 +30,26 @@ def _cross_entropy(
 ) -> Record:
     if input.ndim == 1:
         input, target = input[None], target[None]
-    logits = input.detach().float()
     if label_smoothing == 0.0 and not target.is_floating_point():
-        return _nll_loss(functional.log_softmax(logits, 1), target, weight, None, ignore_index, None, reduction)
+        losses, weights = _likelihood(input.detach(), target, weight, ignore_index)
+        return "cross_entropy", input.shape[1], losses, weights, weights.sum() if reduction == "mean" else 1.0
     losses = functional.cross_entropy(
-        logits, target.detach(), weight, None, ignore_index, None, "none", label_smoothing
+        input.detach().float(), target.detach(), weight, None, ignore_index, None, "none", label_smoothing
     )
     counted = torch.ones_like(losses) if target.is_floating_point() else (target != ignore_index).float()
     return "cross_entropy", input.shape[1], losses, counted, counted.sum() if reduction == "mean" else 1.0
+
+
+def _likelihood(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Losses and weights, some rows at a time: a second tensor as large as the logits would be dear in memory, and by
+    that in time."""
+    whole = [slice(None)]
+    parts = whole if torch.compiler.is_compiling() else blocks(len(logits)) or whole
+    found = [
+        gather_likelihood(functional.log_softmax(logits[part].float(), 1), target[part], weight, ignore_index)
+        for part in parts
+    ]
+    return torch.cat([losses for losses, _ in found]), torch.cat([weights for _, weights in found])
 
 
 def _nll_loss(
