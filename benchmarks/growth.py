@@ -162,7 +162,7 @@ def report(costs: Costs, seeds: Sequence[int]) -> Report:
     criteria = [
         Criterion("default set, time per step against plain, median of points", ratios["default set"], "<=", RATIO)
     ]
-    figure = "growth: " + ", ".join(f"{way} {ratio:.3f}x" for way, ratio in ratios.items())
+    figure = "growth: " + ", ".join(f"{way} {factor:.3f}x" for way, factor in ratios.items())
     settings = {"seeds": list(seeds), "ratios": {axis: _ratios(found) for axis, found in costs.items()}}
     return Report("growth", [*tables, slopes], criteria, figure, settings)
 

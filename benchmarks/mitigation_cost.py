@@ -137,15 +137,15 @@ def report(found: Sequence[Measured], seeds: Sequence[int], ways: Sequence[Way])
     times.add_row("plain, ms a step", *(f"{1000 * typical(each.seconds[PLAIN]):.2f}" for each in found))
     for way in ways:
         acted.add_row(way.name, *(_cell(each.acted.get(way.name, nan)) for each in found))
-    typical = {way.name: _median([each.ratio(way.name) for each in found]) for way in ways}
+    usual = {way.name: _median([each.ratio(way.name) for each in found]) for way in ways}
     criteria = [
-        Criterion(f"{way.name}, time per step against plain, median of workloads", typical[way.name], "<=", way.bound)
+        Criterion(f"{way.name}, time per step against plain, median of workloads", usual[way.name], "<=", way.bound)
         for way in ways
         if way.bound is not None
     ]
     least = min(each.acted.get(way.name, 1.0) for each in found for way in ways)
     criteria.append(Criterion("share of visits acted on, least of all ways and workloads", least, ">=", ACTED))
-    figure = "mitigation against plain: " + ", ".join(f"{name} {ratio:.3f}x" for name, ratio in typical.items())
+    figure = "mitigation against plain: " + ", ".join(f"{name} {factor:.3f}x" for name, factor in usual.items())
     settings = {"seeds": list(seeds), "ratios": {each.name: _ratios(each, ways) for each in found}}
     return Report("mitigation_cost", [times, acted], criteria, figure, settings)
 

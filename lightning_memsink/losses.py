@@ -194,7 +194,8 @@ def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None
     shape, steps = call.losses.shape, time_steps(call, batch_size)
     if call.losses.numel() % (batch_size * max(steps, 1)) or (not steps and (shape or (1,))[0] % batch_size):
         raise SampleAxisLost(f"{call.kind} was computed on {list(shape)} elements, not on {batch_size} samples")
-    return torch.arange(batch_size, device=call.losses.device).repeat(max(steps, 1))
+    numbers = torch.arange(batch_size, device=call.losses.device)
+    return numbers.repeat(steps) if steps > 1 else numbers
 
 
 def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
@@ -204,9 +205,9 @@ def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term
     if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
         sums = torch.where(weights == 0, 0.0, sums)
     owners = sample_of_run(call, batch_size, samples)
-    runs = (len(owners), sums.numel() // max(1, len(owners)))
-    by_sample = [part.new_zeros(batch_size).index_add(0, owners, part.reshape(runs).sum(1)) for part in (sums, weights)]
-    return Term(call.kind, call.classes, by_sample[0], by_sample[1], scale, time_steps(call, batch_size) > 0)
+    by_run = torch.stack([sums, weights]).reshape(2, len(owners), sums.numel() // max(1, len(owners))).sum(2)
+    sums, weights = by_run.new_zeros(2, batch_size).index_add(1, owners, by_run)
+    return Term(call.kind, call.classes, sums, weights, scale, time_steps(call, batch_size) > 0)
 
 
 def merge(terms: Sequence[Term]) -> Term:

@@ -6,14 +6,22 @@ import os
 from functools import partial
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from benchmarks import all as everything
 from benchmarks import growth
 from benchmarks.growth import PLAIN, WAYS, Cost, Point, in_a_fork, slope
+from benchmarks.interleaving import SETTLING, in_turns, ratio, typical
 
 
 def cost(plain, factor):
-    return Cost({way: [plain * (1 if way == PLAIN else factor)] * 4 for way in WAYS}, {way: [1.0] * 4 for way in WAYS})
+    steps = [99.0] * SETTLING + [plain] * 2
+    return Cost(
+        {way: [[second * (1 if way == PLAIN else factor) for second in steps]] * 3 for way in WAYS},
+        dict.fromkeys(WAYS, 1.0),
+    )
 
 
 def test_slopes_are_powers():
@@ -24,7 +32,7 @@ def test_slopes_are_powers():
 
 def test_a_fork_tells_what_it_measured_and_leaves_this_process_alone():
     before = os.getcwd()
-    assert in_a_fork(partial(pair, 3.0)) == (3.0, 1.0)
+    assert in_a_fork(partial(pair, 3.0)) == [3.0, 1.0]
     assert os.getcwd() == before
     with pytest.raises(RuntimeError, match="A fit failed"):
         in_a_fork(partial(pair, None))
@@ -35,21 +43,56 @@ def pair(value):
     return value + 0.0, 1.0
 
 
-def test_each_way_is_timed_there_and_back(monkeypatch):
-    turns = []
-    monkeypatch.setattr(growth, "in_a_fork", lambda work: (turns.append(work.args[-1]), (1.0, 2.0))[1])
-    found = growth.measure(Point(), [5, 6], 30)
-    assert turns == [*WAYS, *reversed(WAYS)] * 2
-    assert found.ratio("default set") == 1.0
-    assert found.extra_memory("default set") == 0.0
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_small_fit_is_really_timed():
-    point = Point(batch=4, sequence=8, width=32, depth=1, samples=64)
-    for way in (PLAIN, "units and norms, every step"):
-        seconds, memory = in_a_fork(partial(growth.timed, point, 0, 10, way))
-        assert seconds > 0 and memory > 0
+def test_a_small_point_is_really_measured():
+    found = growth.measure(Point(batch=4, sequence=8, width=32, depth=1, samples=64), [0, 1], 10)
+    assert set(found.seconds) == set(found.memory) == set(WAYS)
+    assert all([len(fit) for fit in fits] == [10, 10] for fits in found.seconds.values())
+    assert all(found.ratio(way) > 0 and found.memory[way] > 0 for way in WAYS)
+
+
+class Walk(LightningModule):
+    """Says whose step it is."""
+
+    def __init__(self, name, steps):
+        super().__init__()
+        self.name, self.steps, self.weight = name, steps, torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.steps.append((self.name, batch_idx))
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def walk(name, steps, length, turn):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_steps=length, enable_model_summary=False, callbacks=[turn], **options)
+    trainer.fit(Walk(name, steps), DataLoader(range(10)))
+
+
+def test_fits_take_their_steps_in_turn_and_a_shorter_one_leaves():
+    steps = []
+    fits = {name: partial(walk, name, steps, length) for name, length in (("a", 4), ("b", 4), ("c", 2))}
+    seconds = in_turns(fits, seed=0)
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 4, "b": 4, "c": 2}
+    assert all(second > 0 for each in seconds.values() for second in each)
+    rounds = [step for _, step in steps]
+    assert rounds == sorted(rounds) and len({name for name, _ in steps[:3]}) == 3
+    assert steps != sorted(steps, key=lambda each: (each[1], each[0])), "the order changes from round to round"
+
+
+def test_a_fit_that_fails_says_so():
+    with pytest.raises(ZeroDivisionError):
+        in_turns({"a": lambda turn: 1 / 0}, seed=0)
+
+
+def test_a_hiccup_does_not_count_and_what_every_fit_has_does():
+    quiet, evaluating = [9.0] * SETTLING + [1.0, 1.0, 1.0], [9.0] * SETTLING + [1.0, 4.0, 1.0]
+    hiccup = [9.0] * SETTLING + [1.0, 4.0, 70.0]
+    assert typical([quiet] * 3) == 1.0
+    assert ratio([evaluating, hiccup, evaluating], [quiet] * 3) == 2.0
 
 
 def test_growth_is_told_with_slopes(capsys):

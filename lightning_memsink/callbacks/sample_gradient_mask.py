@@ -200,12 +200,12 @@ class SampleGradientMask(Callback):
         table, reference = ledger.losses, self._reference_of(ledger)
         rows = table.index.find(ids)
         known = rows >= 0
-        unknown, weights = len(ids) - int(known.sum()), torch.ones(len(ids))
+        unknown, weights = known.tolist().count(False), torch.ones(len(ids))
         if reference is None or unknown == len(ids) or table.features.shape[1] != len(reference.mean):
             return _Decision(weights, torch.zeros(()), len(ids) - unknown, unknown)
         expected, matched = reference.expected(table.features[rows.clamp(min=0)].float())
         matched &= known
-        unmatched = len(ids) - unknown - int(matched.sum())
+        unmatched = len(ids) - unknown - matched.tolist().count(True)
         self._known += len(ids) - unknown
         self._unmatched += unmatched
         # Where a step has several backwards, each shows a part of the loss: the ledger has the whole of the last visit.
