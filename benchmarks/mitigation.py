@@ -205,7 +205,13 @@ def report(found: Found, seeds: Sequence[int], seconds: float, only: Sequence[st
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = arguments("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw memorization left against validation loss")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("runs/mitigation.png"),
+        metavar="FILE",
+        help="where memorization left is drawn against validation loss",
+    )
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="these experiments")
     parser.add_argument(
         "--arms", choices=get_args(Extent), default="usual", help="few: those that a criterion stands on"
@@ -214,9 +220,11 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     seeds, start = fresh_seeds(options), time.perf_counter()
     settle_down()
     found = find_out(seeds, options.quick, options.model, options.only, options.arms)
-    if options.figure is not None:
+    code = report(found, seeds, time.perf_counter() - start, options.only).tell(options.json)
+    if found.results:
         draw(found.results, options.figure)
-    return report(found, seeds, time.perf_counter() - start, options.only).tell(options.json)
+        print(f"figure: {options.figure}")
+    return code
 
 
 if __name__ == "__main__":
