@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_memsink import ledger as ledger_module
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.loss_graph import find_loss_nodes
 from lightning_memsink.routing import reserved_units, route
 from lightning_memsink.verdicts import Verdict
 from tests.small_runs import (
@@ -207,6 +209,23 @@ def test_a_routed_sample_moves_reserved_rows_of_the_up_projection_only():
     assert not moved[:96].any() and moved[96:].any()
     assert mask.actions.total("acted") == 4 and mask.actions.total("removed") == 0.75
     assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_step_is_searched_once_for_all_and_its_graph_is_let_go(monkeypatch):
+    searched: list[Tensor] = []
+
+    def search(loss: Tensor) -> Any:
+        searched.append(loss.detach())
+        return find_loss_nodes(loss)
+
+    monkeypatch.setattr(ledger_module, "find_loss_nodes", search)
+    for place in (0, 2):  # the mask before the tracker, and behind both
+        crew = watch()
+        crew.insert(place, SampleGradientMask("hold"))
+        searched.clear()
+        run, _ = fit(crew, max_epochs=2)
+        assert len(searched) == run.global_step and crew[place].actions.total("acted") > 0
+        assert Ledger.of(run).batch._searched is None
 
 
 class Writes(Callback):
