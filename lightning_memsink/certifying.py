@@ -20,7 +20,6 @@ from lightning_memsink.hidden_layers import HiddenLayer
 from lightning_memsink.holding import Reference
 from lightning_memsink.losses import NotCaptured
 from lightning_memsink.probing import without_trace
-from lightning_memsink.table import LossTable
 from lightning_memsink.tokens import tokens_of
 
 NOBODY = 0x3C6EF372FE94F82A
@@ -38,8 +37,6 @@ class Seen:
     """``[B]`` or ``[B, T]``: whose units are on."""
     exposures: Tensor
     """``[B]`` visits, this one included."""
-    features: Tensor
-    """``[B, F]``"""
 
     @cached_property
     def worth(self) -> float:
@@ -79,13 +76,11 @@ class Losses:
 
     ids: Tensor
     """``[N]``, each once"""
-    features: Tensor
-    """``[N, F]``"""
     under: Mapping[str, Tensor]
     """``[N]`` by mask: own, dropped, placebo, random."""
 
     def only(self, rows: Tensor) -> Losses:
-        return Losses(self.ids[rows], self.features[rows], {name: of[rows] for name, of in self.under.items()})
+        return Losses(self.ids[rows], {name: of[rows] for name, of in self.under.items()})
 
 
 class Bench:
@@ -111,8 +106,7 @@ class Bench:
                     text = tokens_of(one.batch)
                     with masked(layers, mask, None if text is None else text.ids.shape[1]):
                         under.setdefault(name, []).append(self._step(one))
-        ids, features = torch.cat([one.ids for one in seen]), torch.cat([one.features for one in seen])
-        losses = Losses(ids, features, {name: torch.cat(parts) for name, parts in under.items()})
+        losses = Losses(torch.cat([one.ids for one in seen]), {name: torch.cat(parts) for name, parts in under.items()})
         return _once(losses.only(torch.cat([one.exposures for one in seen]) >= 2))
 
     def _step(self, seen: Seen) -> Tensor:
@@ -153,20 +147,8 @@ def joined(measured: Sequence[Losses | None]) -> Losses | None:
     if not parts:
         return None
     masks = parts[0].under
-    return _once(
-        Losses(
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.features for part in parts]),
-            {name: torch.cat([part.under[name] for part in parts]) for name in masks},
-        )
-    )
-
-
-def visits_of(table: LossTable, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Exposures ``[B]``, with the visit that is not in ``table`` yet, and matching features ``[B, F]``."""
-    rows = table.index.find(ids)
-    features = table.features[rows].float() if len(table) else torch.zeros(len(ids), 0)
-    return table.exposures_at(rows) + 1, features
+    under = {name: torch.cat([part.under[name] for part in parts]) for name in masks}
+    return _once(Losses(torch.cat([part.ids for part in parts]), under))
 
 
 def twins_of(features: Tensor, table: ControlTable) -> Tensor:

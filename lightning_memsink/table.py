@@ -156,13 +156,10 @@ class LossTable:
 
     def exposures_of(self, ids: Tensor) -> Tensor:
         """``[B]`` int32 visits so far; 0 for an unknown id."""
-        return self.exposures_at(self.index.find(ids))
-
-    def exposures_at(self, rows: Tensor) -> Tensor:
-        """The same of the samples in ``rows`` ``[B]``, as the index finds them: 0 where that is -1."""
         if not len(self):
-            return torch.zeros(len(rows), dtype=torch.int32)
-        return torch.where(rows < 0, 0, self.exposures[rows.clamp(min=0)])
+            return torch.zeros(len(ids), dtype=torch.int32)
+        rows = self.index.find(ids)
+        return torch.where(rows < 0, 0, self.exposures[rows])
 
     @property
     def nbytes(self) -> int:

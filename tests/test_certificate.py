@@ -90,7 +90,7 @@ def test_one_value_a_sample_is_asked_for_under_every_mask():
 
 def seen(ids: list[int], exposures: list[int]) -> Seen:
     numbers = torch.tensor(ids)
-    return Seen({}, numbers, numbers, torch.tensor(exposures), torch.zeros(len(ids), 0))
+    return Seen({}, numbers, numbers, torch.tensor(exposures))
 
 
 def test_the_most_exposed_batches_are_held_and_of_equals_the_last():

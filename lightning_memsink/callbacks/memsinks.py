@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memsink.actions import Actions
 from lightning_memsink.capture import StepCapture
 from lightning_memsink.certificate import Certificate, certify
-from lightning_memsink.certifying import Bench, MostExposed, Seen, copied, joined, twins_of, visits_of
+from lightning_memsink.certifying import Bench, MostExposed, Seen, copied, joined, twins_of
 from lightning_memsink.designed_sinks import Pool, apply_mask, attach, gives_way, plan
 from lightning_memsink.gathering import gather
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
@@ -188,7 +188,8 @@ class MemSinks(Callback):
             if owners is None:
                 self._say_once(self._nobodys())
             else:
-                changed = apply_mask(hidden, self._own_units(owners, layer.units, hidden), layer, self._tokens())
+                tokens = self._tokens() if hidden.ndim == 2 else None
+                changed = apply_mask(hidden, self._own_units(owners, layer.units, hidden), layer, tokens)
                 if changed is not None:
                     return changed
                 self._misfits.add(layer.name)
@@ -239,7 +240,7 @@ class MemSinks(Callback):
         if ids is None or owners is None or not len(ids):
             return
         # Here, where nobody writes losses: the order of callbacks must not decide what is kept.
-        self.most_exposed.see(Seen(self._as_it_was, ids, owners, *visits_of(ledger.losses, ids)))
+        self.most_exposed.see(Seen(self._as_it_was, ids, owners, ledger.losses.exposures_of(ids) + 1))
 
     def _certify(self, trainer: Trainer, pl_module: LightningModule) -> Certificate | None:
         mine, ledger, batches = None, Ledger.of(trainer), self.most_exposed.batches
@@ -256,8 +257,8 @@ class MemSinks(Callback):
         if found is None:
             rank_zero_info("MemSinks has no certificate: it takes samples that were seen twice or more.")
             return None
-        under = found.under
-        twins = twins_of(found.features, ledger.controls)
+        under, table = found.under, ledger.losses
+        twins = twins_of(table.features[table.index.find(found.ids)].float(), ledger.controls)
         certificate = certify(under["own"], under["dropped"], under["placebo"], under["random"], twins)
         rank_zero_info(certificate.words())
         return certificate
