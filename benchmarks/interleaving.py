@@ -69,6 +69,6 @@ def typical(fits: Sequence[Sequence[float]]) -> float:
     return statistics.fmean(statistics.median(step) for step in zip(*(fit[SETTLING:] for fit in fits), strict=True))
 
 
-def ratio(fits: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> float:
-    """Time of a step by that of a plain one."""
-    return typical(fits) / typical(plain)
+def ratio(fits: Sequence[Sequence[float]], *plain: Sequence[Sequence[float]]) -> float:
+    """Time of a step by that of a plain one: the mean of all that are given, for what is divided by is noisy, too."""
+    return typical(fits) / statistics.fmean(typical(each) for each in plain)

@@ -44,7 +44,7 @@ class Comparison:
     @property
     def ratio(self) -> float:
         """Of a watched step to a plain one."""
-        return ratio(self.seconds[WATCHED], self.seconds[PLAIN])
+        return ratio(self.seconds[WATCHED], self.seconds[PLAIN], self.seconds[AGAIN])
 
     @property
     def noise(self) -> float:

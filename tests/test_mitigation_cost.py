@@ -34,8 +34,8 @@ def steps(seconds):
 
 
 def test_a_way_that_does_not_apply_has_no_ratio():
-    found = Measured("any", {"ours": steps(2.0), PLAIN: steps(1.0)})
-    assert found.ratio("ours") == 2.0 and isnan(found.ratio("another"))
+    found = Measured("any", {"ours": steps(3.0), PLAIN: steps(1.0), AGAIN: steps(2.0)})
+    assert found.ratio("ours") == 2.0 and isnan(found.ratio("another")) and found.ratio(AGAIN) == 2.0
 
 
 @pytest.mark.parametrize("name", SMALL)
