@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.hidden_layers import HiddenLayer
-from lightning_memsink.loss_graph import NEGATIVE_LIKELIHOOD, find_loss_calls, walk
+from lightning_memsink.loss_graph import find_loss_calls, walk
+from lightning_memsink.loss_reading import NEGATIVE_LIKELIHOOD
 from lightning_memsink.losses import LossCall, SampleAxisLost, terms_of
 
 

@@ -18,16 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.loss_graph import (
-    LOG_SOFTMAX,
-    NEGATIVE_LIKELIHOOD,
-    LossNodes,
-    find_loss_nodes,
-    is_report,
-    names_near,
-    note_upstream,
-    signed,
-)
+from lightning_memsink.loss_graph import LossNodes, find_loss_nodes, names_near, note_upstream
+from lightning_memsink.loss_reading import LOG_SOFTMAX, NEGATIVE_LIKELIHOOD, is_report, signed
 from lightning_memsink.losses import (
     IDS_KEY,
     LossCall,

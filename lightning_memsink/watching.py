@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink.blocks import blocks
-from lightning_memsink.loss_graph import gather_likelihood
+from lightning_memsink.loss_reading import gather_likelihood
 from lightning_memsink.losses import LossCall, Rows, target_buffer
 
 # kind, classes, losses, weights, divisor: plain values, because Dynamo traces this file

@@ -15,7 +15,7 @@ from lightning_memsink.capture import UNREADABLE
 from lightning_memsink.goldfish import dropped
 from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.loss_graph import NEGATIVE_LIKELIHOOD, signed
+from lightning_memsink.loss_reading import NEGATIVE_LIKELIHOOD, signed
 from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenCall, OpenLoss, Unweighable
 from lightning_memsink.losses import samples_by_offset
