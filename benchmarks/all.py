@@ -1,14 +1,18 @@
-"""What everything costs: runs the benchmarks of cost, one after the other, and writes BENCHMARKS.md."""
+"""What everything costs: runs the benchmarks of cost, one after the other, and writes BENCHMARKS.md.
+
+Parts that are not run anew stay as they were, each with the day of its own run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -43,6 +47,17 @@ class Part:
     def holds(self) -> bool:
         return bool(self.told) and all(each["holds"] for each in self.told["criteria"])
 
+    def section(self, day: str) -> str:
+        """Markdown."""
+        criteria = self.told.get("criteria", [])
+        held = f"{sum(each['holds'] for each in criteria)} of {len(criteria)}" if self.told else "**it failed**, none"
+        about = f"`{self.command}`: {held} criteria hold; {self.seconds / 60:.1f} minutes on {day}."
+        return "\n".join([f"## {self.title}", "", about, "", "```", self.printed.strip("\n"), "```", ""])
+
+
+ABOUT = re.compile(r"`.+`: (?P<held>.+) criteria hold; (?P<minutes>.+) minutes on (?P<day>.+)\.")
+"""What a section says of itself."""
+
 
 def run_part(title: str, words: Sequence[str], quick: bool) -> Part:
     """In a process of its own, so that no benchmark warms up another's memory."""
@@ -59,26 +74,30 @@ def run_part(title: str, words: Sequence[str], quick: bool) -> Part:
     )
 
 
-def page(parts: Sequence[Part], command: str, day: str) -> str:
-    """Markdown; ``command`` is what wrote it."""
+def page(sections: Mapping[str, str]) -> str:
+    """Markdown, of sections by title."""
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `{command}`; every number is from that run. Ratios are to a plain run of the same code, "
-        "interleaved with it on one machine, medians; a bound that is missed says so.",
+        "Written by `python -m benchmarks.all`; every number is from a run of the command above it. Ratios are to a "
+        "plain run of the same code, interleaved with it on one machine, medians; a bound that is missed says so.",
         "",
-        f"{day}. {', '.join(f'{name} {value}' for name, value in environment().items())}.",
+        f"{', '.join(f'{name} {value}' for name, value in environment().items())}.",
         "",
-        "| part | criteria that hold | minutes |",
-        "| --- | --- | --- |",
+        "| part | criteria that hold | minutes | day |",
+        "| --- | --- | --- | --- |",
     ]
-    for part in parts:
-        criteria = part.told.get("criteria", [])
-        held = f"{sum(each['holds'] for each in criteria)} of {len(criteria)}" if part.told else "**it failed**"
-        lines.append(f"| [{part.title}](#{_anchor(part.title)}) | {held} | {part.seconds / 60:.1f} |")
-    for part in parts:
-        lines += ["", f"## {part.title}", "", f"`{part.command}`", "", "```", part.printed.strip("\n"), "```"]
-    return "\n".join(lines) + "\n"
+    for title, text in sections.items():
+        about = ABOUT.search(text)
+        if about is not None:
+            lines.append(f"| [{title}](#{_anchor(title)}) | {about['held']} | {about['minutes']} | {about['day']} |")
+    return "\n".join([*lines, "", *sections.values()])
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """By title, what such a page holds."""
+    _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 def _anchor(title: str) -> str:
@@ -90,19 +109,19 @@ def _anchor(title: str) -> str:
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description="Writes BENCHMARKS.md.")
     parser.add_argument("--quick", action="store_true", help="smaller and less sure; bounds may be missed")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; the others stay as they were")
     parser.add_argument("--to", type=Path, default=Path("BENCHMARKS.md"))
     options = parser.parse_args(arguments_given)
+    sections = sections_of(options.to.read_text()) if options.only and options.to.is_file() else {}
     parts = []
     for name, (title, words) in PARTS.items():
         if not options.only or name in options.only:
-            parts.append(run_part(title, words, options.quick))
-            print(
-                f"{parts[-1].command}: {'holds' if parts[-1].holds else 'falls short'}, {parts[-1].seconds:.0f} s",
-                flush=True,
-            )
-    words = [*(["--quick"] if options.quick else []), *(["--only", *options.only] if options.only else [])]
-    options.to.write_text(page(parts, " ".join(["python -m benchmarks.all", *words]), date.today().isoformat()))
+            part = run_part(title, words, options.quick)
+            print(f"{part.command}: {'holds' if part.holds else 'falls short'}, {part.seconds:.0f} s", flush=True)
+            parts.append(part)
+            sections[title] = part.section(date.today().isoformat())
+            told = [each for each, _ in PARTS.values() if each in sections]
+            options.to.write_text(page({each: sections[each] for each in told}))  # an hour of others stays
     print(options.to)
     return 0 if all(part.holds for part in parts) else 1
 

@@ -2,18 +2,14 @@
 
 import os
 import signal
-import sys
 import time
 import warnings
 from multiprocessing import get_context
-from typing import ClassVar
 
 import pytest
 import torch
-import wandb
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import get_worker_info
 
 from benchmarks.resumable import BatchesFrom, ByEpoch, ResumableLoader
@@ -26,10 +22,7 @@ from lightning_memsink import (
     SinkGradientMask,
     SinkLocalizer,
     judging,
-    memsink,
 )
-from lightning_memsink.integrations.wandb import SafeWandbLogger
-from lightning_memsink.integrations.wandb_reader import read_run
 from lightning_memsink.table import LossTable
 from tests.small_runs import TRAIN, Rows, TinyLM, fit, snapshot, train_loader, watch
 
@@ -234,63 +227,6 @@ def test_a_worker_that_dies_leaves_no_trace_and_a_whole_ledger():
     assert traces(module, loader) == []
     visits = crew[0].state_dict()["visits"]
     assert module.global_step == len(visits) and all(len(visit["ids"]) == 16 for visit in visits)
-
-
-class Untouchable:
-    """Mixed into a logger: whatever of it this package reads or calls raises; Lightning may."""
-
-    def __getattribute__(self, name):
-        frame = sys._getframe(1)
-        while frame.f_globals.get("__name__") == __name__:
-            frame = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith("lightning_memsink") and name != "__class__":
-            object.__getattribute__(self, "asked_for").append(name)
-            raise OSError(f"no {name} today")
-        return super().__getattribute__(name)
-
-
-class NoBoard(Untouchable, CSVLogger):
-    asked_for: ClassVar[list] = []
-
-
-class NoRun(Untouchable, WandbLogger):
-    asked_for: ClassVar[list] = []
-
-
-@pytest.mark.parametrize("kind", [NoBoard, NoRun])
-def test_a_logger_that_raises_whatever_is_asked_of_it_costs_what_it_would_have_logged(kind, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = NoBoard(tmp_path) if kind is NoBoard else NoRun(save_dir=str(tmp_path), offline=True)
-    crew = memsink(SampleGradientMask(at=0.2, k=4), identity="content", k=4, path=tmp_path / "told.md")
-    with pytest.warns(UserWarning) as said:
-        run, _ = fit(crew, logger=[logger, CSVLogger(tmp_path / "other")], log_every_n_steps=1)
-    failed = [
-        str(one.message) for one in said if f"{kind.__name__} failed to log what memsink found" in str(one.message)
-    ]
-    assert len(failed) == 1 and "no " in failed[0]
-    assert kind.asked_for and run.global_step == 63
-    assert (tmp_path / "told.html").exists()
-    [board] = (tmp_path / "other").rglob("metrics.csv")
-    assert "memsink/gap" in board.read_text(), "the other logger gets its own"
-
-
-def test_a_server_that_cannot_be_reached_costs_its_waiting_time_once(tmp_path, monkeypatch):
-    """A real run in online mode with a key, and nobody at the other end: recorded offline, training complete."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: refused at once
-    monkeypatch.setattr("lightning_memsink.integrations.wandb.SECONDS", 1.0)
-    wandb.teardown()
-    logger = SafeWandbLogger(save_dir=tmp_path)
-    crew = memsink(identity="content", k=4, path=tmp_path / "told.md")
-    with pytest.warns(UserWarning, match=r"(?s)can't start an online run.*recorded offline") as said:
-        run, _ = fit(crew, logger=logger)
-    assert sum("recorded offline" in str(one.message) for one in said) == 1
-    assert run.global_step == 63 and logger.experiment.offline
-    wandb.finish()
-    assert len(read_run(tmp_path).series("memsink/gap")) > 1
-    assert "wandb sync" in (tmp_path / "told.md").read_text()
 
 
 # Models of another build ----------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,55 +21,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lightning_memsink.gradient_norms import GradientNorms, total
-
-Loss = Callable[[nn.Module, Tensor], Tensor]
-VOCABULARY, SAMPLES, LENGTH = 23, 4, 6
-TOKENS = torch.randint(1, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(3))
-
-
-def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
-    return (model(batch) - 0.3).square().mean()
-
-
-def language(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(input_ids=batch, labels=batch).loss
-
-
-def one_by_one(model: nn.Module, batch: Tensor, loss: Loss, axis: int = 0) -> dict[str, Tensor]:
-    """``[B]`` squared norms by module that has the parameter first, one backward a sample."""
-    rows = []
-    for sample in batch.split(1, axis):
-        model.zero_grad()
-        loss(model, sample).backward()
-        norms: dict[str, float] = {}
-        for name, weight in model.named_parameters():
-            if weight.grad is not None:
-                module = name.rpartition(".")[0]
-                norms[module] = norms.get(module, 0.0) + float(weight.grad.to_dense().double().square().sum())
-        rows.append(norms)
-    model.zero_grad()
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in rows[0]}
-
-
-def in_one(model: nn.Module, batch: Tensor, loss: Loss, axis: int = 0) -> tuple[dict[str, Tensor], GradientNorms]:
-    recorder = GradientNorms(model, batch_axis=axis)
-    recorder.open()
-    loss(model, batch).backward()
-    samples = batch.shape[axis]
-    norms = recorder.finish(samples, torch.full((samples,), 1 / samples))
-    recorder.remove()
-    return norms, recorder
-
-
-def agree(model: nn.Module, batch: Tensor, loss: Loss = mean_square, axis: int = 0, rtol: float = 1e-5) -> None:
-    oracle = one_by_one(model, batch, loss, axis)
-    norms, recorder = in_one(model, batch, loss, axis)
-    assert recorder.covered == 1 and not recorder.uncovered
-    assert_close(total(norms), torch.stack(list(oracle.values())).sum(0), rtol=rtol, atol=0)
-    floor = 1e-7 * float(total(norms).max())
-    for name in norms.keys() & oracle.keys():
-        assert_close(norms[name], oracle[name], rtol=rtol, atol=floor, msg=lambda told, name=name: f"{name}: {told}")
+from lightning_memsink.gradient_norms import GradientNorms
+from tests.one_by_one import LENGTH, SAMPLES, TOKENS, VOCABULARY, agree, in_one, language, mean_square, one_by_one
 
 
 class RMSNorm(nn.Module):
@@ -305,80 +256,6 @@ def test_weights_turn_the_batchs_gradient_into_each_samples_own():
         oracle = sum(weight.grad.square().sum() for weight in model.parameters())
         assert_close(norms[sample], oracle, rtol=1e-5, atol=0)
     assert norms[2] == 0
-
-
-class Unreadable(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.head = kind, nn.Linear(6, 2)
-        match kind:
-            case "attention":
-                self.part: nn.Module = nn.MultiheadAttention(6, 2, batch_first=True)
-            case "recurrent":
-                self.part = nn.LSTM(6, 6, batch_first=True)
-            case "batch statistics":
-                self.part = nn.BatchNorm1d(5)
-            case "parameter":
-                self.part = nn.Module()
-                self.part.scale = nn.Parameter(torch.ones(6))
-            case "parametrized":
-                self.part = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
-            case _:
-                self.part = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        match self.kind:
-            case "attention":
-                x = self.part(x, x, x)[0]
-            case "recurrent":
-                x = self.part(x)[0]
-            case "parameter":
-                x = x * self.part.scale
-            case "flattened":
-                x = self.part(x.flatten(0, 1)).view_as(x)
-            case "routed":  # by chance to as many rows as there are samples
-                rows = x.flatten(0, 1)
-                chosen = torch.tensor([0, 1, 9, 13])
-                x = rows.index_add(0, chosen, self.part((rows * 1.0)[chosen])).view_as(x)
-            case "without a call":
-                x = functional.linear(x, self.part.weight, self.part.bias)
-            case _:
-                x = self.part(x)
-        return self.head(x)
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("attention", "without calling its parts"),
-        ("recurrent", "steps through time"),
-        ("batch statistics", "mix the samples"),
-        ("parameter", "no rule"),
-        ("parametrized", "no rule"),
-        ("flattened", "20 rows along the batch axis, not 4"),
-        ("routed", "picked out of a flattened batch"),
-        ("without a call", "not called"),
-    ],
-)
-def test_what_cannot_be_read_is_named_and_never_guessed(kind, reason):
-    torch.manual_seed(0)
-    model, batch = Unreadable(kind), torch.randn(4, 5, 6, requires_grad=True)
-    norms, recorder = in_one(model, batch, mean_square)
-    assert all(name.startswith("part") and reason in told for name, told in recorder.uncovered.items())
-    assert set(norms) - {"part" if kind == "parametrized" else ""} == {"head"} and 0 < recorder.covered < 1
-    if kind not in ("batch statistics", "routed"):  # alone, a sample has other statistics or fewer rows
-        assert_close(norms["head"], one_by_one(model, batch, mean_square)["head"], rtol=1e-5, atol=0)
-
-
-def test_an_output_overwritten_in_place_is_exact_or_named():
-    """Autograd forgets hooks on a view that is overwritten, and a linear layer's output of three axes is one."""
-    torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)), torch.randn(4, 5, 6)
-    norms, recorder = in_one(model, batch, mean_square)
-    assert set(norms) | set(recorder.uncovered) == {"0", "2"}
-    oracle = one_by_one(model, batch, mean_square)
-    for name, norm in norms.items():
-        assert_close(norm, oracle[name], rtol=1e-5, atol=0)
 
 
 def test_a_reused_layer_in_reentrant_checkpoints_is_named():

@@ -240,13 +240,6 @@ def test_zeroing_a_unit_is_zeroing_its_weights(model, given):
             weights.copy_(before)
 
 
-def test_a_packed_weight_is_refused():
-    [layer] = find_hidden_layers(small())
-    layer.module.weight = nn.Parameter(torch.zeros(8, 1))
-    with pytest.raises(ValueError, match=r"reads 8 units with a weight.*load the model unquantized"):
-        unit_weights(layer)
-
-
 GPT = hf("GPT2LMHeadModel", "GPT2Config", **GPT2)
 
 
@@ -275,63 +268,6 @@ def test_patterns_take_hidden_layers_among_what_they_name(pattern, expected):
 def test_a_pattern_that_names_none_says_which_there_are(pattern, message):
     with pytest.raises(ValueError, match=message):
         find_hidden_layers(GPT, [pattern])
-
-
-def test_a_grouped_convolution_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"in 2 \(groups > 1\) a unit is no column"):
-        find_hidden_layers(DEPTHWISE, ["2"])
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (
-            nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)),
-            r"in Sequential\. Looked for MLPs .* There are 0, 1\. Name the",
-        ),
-        (nn.LSTM(2, 3), r"in LSTM\. .* There is none\."),
-        (together("CausalAttention", inner=nn.Linear(8, 32), out=nn.Linear(32, 8)), r"There are inner, out\."),
-        (nn.ModuleList(nn.Linear(4, 4) for _ in range(9)), r"There are 0, 1, 2, 3, 4, 5 and 3 more\."),
-    ],
-)
-def test_a_model_without_hidden_layers_says_what_was_looked_for(model, message):
-    with pytest.raises(ValueError, match=message):
-        find_hidden_layers(model)
-
-
-def small() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-def compiled_in_place() -> nn.Module:
-    model = nn.Sequential(nn.Embedding(3, 4), small())
-    model[1].compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    "build, message",
-    [
-        (
-            lambda: torch.compile(small(), backend="eager"),
-            r"The model \(OptimizedModule\) is compiled and holds the hidden layer _orig_mod\.2",
-        ),
-        (
-            lambda: nn.Sequential(nn.Embedding(3, 4), torch.compile(small(), backend="eager")),
-            r"1 \(OptimizedModule\) is compiled and holds the hidden layer 1\._orig_mod\.2",
-        ),
-        (compiled_in_place, r"1 \(Sequential\) is compiled and holds the hidden layer 1\.2.*Leave it uncompiled"),
-    ],
-)
-def test_compiled_code_is_refused_by_name(build, message):
-    with pytest.raises(ValueError, match=message):
-        find_hidden_layers(build())
-
-
-def test_a_compiled_part_elsewhere_is_no_obstacle():
-    model = nn.ModuleDict({"body": small(), "head": nn.Linear(2, 2)})
-    model["head"].compile(backend="eager")
-    assert names(model) == ["body.2"]
 
 
 def test_the_table_folds_blocks_in_a_row():

@@ -1,117 +1,20 @@
 """What curves, figures and the summary say of a made-up ledger."""
 
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.progress import standing
 from lightning_memsink.callbacks.run_report import write_report
-from lightning_memsink.controls import ControlTable
-from lightning_memsink.reporting.curves import PlantedIds, scalars, top_memorized
-from lightning_memsink.reporting.figures import gap_distribution, loss_by_rung, verdict_map
+from lightning_memsink.reporting.curves import top_memorized
 from lightning_memsink.reporting.settings import settings_of
 from lightning_memsink.reporting.summary import Findings, markdown, summary
 from lightning_memsink.table import LossTable
-from lightning_memsink.verdicts import WORDS, Evaluation, Flags, Onset, Verdict
-
-SAMPLES, TOKENS = 24, 10
-HASHED = -(2**40) - 1  # an id as hashes of content are: 64 bits, maybe negative
-
-
-@dataclass(frozen=True)
-class PlantedRung:
-    name: str
-    repeats: int
-    ids: Tensor
-    twin_ids: Tensor
-
-
-RUNGS = [
-    PlantedRung("natural x2", 2, torch.arange(0, 4), torch.arange(1000, 1004)),
-    PlantedRung("natural x4", 4, torch.tensor([4, 5, 6, HASHED]), torch.arange(1000, 1004)),
-    PlantedRung("canary x4", 4, torch.arange(8, 12), torch.arange(1004, 1008)),
-]
-ONSET = Onset(step=40, step_low=20, step_high=60, exposures=4, exposures_low=3, exposures_high=6, samples=3)
-
-
-class MadeUp:
-    """A ledger's contents: 24 samples of 10 tokens, 20 controls; `memorized` of them so after the second evaluation."""
-
-    def __init__(self, memorized: int = 3) -> None:
-        self.table, self.controls, self.flags = LossTable(), ControlTable(), Flags()
-        self.table.reference_step = 0
-        self.memorized = memorized
-        self.onset: Onset | None = None
-
-    def evaluate(self, step: int) -> None:
-        ids = torch.arange(SAMPLES)
-        ids[7] = HASHED
-        exposures = torch.where(torch.arange(SAMPLES) < 4, 1, 2)
-        visits = torch.repeat_interleave(ids, exposures)
-        losses = 3.0 - 0.05 * visits.clamp(min=0) - step / 200
-        self.table.record(visits, losses, torch.full_like(visits, step), torch.full_like(visits, TOKENS))
-        self.controls.record(step, torch.arange(1000, 1020), 3 - torch.arange(20) / 40 - step / 400, torch.zeros(20, 1))
-        flags = self.flags
-        flags.grow(SAMPLES)
-        flags.gap = torch.linspace(-0.5, 0.5, SAMPLES).half()
-        flags.p = torch.full((SAMPLES,), 0.5, dtype=torch.bfloat16)
-        flags.verdict[:] = int(Verdict.LEARNED)
-        flags.verdict[:2] = torch.tensor([Verdict.UNSEEN, Verdict.NO_LOSS]).to(torch.uint8)
-        if self.flags.evaluations:
-            rows = torch.arange(4, 4 + self.memorized)
-            flags.verdict[rows], flags.gap[rows] = int(Verdict.MEMORIZED), 2 + rows.half() / 8
-            flags.onset_step[rows], flags.onset_exposures[rows] = 40, 4
-            self.onset = ONSET if self.memorized else None
-        flags.null_gaps = torch.cat([torch.linspace(-0.4, 0.4, 19), torch.tensor([1.5])]).roll(5)
-        flags.evaluations.append(self.summarized(step))
-
-    def summarized(self, step: int) -> Evaluation:
-        return Evaluation(
-            step=step,
-            epoch=0,
-            controls=20,
-            tested=20,
-            counts=self.flags.counts(),
-            train_loss=2.0 - step / 200,
-            control_loss=2.5 - step / 400,
-            gap=0.1 + step / 400,
-            gap_memorized=2.5 if self.onset else math.nan,
-            null_low=-0.4,
-            null_high=0.4,
-            null_sd=0.2,
-            threshold=1.0,
-            p_floor=1 / 21,
-            alpha=0.05,
-            tail="conformal",
-        )
-
-    def row(self, rungs: list[PlantedRung]) -> dict[str, float]:
-        return scalars(self.table, self.controls, self.flags, self.onset, [PlantedIds.of(rung) for rung in rungs])
-
-    def findings(self, rungs: list[PlantedRung] = RUNGS) -> Findings:
-        return Findings(self.table, self.flags, self.onset, [self.row(rungs)])
-
-
-def made_up(memorized: int = 3, evaluations: int = 2) -> MadeUp:
-    made = MadeUp(memorized)
-    for number in range(evaluations):
-        made.evaluate(20 * (number + 1))
-    return made
-
-
-def told_otherwise(made: MadeUp, **facts: object) -> Findings:
-    """The findings, with some facts of the last evaluation replaced."""
-    made.flags.evaluations[-1] = replace(made.flags.evaluations[-1], **facts)
-    return made.findings()
-
-
-# Curves ---------------------------------------------------------------------------------------------------------------
+from lightning_memsink.verdicts import WORDS, Flags
+from tests.made_up import HASHED, ONSET, RUNGS, TOKENS, made_up, told_otherwise
 
 
 def test_a_row_holds_every_finite_number_of_the_evaluation():
@@ -231,74 +134,6 @@ def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
 
 def test_the_report_without_figures_links_none():
     assert "![" not in markdown(made_up().findings(), None)
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
-
-
-def history(steps: int = 6) -> list[dict[str, float]]:
-    made, rows = MadeUp(), []
-    for number in range(steps):
-        made.evaluate(20 * (number + 1))
-        rows.append(made.row(RUNGS))
-    return rows
-
-
-def test_loss_by_rung_draws_a_panel_a_family_and_the_onset():
-    rows = history()
-    figure = loss_by_rung(rows, ONSET, "nats per token")
-    natural, canary = figure.axes
-    assert (natural.get_title(), canary.get_title()) == ("natural", "canary")
-    lines = {line.get_label(): line for line in natural.lines}
-    assert list(lines) == ["x2", "x4", "twins", "onset, step 40"]
-    assert list(lines["x4"].get_ydata()) == [row["loss/natural/x4"] for row in rows]
-    assert natural.get_ylabel() == "mean loss (nats per token)"
-
-
-def test_gap_distribution_counts_shares_and_marks_the_threshold():
-    figure = gap_distribution(torch.tensor([0.0, 0.1, 2.0, 2.1]), torch.tensor([0.0, 0.2]), 1.0)
-    [axes] = figure.axes
-    assert sum(bar.get_height() for bar in axes.patches[:50]) == pytest.approx(1)
-    assert axes.lines[0].get_xdata()[0] == 1.0
-
-
-def test_the_verdict_map_draws_each_word_once_and_leaves_out_what_was_not_measured():
-    verdict = torch.tensor([Verdict.MEMORIZED, Verdict.LEARNED, Verdict.WAITING, Verdict.NO_LOSS, Verdict.LEARNED])
-    figure = verdict_map(torch.ones(5), torch.tensor([2.0, 0.1, 0.2, 0.3, math.nan]), verdict, 1.0)
-    labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert labels == ["memorized (1)", "learned (1)", "undecided (2)", "threshold"]
-
-
-@pytest.mark.parametrize(
-    "figure",
-    [
-        lambda: loss_by_rung([], None),
-        lambda: gap_distribution(torch.zeros(0), torch.zeros(0), math.nan),
-        lambda: gap_distribution(torch.zeros(1), torch.zeros(1), math.nan),
-        lambda: verdict_map(torch.zeros(0), torch.zeros(0), torch.zeros(0), math.nan),
-    ],
-)
-def test_a_figure_of_nothing_can_be_drawn(figure, tmp_path):
-    figure().savefig(tmp_path / "empty.svg")
-
-
-def test_figures_overlap_no_text(tmp_path):
-    """The oracle: the boxes of all labels, titles and legends, as they are drawn."""
-    made = made_up()
-    gaps = made.flags.gap.float()
-    for figure in (
-        loss_by_rung(history(), ONSET, "nats per token"),
-        gap_distribution(gaps, made.flags.null_gaps, 1.0, "nats per token"),
-        verdict_map(made.table.early_loss.float(), gaps, made.flags.verdict, 1.0, "nats per token"),
-    ):
-        figure.savefig(tmp_path / "drawn.png")
-        ticks = [axis.get_ticklabels() for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-        for labels in ticks:
-            boxes = [label.get_window_extent() for label in labels if label.get_visible() and label.get_text()]
-            assert not any(one.overlaps(next) for one, next in pairwise(boxes))
-        apart = [figure._suptitle.get_window_extent(), *(one.get_window_extent() for one in figure.legends)]
-        apart += [axes.get_tightbbox() for axes in figure.axes]
-        assert not any(apart[i].overlaps(apart[j]) for i in range(len(apart)) for j in range(i))
 
 
 # The bar --------------------------------------------------------------------------------------------------------------
