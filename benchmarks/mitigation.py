@@ -132,18 +132,19 @@ def find_out(
     only: Sequence[str] = EXPERIMENTS,
     extent: Extent = "usual",
 ) -> Found:
-    """Runs everything in two processes of one thread each; those that others wait for come first.
+    """Runs everything in two processes of one thread each; what others wait for comes first, the longest next.
 
     ``only``: these experiments. ``extent``: which arms.
     """
     sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
     todo = [
         (where, name, seed)
-        for seed in seeds
         for where in ("E2", "E1")
         if where in only
+        for seed in seeds
         for name in arms_of(where, seed == seeds[0], quick, extent)
     ]
+    guides = [job for job in todo if job[:2] == ("E2", HOLD) and job[2] == seeds[0]]
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -151,22 +152,23 @@ def find_out(
     ):
         pretrained = model or Path(folder)
         pretraining = [(pretrain, pretrained, seeds[0], tuning)] if model is None and "E3" in only else []
-        ran = _done(pool, [*pretraining, *((run, *job, sizes) for job in todo if job[1] not in TOLD)])
-        results = {(each.experiment, each.arm, each.seed): each for each in ran if each is not None}
-        told = []
-        for where, name, seed in todo:
-            guide = results.get((where, HOLD, seed))
-            if name in TOLD and guide is not None:
-                like = {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
-                told.append((run, where, name, seed, sizes, like))
+        first = _done(pool, [*pretraining, *((run, *job, sizes) for job in guides)])
+        like: dict[str, float] = {}
+        for guide in (each for each in first if each is not None):
+            like = {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
         tuning_jobs = [
             (tune, pretrained, name, seed, tuning)
             for seed in seeds
             if "E3" in only
             for name in arms_of("E3", seed == seeds[0], quick, extent)
         ]
-        ended = _done(pool, [*tuning_jobs, *told])
-    results |= {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
+        jobs = [
+            (run, *job, sizes, *([like] if job[1] in TOLD else []))
+            for job in todo
+            if job not in guides and (like or job[1] not in TOLD)
+        ]
+        ended = [*first, *_done(pool, [*tuning_jobs, *jobs])]
+    results = {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
     tuned = [each for each in ended if isinstance(each, Tuned)]
     return Found(results, {(each.arm, each.seed): each for each in tuned})
 
