@@ -46,12 +46,13 @@ Fit = Callable[[Turn], object]
 
 
 def in_turns(fits: Mapping[str, Fit], seed: int) -> dict[str, list[float]]:
-    """Seconds of each step of each fit. In every round each of them takes one, in an order drawn with ``seed``."""
+    """Seconds of each step of each fit. In every round each of them takes one, in an order drawn with ``seed``, as is
+    the one in which they begin: whose weights lie where in memory is luck, and must be nobody's for good."""
     turns = {name: Turn() for name in fits}
-    running = [(greenlet(fit), turns[name]) for name, fit in fits.items()]
+    order = random.Random(seed)
+    running = [(greenlet(fits[name]), turns[name]) for name in order.sample([*fits], len(fits))]
     for one, turn in running:
         one.switch(turn)  # up to its first batch
-    order = random.Random(seed)
     while running := [each for each in running if not each[0].dead]:
         for one, _ in order.sample(running, len(running)):
             one.switch()

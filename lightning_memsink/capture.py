@@ -256,7 +256,7 @@ def _laid_out(call: LossCall, batch_size: int, time_major: bool) -> LossCall:
     if not time_major or not batch_size:
         return call
     steps = call.losses.shape[0] if call.losses.ndim > 1 else call.losses.numel() // batch_size
-    return replace(call, rows=replace(call.rows, sizes=((steps, batch_size),)))
+    return replace(call, rows=replace(call.rows, sizes=((steps, batch_size),)), folded={})
 
 
 def _share_explained(calls: Sequence[LossCall], backwards: Sequence[_Backward]) -> float | None:

@@ -85,16 +85,17 @@ class NgramCounts:
         length = max(0, tokens.shape[1] - _RUN + 1)
         key, whole = torch.zeros_like(tokens[:, :length]), torch.ones_like(mask[:, :length])
         for place in range(_RUN):
-            key = key * 0x9E3779B1 + tokens[:, place : place + length] + 1
-            key = key ^ (key >> 17)
-            whole = whole & mask[:, place : place + length]
+            key.mul_(0x9E3779B1).add_(tokens[:, place : place + length]).add_(1)
+            key ^= key >> 17
+            whole &= mask[:, place : place + length]
         return key.remainder(len(self.runs)), whole
 
 
 def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
     """``[B]`` bits per token after DEFLATE: low where a text repeats itself."""
-    width = torch.int32 if int(tokens.max() if tokens.numel() else 0) > 0x7FFF else torch.int16
-    rows = [zlib.compress(row[keep].to(width).numpy().tobytes(), 6) for row, keep in zip(tokens, mask, strict=True)]
+    width = np.int32 if int(tokens.max() if tokens.numel() else 0) > 0x7FFF else np.int16
+    texts, kept = tokens.numpy().astype(width), mask.numpy()
+    rows = [zlib.compress(text[keep].tobytes(), 6) for text, keep in zip(texts, kept, strict=True)]
     return torch.tensor([8.0 * len(row) for row in rows]) / mask.sum(1).clamp(min=1)
 
 

@@ -106,6 +106,9 @@ class LossCall:
     divisor: Tensor | float = 1.0
     upstream: Tensor | None = None
     rows: Rows = field(default_factory=Rows)
+    folded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Sums and weights by sample, by B, where the upstream is one number: the same whatever the number is. Copies of a
+    call share them, for each callback has a copy of its own."""
 
     def coefficients(self) -> tuple[Tensor, Tensor | float]:
         """Weights, same shape as ``losses`` and 0 where an element does not count, and a scale: ``s_e`` is their
@@ -201,13 +204,24 @@ def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None
 def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
     """Sums a call's elements by sample: those that ``samples`` ``[N]`` names, or those the call's graph tells."""
     weights, scale = call.coefficients()
+    shared = call.upstream is not None and call.upstream.ndim == 0 and samples is None
+    by_sample = call.folded.get(batch_size) if shared else None
+    if by_sample is None:
+        by_sample = _by_sample(call, weights, batch_size, samples)
+    if shared:
+        call.folded[batch_size] = by_sample
+    return Term(call.kind, call.classes, *by_sample, scale, time_steps(call, batch_size) > 0)
+
+
+def _by_sample(call: LossCall, weights: Tensor, batch_size: int, samples: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``[B]`` weighted sums, and the weights."""
     sums = call.losses * weights
     if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
         sums = torch.where(weights == 0, 0.0, sums)
     owners = sample_of_run(call, batch_size, samples)
     by_run = torch.stack([sums, weights]).reshape(2, len(owners), sums.numel() // max(1, len(owners))).sum(2)
     sums, weights = by_run.new_zeros(2, batch_size).index_add(1, owners, by_run)
-    return Term(call.kind, call.classes, sums, weights, scale, time_steps(call, batch_size) > 0)
+    return sums, weights
 
 
 def merge(terms: Sequence[Term]) -> Term:

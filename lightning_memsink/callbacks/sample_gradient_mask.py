@@ -161,9 +161,9 @@ class SampleGradientMask(Callback):
             routed = int(_among(ids, self.latched).sum())
             self.actions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
         elif found is not None:
-            acted, removed = torch.stack([(found.weights != 1).sum().float(), found.removed.float()]).tolist()
+            weights = found.weights.tolist()
             more = {"unmatched": found.unmatched, "unknown": found.unknown} if self.mode == "hold" else {}
-            self.actions.add(len(found.weights), int(acted), removed, **more)
+            self.actions.add(len(weights), len(weights) - weights.count(1.0), float(found.removed), **more)
         self._ledger = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
