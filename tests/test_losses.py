@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,3 +66,14 @@ def test_pieces_of_one_buffer_find_their_samples(batch, tokens, piece, seed):
 def test_rows_that_are_no_multiple_of_the_batch_are_refused():
     with pytest.raises(SampleAxisLost, match=r"cross_entropy was computed on \[7\] elements, not on 4 samples"):
         fold(call(torch.rand(7), torch.ones(7)), 4)
+
+
+def test_copies_of_a_call_are_summed_once_and_each_has_its_own_scale():
+    call = LossCall("cross_entropy", 3, torch.tensor([1.0, 2.0, 3.0, 4.0]), divisor=4.0, upstream=torch.tensor(1.0))
+    first, second = fold(call, 2), fold(replace(call, upstream=torch.tensor(2.0)), 2)
+    assert second.sums is first.sums and (first.scale, second.scale) == (0.25, 0.5)
+    assert fold(call, 4).sums.tolist() == [1, 2, 3, 4] and fold(call, 2).sums.tolist() == [3, 7]
+    by_element = fold(replace(call, upstream=torch.tensor([1.0, 0.0, 1.0, 1.0])), 2)
+    assert by_element.sums.tolist() == [1, 7] and by_element.weights.tolist() == [1, 2]
+    assert fold(replace(call, upstream=None), 2).weights.tolist() == [0, 0]
+    assert fold(call, 2, samples=torch.tensor([1, 0, 0, 0])).sums.tolist() == [9, 1]
