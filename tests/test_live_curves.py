@@ -9,13 +9,13 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from test_reporting import RUNGS, MadeUp
 
 from lightning_memsink.callbacks import live_curves, run_report
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
 from lightning_memsink.callbacks.run_report import RunReport
 from lightning_memsink.ledger import Ledger
+from tests.made_up import RUNGS, MadeUp
 
 EVERY = 2
 QUIET = pytest.mark.filterwarnings(

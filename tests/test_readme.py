@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from lightning_memsink import memsink
 from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.cli import main
+from tests.made_up import made_up
 from tests.small_runs import TinyLM, control_loader, train_loader
-from tests.test_reporting import made_up
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

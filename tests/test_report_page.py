@@ -17,7 +17,7 @@ from lightning_memsink.cli import main
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section, markdown
 from lightning_memsink.reporting.page import SCHEMA, html
 from lightning_memsink.reporting.run_document import document_of
-from tests.test_reporting import made_up
+from tests.made_up import made_up
 
 SETTINGS = {"MemorizationDetector": {"k": 8, "alpha": 0.05}}
 VERSIONS = {"torch": "9.9"}

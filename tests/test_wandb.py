@@ -9,7 +9,6 @@ import pytest
 import torch
 import wandb
 from test_live_curves import QUIET, Writer, fit
-from test_reporting import ONSET, SAMPLES, made_up
 
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.run_report import RunReport
@@ -18,6 +17,7 @@ from lightning_memsink.integrations.wandb_reader import RecordedRun, read_run
 from lightning_memsink.reporting.curves import top_memorized
 from lightning_memsink.reporting.wandb_run import WandbRun
 from lightning_memsink.verdicts import WORDS
+from tests.made_up import ONSET, SAMPLES, made_up
 
 KEY = "0" * 40
 pytestmark = [QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
