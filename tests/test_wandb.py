@@ -46,6 +46,7 @@ def recorded(tmp_path_factory) -> tuple[RecordedRun, LiveCurves, Writer, str]:
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_DATA_DIR", str(where))
         patch.delenv("WANDB_MODE", raising=False)
+        wandb.teardown()  # what a test before may have left open would take these rows
         fit([curves, writer, RunReport(where / "told.md")], SafeWandbLogger(offline=True, save_dir=where))
         wandb.finish()
         wandb.teardown()
