@@ -144,7 +144,7 @@ def find_out(
         for seed in seeds
         for name in arms_of(where, seed == seeds[0], quick, extent)
     ]
-    guides = [job for job in todo if job[:2] == ("E2", HOLD) and job[2] == seeds[0]]
+    guides = [job for job in todo if job == ("E2", HOLD, seeds[0])]
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -153,9 +153,8 @@ def find_out(
         pretrained = model or Path(folder)
         pretraining = [(pretrain, pretrained, seeds[0], tuning)] if model is None and "E3" in only else []
         first = _done(pool, [*pretraining, *((run, *job, sizes) for job in guides)])
-        like: dict[str, float] = {}
-        for guide in (each for each in first if each is not None):
-            like = {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
+        guide = next((each for each in first if each is not None), None)
+        like = guide and {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
         tuning_jobs = [
             (tune, pretrained, name, seed, tuning)
             for seed in seeds

@@ -157,4 +157,4 @@ ASKED = {
     "E2": ("hold at .25", "hold at 1", "hold at .5 + weight decay .1", "MemSinks .75/.15 + hold at .5"),
     "E3": (HOLD, "hold at 1"),
 }
-"""Tried as well, and run on one seed when all is asked for: nine minutes more."""
+"""Tried as well, and run on one seed when all is asked for: eight fits more."""

@@ -20,7 +20,7 @@ from lightning_memsink.judging_localizers.deletion import activation_norms, matc
 from lightning_memsink.judging_localizers.stress import perturbed
 from lightning_memsink.localizers import Samples, Task
 
-SAMPLES, GENERAL, POOL, OWNED, CLASSES = 6, 24, 48, 4, 8
+CLASSES = 8
 
 
 def known_by_one_unit():

@@ -7,10 +7,7 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from lightning_memsink import (
-    SampleGradientMask,
-    memsink,
-)
+from lightning_memsink import SampleGradientMask, memsink
 from lightning_memsink.integrations.wandb import SafeWandbLogger
 from lightning_memsink.integrations.wandb_reader import read_run
 from tests.small_runs import fit
