@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.hidden_layers import HiddenLayer
+from lightning_memsink.loss_call import LossCall
 from lightning_memsink.loss_graph import find_loss_calls, walk
 from lightning_memsink.loss_reading import NEGATIVE_LIKELIHOOD
-from lightning_memsink.losses import LossCall, SampleAxisLost, terms_of
+from lightning_memsink.losses import SampleAxisLost, terms_of
 
 
 def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axis: int = -1) -> Tensor:

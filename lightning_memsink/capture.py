@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memsink.loss_call import LossCall
 from lightning_memsink.loss_graph import LossNodes, awaiting_upstream, find_loss_nodes, names_near
 from lightning_memsink.losses import (
     IDS_KEY,
     LOSSES_KEY,
     Captured,
-    LossCall,
     NotCaptured,
     SampleAxisLost,
     Term,
@@ -256,7 +256,7 @@ def _laid_out(call: LossCall, batch_size: int, time_major: bool) -> LossCall:
     if not time_major or not batch_size:
         return call
     steps = call.losses.shape[0] if call.losses.ndim > 1 else call.losses.numel() // batch_size
-    return replace(call, rows=replace(call.rows, sizes=((steps, batch_size),)), folded={})
+    return replace(call, rows=replace(call.rows, sizes=((steps, batch_size),)))
 
 
 def _share_explained(calls: Sequence[LossCall], backwards: Sequence[_Backward]) -> float | None:

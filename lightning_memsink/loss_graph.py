@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_memsink.loss_call import LossCall, Rows
 from lightning_memsink.loss_reading import (
     DIFFERENCES,
     ELEMENTWISE,
@@ -23,7 +24,6 @@ from lightning_memsink.loss_reading import (
     saved_by,
     signed,
 )
-from lightning_memsink.losses import LossCall, Rows
 
 LossNodes = Sequence[tuple[Any, LossCall]]
 """Loss calls, each with its node of the graph."""

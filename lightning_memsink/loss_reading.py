@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_memsink.losses import LOSSES_KEY, LossCall, Rows, target_buffer
+from lightning_memsink.loss_call import LossCall, Rows, target_buffer
+from lightning_memsink.losses import LOSSES_KEY
 
 MEAN = 1  # of a saved reduction: 0 is none, 2 is sum
 LOG_SOFTMAX = "LogSoftmaxBackward0"

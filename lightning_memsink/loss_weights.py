@@ -9,7 +9,8 @@ forward, the loss and its denominators stay as they were. Under a mean the rest 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memsink.loss_call import LossCall
 from lightning_memsink.loss_graph import LossNodes, find_loss_nodes, names_near, note_upstream
 from lightning_memsink.loss_reading import LOG_SOFTMAX, NEGATIVE_LIKELIHOOD, is_report, signed
 from lightning_memsink.losses import (
     IDS_KEY,
-    LossCall,
     SampleAxisLost,
     Term,
     alike,
@@ -71,7 +72,7 @@ class OpenLoss:
                 f"the loss comes from {', '.join(names_near(loss)) or 'no graph'}, where the part of a sample can't be "
                 "told. End training_step with `return per_sample(losses, ids)`"
             )
-        found = [(node, replace(call)) for node, call in found]  # who found them waits for another upstream than we
+        found = [(node, copy(call)) for node, call in found]  # who found them waits for another upstream than we
         _note_upstreams(loss, found)
         self.calls: list[OpenCall] = []
         lost = ""

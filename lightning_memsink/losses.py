@@ -9,12 +9,14 @@ A loss call has elements (tokens, pixels, outputs). Element ``e`` has an unreduc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_memsink.loss_call import LossCall
 
 LOSSES_KEY = "memsink/losses"
 IDS_KEY = "memsink/ids"
@@ -65,66 +67,6 @@ class Captured:
 
     losses: Tensor
     explained: float | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of a loss call come from, as its graph tells.
-
-    ``sizes`` are the leading sizes of tensors that were flattened into the rows, nearest first. ``index`` is the tensor
-    that rows were picked with, ``picked_by`` the name of the node that picked them. ``buffer`` is (storage, offset,
-    length of the storage) of flat targets.
-    """
-
-    sizes: tuple[tuple[int, ...], ...] = ()
-    index: Tensor | None = None
-    picked_by: str = ""
-    buffer: tuple[int, int, int] | None = None
-
-
-def target_buffer(target: Tensor) -> tuple[int, int, int] | None:
-    """Where flat targets lie: (storage, offset, length of the storage); None for others."""
-    if target.ndim != 1 or not target.is_contiguous():
-        return None
-    storage = target.untyped_storage()
-    return storage.data_ptr(), int(target.storage_offset()), storage.nbytes() // target.element_size()
-
-
-@dataclass
-class LossCall:
-    """One call of a loss function.
-
-    ``losses`` are unreduced, ``weights`` (same shape) the class weights and masks inside the call, ``divisor`` what a
-    mean divided by, ``upstream`` the gradient of the step's loss with respect to the call's result (None: not reached).
-    ``classes`` is 0 where there is no class axis.
-    """
-
-    kind: str
-    classes: int
-    losses: Tensor
-    weights: Tensor | None = None
-    divisor: Tensor | float = 1.0
-    upstream: Tensor | None = None
-    rows: Rows = field(default_factory=Rows)
-    folded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """Sums and weights by sample, by B, where the upstream is one number: the same whatever the number is. Copies of a
-    call share them, for each callback has a copy of its own."""
-
-    def coefficients(self) -> tuple[Tensor, Tensor | float]:
-        """Weights, same shape as ``losses`` and 0 where an element does not count, and a scale: ``s_e`` is their
-        product. Negative weights in a vector (advantages) count by size, lest they cancel."""
-        if self.upstream is None:
-            return torch.zeros_like(self.losses), 0.0
-        if self.upstream.ndim == 0:
-            weights = torch.ones_like(self.losses) if self.weights is None else self.weights
-            return weights, self.upstream.float() / self.divisor
-        weights = self.upstream.float().abs().reshape(self.losses.shape)
-        return weights if self.weights is None else weights * self.weights, 1.0 / self.divisor
-
-    def total(self) -> Tensor:
-        """What the call adds to the step's loss."""
-        weights, scale = self.coefficients()
-        return torch.where(weights == 0, 0.0, weights * self.losses).sum() * scale
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink.blocks import blocks
+from lightning_memsink.loss_call import LossCall, Rows, target_buffer
 from lightning_memsink.loss_reading import gather_likelihood
-from lightning_memsink.losses import LossCall, Rows, target_buffer
 
 # kind, classes, losses, weights, divisor: plain values, because Dynamo traces this file
 Record = tuple[str, int, Tensor, Tensor | None, Tensor | float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_memsink.losses import LossCall, Rows, SampleAxisLost, fold, per_sample, terms_of, weigh
+from lightning_memsink.loss_call import LossCall, Rows
+from lightning_memsink.losses import SampleAxisLost, fold, per_sample, terms_of, weigh
 
 
 def test_a_report_differentiates_the_mean_and_keeps_no_graph():
@@ -70,7 +72,9 @@ def test_rows_that_are_no_multiple_of_the_batch_are_refused():
 
 def test_copies_of_a_call_are_summed_once_and_each_has_its_own_scale():
     call = LossCall("cross_entropy", 3, torch.tensor([1.0, 2.0, 3.0, 4.0]), divisor=4.0, upstream=torch.tensor(1.0))
-    first, second = fold(call, 2), fold(replace(call, upstream=torch.tensor(2.0)), 2)
+    twin = copy(call)
+    twin.upstream = torch.tensor(2.0)
+    first, second = fold(call, 2), fold(twin, 2)
     assert second.sums is first.sums and (first.scale, second.scale) == (0.25, 0.5)
     assert fold(call, 4).sums.tolist() == [1, 2, 3, 4] and fold(call, 2).sums.tolist() == [3, 7]
     by_element = fold(replace(call, upstream=torch.tensor([1.0, 0.0, 1.0, 1.0])), 2)
