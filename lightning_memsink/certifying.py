@@ -16,6 +16,7 @@ from lightning_memsink.capture import EvaluationCapture, StepCapture
 from lightning_memsink.controls import ControlTable
 from lightning_memsink.designed_sinks import Pool, masked
 from lightning_memsink.detection import Rule
+from lightning_memsink.distinct import first_of_each
 from lightning_memsink.hidden_layers import HiddenLayer
 from lightning_memsink.holding import Reference
 from lightning_memsink.losses import NotCaptured
@@ -169,6 +170,4 @@ def twins_of(features: Tensor, table: ControlTable) -> Tensor:
 
 def _once(losses: Losses) -> Losses:
     """The first of each sample."""
-    unique, inverse = losses.ids.unique(return_inverse=True)
-    first = torch.full_like(unique, len(losses.ids))
-    return losses.only(first.scatter_reduce(0, inverse, torch.arange(len(losses.ids)), "amin"))
+    return losses.only(first_of_each(losses.ids)[1])

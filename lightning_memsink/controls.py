@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.detection import Controls
+from lightning_memsink.distinct import first_of_each
 from lightning_memsink.gathering import gather
 
 SNAPSHOTS = 8
@@ -68,7 +69,7 @@ class ControlTable:
         A control that came twice counts once. When other controls come than before, the history starts anew:
         a gap against yesterday's controls would compare two populations.
         """
-        ids, first = _unique(ids)
+        ids, first = first_of_each(ids)
         losses, features = losses.float()[first], features.float()[first]
         if torch.equal(ids, self.ids):
             self.previous, self.previous_step = self.latest, self.latest_step
@@ -105,15 +106,12 @@ class ControlTable:
 
     def known(self) -> Controls:
         """The controls to measure samples by."""
-        early = [
-            self.standing(losses, torch.tensor([step]))
-            for losses, step in zip(self.snapshots, self.snapshot_steps, strict=True)
-        ]
-        return Controls(self.previous, self.latest, self.features, torch.stack(early))
+        early = self.standing(self.snapshots, torch.tensor(self.snapshot_steps)[:, None])
+        return Controls(self.previous, self.latest, self.features, early)
 
     def standing(self, losses: Tensor, steps: Tensor) -> Tensor:
-        """``losses`` ``[N]`` taken at ``steps`` ``[N]`` (or all at one), in standard deviations from the controls' mean
-        of that time. So early losses compare although samples come at different steps; NaN where the loss is.
+        """``losses`` taken at ``steps``, ``[N]`` both (or as they broadcast), in standard deviations from the controls'
+        mean of that time. So early losses compare although samples come at different steps; NaN where the loss is.
         """
         if not self.curve:
             return torch.full_like(losses, torch.nan)
@@ -140,17 +138,10 @@ _FACTS = (
 )
 
 
-def _unique(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted unique ids and the position of the first of each."""
-    unique, inverse = torch.unique(ids, return_inverse=True)
-    first = torch.full((len(unique),), len(ids), dtype=torch.int64)
-    return unique, first.scatter_reduce_(0, inverse, torch.arange(len(ids)), "amin")
-
-
 def _between(at: Tensor, values: Tensor, steps: Tensor) -> Tensor:
-    """``values`` known at steps ``at`` ``[E]``, read at ``steps`` ``[N]``: linear in the logarithm, flat outside."""
+    """``values`` known at steps ``at`` ``[E]``, read at any ``steps``: linear in the logarithm, flat outside."""
     if len(at) == 1 or at[0] == at[-1]:
-        return values[-1:].double().expand(len(steps))
+        return values[-1].double().expand(steps.shape)
     knots, where = at.double().clamp(min=1).log(), steps.double().clamp(min=1).log()
     right = torch.searchsorted(knots, where).clamp(1, len(knots) - 1)
     weight = (where - knots[right - 1]) / (knots[right] - knots[right - 1]).clamp(min=1e-9)

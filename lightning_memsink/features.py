@@ -6,6 +6,7 @@ B  samples in a batch      T  tokens      F  features
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,18 @@ from torch import Tensor
 
 TOKEN_FEATURES = ("unigram_nll", "bigram_nll", "familiarity", "compressed_bits")
 _RUN = 4
+
+
+@dataclass(frozen=True)
+class Ngrams:
+    """Where a text's tokens, pairs and runs of four are counted (buckets), and which of them count (bool)."""
+
+    single: Tensor  # [B, T]
+    counted: Tensor
+    pair: Tensor  # [B, T-1]
+    paired: Tensor
+    run: Tensor  # [B, T-3], empty for shorter texts
+    whole: Tensor
 
 
 class NgramCounts:
@@ -33,39 +46,47 @@ class NgramCounts:
         """A spawned process is sent the memory itself, which all ranks would then count into: each takes its own."""
         vars(self).update({name: each.clone() if isinstance(each, Tensor) else each for name, each in state.items()})
 
-    def update(self, tokens: Tensor, mask: Tensor) -> None:
-        """Counts ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` holds."""
-        single, pair, paired = self._hash(tokens, mask)
-        self.unigrams.index_add_(0, single.flatten(), mask.flatten().float())
-        self.bigrams.index_add_(0, pair.flatten(), paired.flatten().float())
-        run, whole = self._runs(tokens, mask)
-        self.runs.index_add_(0, run.flatten(), whole.flatten().float())
+    def look_up(self, tokens: Tensor, mask: Tensor) -> Ngrams:
+        """The n-grams of ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` holds. Counts nothing."""
+        pair = tokens[:, :-1] * 0x9E3779B1 + tokens[:, 1:] * 0x85EBCA77
+        pair = pair ^ (pair >> 15)
+        return Ngrams(
+            tokens.remainder(len(self.unigrams)),
+            mask,
+            pair.remainder(self.buckets),
+            mask[:, :-1] & mask[:, 1:],
+            *self._runs(tokens, mask),
+        )
 
-    def familiarity(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
+    def update(self, text: Ngrams) -> None:
+        """Counts each of them once more."""
+        self.unigrams.index_add_(0, text.single.flatten(), text.counted.flatten().float())
+        self.bigrams.index_add_(0, text.pair.flatten(), text.paired.flatten().float())
+        self.runs.index_add_(0, text.run.flatten(), text.whole.flatten().float())
+
+    def familiarity(self, text: Ngrams, exposures: Tensor) -> Tensor:
         """``[B]`` mean of log(1 + times) over a sample's runs of four tokens: how often each occurs elsewhere.
 
         Text with near-duplicates in training gets a low loss without ever having been trained on, and the lower the
         more there are: a template filled in a hundred ways is easier than prose of which as many runs are known.
         """
-        run, whole = self._runs(tokens, mask)
-        seen = self.runs[run] - exposures.float()[:, None] * _own(run, whole)
-        return _mean(seen.clamp(min=0).log1p(), whole)
+        seen = self.runs[text.run] - exposures.float()[:, None] * _own(text.run, text.whole)
+        return _mean(seen.clamp(min=0).log1p(), text.whole)
 
-    def nll(self, tokens: Tensor, mask: Tensor, exposures: Tensor) -> Tensor:
+    def nll(self, text: Ngrams, exposures: Tensor) -> Tensor:
         """``[B, 2]`` mean unigram and bigram negative log-likelihood, in nats per token.
 
         ``exposures`` ``[B]``: how often each sample itself was counted; that many of its own counts are left out.
         """
-        single, pair, paired = self._hash(tokens, mask)
         times = exposures.float()[:, None]
-        seen = (self.unigrams[single] - times * _own(single, mask)).clamp(min=0)
-        seen_pair = (self.bigrams[pair] - times * _own(pair, paired)).clamp(min=0)
-        total = (self.unigrams.sum() - times * mask.sum(1, keepdim=True)).clamp(min=0)
+        seen = (self.unigrams[text.single] - times * _own(text.single, text.counted)).clamp(min=0)
+        seen_pair = (self.bigrams[text.pair] - times * _own(text.pair, text.paired)).clamp(min=0)
+        total = (self.unigrams.sum() - times * text.counted.sum(1, keepdim=True)).clamp(min=0)
         known = (self.unigrams > 0).sum().clamp(min=1)
         one = (seen + 1) / (total + known)
         # Bigrams are interpolated with unigrams by a pseudo-count of 4 (Dirichlet prior smoothing).
         two = (seen_pair + 4 * one[:, 1:]) / (seen[:, :-1] + 4)
-        return torch.stack([_mean(-one.log(), mask), _mean(-two.clamp(max=1).log(), paired)], dim=1)
+        return torch.stack([_mean(-one.log(), text.counted), _mean(-two.clamp(max=1).log(), text.paired)], dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"unigrams": self.unigrams, "bigrams": self.bigrams, "runs": self.runs}
@@ -73,12 +94,6 @@ class NgramCounts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unigrams, self.bigrams, self.runs = (state[name].clone() for name in ("unigrams", "bigrams", "runs"))
         self.buckets = len(self.bigrams)
-
-    def _hash(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Buckets of tokens ``[B, T]`` and of neighbours ``[B, T-1]``, and the mask of the latter."""
-        pair = tokens[:, :-1] * 0x9E3779B1 + tokens[:, 1:] * 0x85EBCA77
-        pair = pair ^ (pair >> 15)
-        return tokens.remainder(len(self.unigrams)), pair.remainder(self.buckets), mask[:, :-1] & mask[:, 1:]
 
     def _runs(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Buckets of runs of four ``[B, T-3]`` and whether all of a run counts; empty for shorter texts."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memsink.features import TOKEN_FEATURES, NgramCounts, compressed_bits
+from lightning_memsink.distinct import last_of_each
+from lightning_memsink.features import TOKEN_FEATURES, NgramCounts, Ngrams, compressed_bits
 from lightning_memsink.table import LossTable
 from lightning_memsink.tokens import Tokens
 
@@ -19,36 +20,40 @@ class Matching:
         self.counts = NgramCounts()
         self._control_bits: dict[int, float] = {}
 
-    def count(self, tokens: Tokens) -> None:
-        """What was just trained on."""
-        self.counts.update(tokens.ids, tokens.mask)
-
     def describe(
-        self, table: LossTable, rows: Tensor, new: Tensor, tokens: Tokens | None, extra: Tensor | None
+        self,
+        table: LossTable,
+        rows: Tensor,
+        new: Tensor,
+        tokens: Tokens | None,
+        extra: Tensor | None,
+        trained_on: bool = False,
     ) -> None:
         """Writes to ``table`` the features that the samples in ``rows`` ``[V]`` have by what was counted so far.
 
         ``new``: bool ``[V]``, samples seen for the first time; their compressed size, which never changes, is due.
-        ``extra`` ``[V, F]``: the user's features.
+        ``extra`` ``[V, F]``: the user's features. ``trained_on``: they just were, and are counted first.
         """
-        rows, last = _last_of_each(rows)  # of a sample that came twice only the last description stands
         parts = []
         if tokens is not None:
-            fresh, tokens = new[last], Tokens(tokens.ids[last], tokens.mask[last])
-            parts.append(self._ngrams(tokens, table.exposures[rows]))
+            text = self.counts.look_up(tokens.ids, tokens.mask)
+            if trained_on:
+                self.counts.update(text)
             compressed = table.described(rows, column=_COMPRESSED)
-            compressed[fresh] = compressed_bits(tokens.ids[fresh], tokens.mask[fresh])
-            parts.append(compressed[:, None])
+            compressed[new] = compressed_bits(tokens.ids[new], tokens.mask[new])
+            parts += [self._likelihood(text, table.exposures[rows]), compressed[:, None]]
         if extra is not None:
-            parts.append(extra[last])
+            parts.append(extra)
         if parts:
-            table.describe(rows, torch.cat(parts, 1))
+            rows, last = last_of_each(rows)  # of a sample that came twice only the last description stands
+            table.describe(rows, torch.cat(parts, 1)[last])
 
     def of_controls(self, ids: Tensor, tokens: Tokens | None, extra: Tensor | None) -> Tensor:
         """``[B, F]`` the same columns for samples ``ids`` ``[B]`` that were never trained on."""
         parts = []
         if tokens is not None:
-            parts.append(self._ngrams(tokens, torch.zeros(len(ids))))
+            text = self.counts.look_up(tokens.ids, tokens.mask)
+            parts.append(self._likelihood(text, torch.zeros(len(ids))))
             new = [n for n, sample in enumerate(ids.tolist()) if sample not in self._control_bits]
             if new:
                 fresh = compressed_bits(tokens.ids[new], tokens.mask[new]).tolist()
@@ -58,12 +63,5 @@ class Matching:
             parts.append(extra)
         return torch.cat(parts, 1) if parts else torch.zeros(len(ids), 0)
 
-    def _ngrams(self, tokens: Tokens, exposures: Tensor) -> Tensor:
-        likelihood = self.counts.nll(tokens.ids, tokens.mask, exposures)
-        return torch.cat([likelihood, self.counts.familiarity(tokens.ids, tokens.mask, exposures)[:, None]], 1)
-
-
-def _last_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted unique rows and the position of the last of each."""
-    unique, inverse = torch.unique(rows, return_inverse=True)
-    return unique, torch.zeros_like(unique).scatter_reduce(0, inverse, torch.arange(len(rows)), "amax")
+    def _likelihood(self, text: Ngrams, exposures: Tensor) -> Tensor:
+        return torch.cat([self.counts.nll(text, exposures), self.counts.familiarity(text, exposures)[:, None]], 1)

@@ -19,6 +19,10 @@ def whole(tokens):
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
+def ngrams(counts, tokens, mask=None):
+    return counts.look_up(tokens, whole(tokens) if mask is None else mask)
+
+
 def by_hand(sample, corpus):
     """Mean unigram and bigram NLL of one text from a dictionary of counts of the others."""
     ones = Counter(token for text in corpus for token in text)
@@ -35,8 +39,8 @@ def by_hand(sample, corpus):
 def test_a_samples_own_counts_are_left_out_of_its_likelihood(corpus):
     """A new text is counted by all others; a text of the corpus by all but itself."""
     counts, tokens = NgramCounts(), torch.tensor(corpus)
-    counts.update(tokens, whole(tokens))
-    found = counts.nll(tokens, whole(tokens), torch.ones(len(tokens)))
+    counts.update(ngrams(counts, tokens))
+    found = counts.nll(ngrams(counts, tokens), torch.ones(len(tokens)))
     for row, sample in enumerate(corpus):
         expected = by_hand(sample, corpus[:row] + corpus[row + 1 :])
         assert found[row].tolist() == pytest.approx(expected, rel=1e-3)
@@ -44,43 +48,43 @@ def test_a_samples_own_counts_are_left_out_of_its_likelihood(corpus):
 
 def test_a_text_shown_often_looks_as_difficult_as_shown_once():
     counts, background = NgramCounts(), torch.randint(10, (50, 12), generator=torch.Generator().manual_seed(0))
-    counts.update(background, whole(background))
+    counts.update(ngrams(counts, background))
     sample = torch.randint(10, (1, 12), generator=torch.Generator().manual_seed(1))
-    before = counts.nll(sample, whole(sample), torch.zeros(1))
-    familiar = counts.familiarity(sample, whole(sample), torch.zeros(1))
+    before = counts.nll(ngrams(counts, sample), torch.zeros(1))
+    familiar = counts.familiarity(ngrams(counts, sample), torch.zeros(1))
     for _ in range(64):
-        counts.update(sample, whole(sample))
-    torch.testing.assert_close(counts.nll(sample, whole(sample), torch.tensor([64])), before, rtol=1e-3, atol=1e-3)
-    assert counts.familiarity(sample, whole(sample), torch.tensor([64])) == familiar
-    assert counts.familiarity(sample, whole(sample), torch.zeros(1)) > math.log(64)
+        counts.update(ngrams(counts, sample))
+    torch.testing.assert_close(counts.nll(ngrams(counts, sample), torch.tensor([64])), before, rtol=1e-3, atol=1e-3)
+    assert counts.familiarity(ngrams(counts, sample), torch.tensor([64])) == familiar
+    assert counts.familiarity(ngrams(counts, sample), torch.zeros(1)) > math.log(64)
 
 
 def test_familiarity_grows_with_the_runs_of_four_that_occur_elsewhere_and_how_often():
     counts = NgramCounts()
     known = torch.tensor([[1, 2, 3, 4, 5, 6]])
     for times in (1, 2):
-        counts.update(known, whole(known))
+        counts.update(ngrams(counts, known))
         for text, share in (([1, 2, 3, 4, 5, 6], 1.0), ([1, 2, 3, 4, 5, 9], 2 / 3), ([9, 8, 7, 6, 5, 4], 0.0)):
             tokens = torch.tensor([text])
             expected = share * math.log(1 + times)
-            assert counts.familiarity(tokens, whole(tokens), torch.zeros(1)).item() == pytest.approx(expected)
+            assert counts.familiarity(ngrams(counts, tokens), torch.zeros(1)).item() == pytest.approx(expected)
 
 
 def test_padding_counts_for_nothing():
     counts = NgramCounts()
     tokens = torch.tensor([[1, 2, 3, 4, 5, 0, 0], [5, 4, 3, 2, 1, 2, 3]])
     mask = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
-    counts.update(tokens, mask)
+    counts.update(ngrams(counts, tokens, mask))
     assert counts.unigrams.sum() == 12 and counts.bigrams.sum() == 10 and counts.runs.sum() == 6
-    alone = counts.nll(tokens[:1, :5], mask[:1, :5], torch.ones(1))
-    torch.testing.assert_close(counts.nll(tokens, mask, torch.ones(2))[:1], alone)
+    alone = counts.nll(ngrams(counts, tokens[:1, :5], mask[:1, :5]), torch.ones(1))
+    torch.testing.assert_close(counts.nll(ngrams(counts, tokens, mask), torch.ones(2))[:1], alone)
 
 
 def test_texts_shorter_than_a_run_are_familiar_to_nobody_rather_than_an_error():
     counts = NgramCounts()
     tokens = torch.tensor([[1, 2]])
-    counts.update(tokens, whole(tokens))
-    assert counts.familiarity(tokens, whole(tokens), torch.ones(1)).tolist() == [0.0]
+    counts.update(ngrams(counts, tokens))
+    assert counts.familiarity(ngrams(counts, tokens), torch.ones(1)).tolist() == [0.0]
 
 
 def test_compressed_bits_are_deflates_and_low_where_a_text_repeats_itself():

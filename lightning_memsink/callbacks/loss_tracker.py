@@ -272,9 +272,9 @@ class LossTracker(Callback):
         rows = self.table.record(ids, torch.cat([visit.losses for visit in visits]), steps, elements)
         if tokens is not None:
             self._say_once(self.witnesses.look(ids, tokens))
-            self.matching.count(tokens)
-        extra = None if self.features is None else [visit.features for visit in visits if visit.features is not None]
-        self.matching.describe(self.table, rows, rows >= known, tokens, None if extra is None else torch.cat(extra))
+        extra = [visit.features for visit in visits if visit.features is not None]
+        features = torch.cat(extra) if len(extra) == len(visits) else None
+        self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
 
     def _self_check(self, explained: float | None) -> None:
         if explained is not None and abs(explained - 1) > 0.01:
