@@ -80,6 +80,8 @@ def lots(rows: Tensor, points_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
     ``points_of``: the points ``[B, F]`` of some of the rows.
     """
     levels = int(np.log2(max(1, len(rows) // POINTS)))
+    if not levels:
+        return [rows] if len(rows) else []
     seen = rows[:: max(1, len(rows) // (SEEN << levels))]
     cells, cell = Cells(points_of(seen), levels), torch.empty(len(rows), dtype=torch.int16)
 

@@ -185,7 +185,7 @@ class _Comparison:
 
         def compare(rows: Tensor) -> None:
             points = points_of(rows)
-            index, squared = Around(self.near, points).of(points)
+            index, squared = (self.near if alone else Around(self.near, points)).of(points)
             near = index[:, : self.rule.k]
             if self.ridge is None:
                 before, after = embedding_bag(near, self.losses, mode="mean").T
@@ -198,7 +198,9 @@ class _Comparison:
             # leave a sample without fellows. But who is near with it is nearer without.
             matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
 
-        in_threads(lots(group, points_of), compare)
+        parts = lots(group, points_of)
+        alone = len(parts) < 2  # all points lie together: nothing is far from them
+        in_threads(parts, compare)
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:

@@ -42,6 +42,12 @@ def test_nobody_is_its_own_neighbour_though_others_are_equal():
     torch.testing.assert_close(distance.double(), apart.sort(1).values[:, :3].mean(1))
 
 
+def test_no_points_have_no_neighbours():
+    none, among = normal(0, 3), normal(20, 3, seed=1)
+    for index, distances in (Neighbours(among, 4).of(none), nearest(none, among, 4)):
+        assert index.shape == (0, 4) and len(distances) == 0
+
+
 def test_points_beyond_all_numbers_get_some_neighbours_and_no_small_distance():
     points = torch.tensor([[3e38, -3e38], [torch.finfo().max, 0.0], [0.0, 0.0]])
     index, distance = nearest(points, normal(100, 2), 4)
