@@ -1,6 +1,6 @@
 """What everything costs: runs the benchmarks of cost, one after the other, and writes BENCHMARKS.md.
 
-Parts that are not run anew stay as they were, each with the day of its own run.
+Parts that are not run anew stay as they were, each with the day and the versions of its own run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Part:
         criteria = self.told.get("criteria", [])
         held = f"{sum(each['holds'] for each in criteria)} of {len(criteria)}" if self.told else "**it failed**, none"
         about = f"`{self.command}`: {held} criteria hold; {self.seconds / 60:.1f} minutes on {day}."
-        return "\n".join([f"## {self.title}", "", about, "", "```", self.printed.strip("\n"), "```", ""])
+        ran_with = self.told.get("environment", {})
+        versions = ", ".join(f"{name} {ran_with[name]}" for name in (*environment(), "seeds") if name in ran_with)
+        return "\n".join([f"## {self.title}", "", about, "", versions, "", "```", self.printed.strip("\n"), "```", ""])
 
 
 ABOUT = re.compile(r"`.+`: (?P<held>.+) criteria hold; (?P<minutes>.+) minutes on (?P<day>.+)\.")
@@ -81,8 +83,6 @@ def page(sections: Mapping[str, str]) -> str:
         "",
         "Written by `python -m benchmarks.all`; every number is from a run of the command above it. Ratios are to a "
         "plain run of the same code, interleaved with it on one machine, medians; a bound that is missed says so.",
-        "",
-        f"{', '.join(f'{name} {value}' for name, value in environment().items())}.",
         "",
         "| part | criteria that hold | minutes | day |",
         "| --- | --- | --- | --- |",

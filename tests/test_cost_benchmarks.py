@@ -120,17 +120,19 @@ def test_the_page_has_every_part_and_what_failed(tmp_path, monkeypatch, capsys):
 
 def test_parts_that_are_not_run_anew_stay_as_they_were(tmp_path, monkeypatch):
     printed = iter(["first", "second", "third"])
-    told = {"criteria": [{"holds": True}]}
+    versions = iter(["1", "2", "3"])
 
     def run(title, words, quick):
+        told = {"criteria": [{"holds": True}], "environment": {"torch": next(versions), "seeds": [5]}}
         return everything.Part(title, "it", next(printed), told, 60.0)
 
     monkeypatch.setattr(everything, "run_part", run)
     page = tmp_path / "page.md"
     assert everything.main(["--to", str(page), "--only", "mitigation", "tracking"]) == 0
     assert everything.main(["--to", str(page), "--only", "tracking"]) == 0
-    left = [line for line in page.read_text().splitlines() if line in ("first", "second", "third")]
-    assert left == ["third", "second"]
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if line in ("first", "second", "third")] == ["third", "second"]
+    assert [line for line in lines if line.startswith("torch")] == ["torch 3, seeds [5]", "torch 2, seeds [5]"]
 
 
 def test_a_part_is_run_and_what_it_says_kept(monkeypatch):
