@@ -178,7 +178,7 @@ class SampleIds:
             ids = value.detach().reshape(-1).to("cpu", torch.int64)
         else:
             ids = torch.tensor(sample_ids(value), dtype=torch.int64)
-        if size not in (None, len(ids)):
+        if not _are_rows_of(ids, {name: part for name, part in batch.items() if name != self.key}, size):
             raise RuntimeError(
                 f"SampleIds needs one id for each sample, but batch[{self.key!r}] holds {len(ids)} ids for {size} "
                 f"samples. Return one {self.key!r} with every sample."

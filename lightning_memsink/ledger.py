@@ -102,6 +102,12 @@ class Ledger:
         """Whether anybody writes a slot that a reader can do without."""
         return slot in self._facts
 
+    def samples_in_hand(self, otherwise: int | None) -> int:
+        """B of the training batch that is passing: as many as it has ids. Where nobody knows them ``otherwise``: as
+        many as its first tensor has rows, say, though in a batch of graphs those are the nodes of all."""
+        ids = self.batch.ids if self.has("batch") else None
+        return (otherwise or 0) if ids is None else len(ids)
+
     @staticmethod
     def of(trainer: Trainer) -> Ledger:
         """The one ledger of this Trainer, made at the first call."""

@@ -45,8 +45,8 @@ class OpenCall:
     node: Any
     call: LossCall
     """With its ``upstream``; only up to a factor where there is one for all elements of the step."""
-    owners: Tensor
-    """``[R]`` sample numbers."""
+    owners: Tensor | None
+    """``[R]`` sample numbers; None: there is one run for each sample, in order."""
 
 
 class OpenLoss:
@@ -120,7 +120,8 @@ class OpenLoss:
         if weights.is_cpu and bool((weights == 1).all()):  # elsewhere the question would wait for the device
             return
         for each in self.calls:
-            self.weigh_runs(each, weights.to(each.owners.device)[each.owners])
+            own = weights.to(each.call.losses.device)
+            self.weigh_runs(each, own if each.owners is None else own[each.owners])
 
     def weigh_runs(self, each: OpenCall, weights: Tensor) -> None:
         """The same for one call, ``weights`` ``[R]`` or as many for each run as it has elements."""
@@ -147,7 +148,7 @@ def _note_upstreams(loss: Tensor, found: LossNodes) -> None:
 def _scale(each: OpenCall, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
     node, shape = each.node, each.call.losses.shape
     if weights.numel() < each.call.losses.numel():
-        weights = weights[:, None].expand(-1, each.call.losses.numel() // len(each.owners))
+        weights = weights[:, None].expand(-1, each.call.losses.numel() // len(weights))
     weights = weights.reshape(shape)
     if node.name() in NEGATIVE_LIKELIHOOD:
         return _scale_targets(node, weights.unsqueeze(1))

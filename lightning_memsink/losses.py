@@ -123,8 +123,9 @@ def sample_of_row(call: LossCall, batch_size: int) -> Tensor | None:
     return None
 
 
-def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Tensor:
-    """``[R]`` sample numbers of the R equal runs, one after the other, that the call's elements fall into.
+def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Tensor | None:
+    """``[R]`` sample numbers of the R equal runs, one after the other, that the call's elements fall into; None where
+    there is one run for each sample, in order.
 
     Args:
         samples: ``[N]`` the rows' samples, where the call's graph doesn't tell them.
@@ -139,8 +140,7 @@ def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None
     shape, steps = call.losses.shape, time_steps(call, batch_size)
     if call.losses.numel() % (batch_size * max(steps, 1)) or (not steps and (shape or (1,))[0] % batch_size):
         raise SampleAxisLost(f"{call.kind} was computed on {list(shape)} elements, not on {batch_size} samples")
-    numbers = torch.arange(batch_size, device=call.losses.device)
-    return numbers.repeat(steps) if steps > 1 else numbers
+    return torch.arange(batch_size, device=call.losses.device).repeat(steps) if steps > 1 else None
 
 
 def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
@@ -161,9 +161,12 @@ def _by_sample(call: LossCall, weights: Tensor, batch_size: int, samples: Tensor
     if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
         sums = torch.where(weights == 0, 0.0, sums)
     owners = sample_of_run(call, batch_size, samples)
-    by_run = torch.stack([sums, weights]).reshape(2, len(owners), sums.numel() // max(1, len(owners))).sum(2)
-    sums, weights = by_run.new_zeros(2, batch_size).index_add(1, owners, by_run)
-    return sums, weights
+    runs = batch_size if owners is None else len(owners)
+    sums, weights = (each.reshape(runs, each.numel() // max(1, runs)).sum(1) for each in (sums, weights))
+    if owners is None:
+        return sums, weights
+    nothing = sums.new_zeros(batch_size)
+    return nothing.index_add(0, owners, sums), nothing.index_add(0, owners, weights)
 
 
 def merge(terms: Sequence[Term]) -> Term:

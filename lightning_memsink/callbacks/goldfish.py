@@ -6,23 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_memsink.actions import Actions
-from lightning_memsink.capture import UNREADABLE
+from lightning_memsink.callbacks.mitigation import LossWeighing
 from lightning_memsink.goldfish import dropped
-from lightning_memsink.identity import batch_size
-from lightning_memsink.ledger import Ledger
 from lightning_memsink.loss_reading import NEGATIVE_LIKELIHOOD, signed
-from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenCall, OpenLoss, Unweighable
 from lightning_memsink.losses import samples_by_offset
-from lightning_memsink.strategies import require_support
 
 
-class Goldfish(Callback):
+class Goldfish(LossWeighing):
     """Drops about one in ``k`` target tokens from the gradient, by a hash of the ``context`` targets before each.
 
     The others are scaled up by total over kept, so that a batch's loss stays a mean: over the kept tokens of the batch
@@ -40,36 +35,17 @@ class Goldfish(Callback):
             raise ValueError(f"k: one in k tokens is dropped, so it is at least 2, but it is {k}.")
         if context < 1:
             raise ValueError(f"context is a number of tokens, at least 1, but it is {context}.")
+        super().__init__()
         self.k, self.context, self.seed = k, context, seed
         self.actions = Actions(f"leaves one in {k} target tokens out of the gradient, by their context", "tokens")
-        self._size: int | None = None
-        self._open: OpenLoss | None = None
         self._counts: tuple[int, Tensor] | None = None
-        self._said = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            require_support(trainer.strategy, "Goldfish")
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).actions["Goldfish"] = self.actions
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._size, self._counts = batch_size(batch), None
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._counts = None
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not self._size:
-            return
-        try:
-            self._open = OpenLoss(loss, self._size, loss_scale(trainer))
-            self._counts = (self._size, self.drop(self._open))
-        except UNREADABLE as error:
-            if not self._said:
-                self._said = True
-                rank_zero_warn(f"Goldfish drops no token of such a step: {error}.")
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+    def _weigh(self, opened: OpenLoss) -> None:
+        self._counts = opened.batch_size, self.drop(opened)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,21 +54,6 @@ class Goldfish(Callback):
             visits, counts = self._counts
             acted, removed = counts.tolist()
             self.actions.add(visits, int(acted), removed)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.actions.settle(trainer.global_step)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"actions": self.actions.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.actions.load_state_dict(state_dict["actions"])
 
     def drop(self, opened: OpenLoss) -> Tensor:
         """Weighs the targets, and returns ``[2]``: samples that lost one, and the share of coefficients dropped."""
@@ -108,7 +69,7 @@ class Goldfish(Callback):
                 f"the loss is {kinds}, with no targets [B, T] to be read. Use it where a cross entropy of tokens, "
                 "without label smoothing, is trained"
             )
-        outs = [out for group in _passages(texts, size) for out in self._choose(group)]
+        outs = [out for group in _passages(texts, size) for out in self._choose(group, size)]
         coefficients = []
         for each in texts:
             weights, scale = each.call.coefficients()
@@ -119,23 +80,18 @@ class Goldfish(Callback):
         touched = torch.zeros(size, dtype=torch.bool, device=total.device)
         for each, out in zip(texts, outs, strict=True):
             opened.weigh_runs(each, torch.where(out, 0.0, factor))
-            touched[_samples(each)[out]] = True
+            touched[_samples(each, size)[out]] = True
         return torch.stack([touched.sum().float(), (lost / total).nan_to_num().float()])
 
-    def _choose(self, group: Sequence[OpenCall]) -> list[Tensor]:
+    def _choose(self, group: Sequence[OpenCall], size: int) -> list[Tensor]:
         targets = torch.cat([each.node._saved_target.reshape(-1) for each in group])
         counted = torch.cat(
             [(each.node._saved_target != signed(each.node._saved_ignore_index)).reshape(-1) for each in group]
         )
-        samples = torch.cat([_samples(each) for each in group])
+        samples = torch.cat([_samples(each, size) for each in group])
         out = dropped(targets, samples, counted, self.k, self.context, self.seed)
         sizes = [each.call.losses.numel() for each in group]
         return list(torch.split(out, sizes))
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
 
 
 def _passages(texts: list[OpenCall], size: int) -> list[list[OpenCall]]:
@@ -143,6 +99,7 @@ def _passages(texts: list[OpenCall], size: int) -> list[list[OpenCall]]:
     return [texts] if samples_by_offset([each.call for each in texts], size) else [[each] for each in texts]
 
 
-def _samples(each: OpenCall) -> Tensor:
-    """``[R]`` the sample of each target."""
-    return each.owners.repeat_interleave(each.call.losses.numel() // max(1, len(each.owners)))
+def _samples(each: OpenCall, size: int) -> Tensor:
+    """The sample of each target."""
+    owners = torch.arange(size, device=each.call.losses.device) if each.owners is None else each.owners
+    return owners.repeat_interleave(each.call.losses.numel() // max(1, len(owners)))

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.actions import Actions
+from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.capture import StepCapture
 from lightning_memsink.certificate import Certificate, certify
 from lightning_memsink.certifying import Bench, MostExposed, Seen, copied, joined, twins_of
@@ -21,14 +22,13 @@ from lightning_memsink.gathering import gather
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.ledger import BatchInHand, Ledger
 from lightning_memsink.loss_scale import loss_scale
-from lightning_memsink.strategies import require_support
 from lightning_memsink.tokens import tokens_of
 
 COLLAPSES = 0.9
 """Pools above this share were seen to take the model with them when dropped."""
 
 
-class MemSinks(Callback):
+class MemSinks(Mitigation):
     """Ties a pool of hidden units to the samples, each to its own few, and leaves the pool out in evaluation.
 
     In a training step every hidden layer runs with its shared units and those that the sample's id owns; anywhere else
@@ -88,8 +88,7 @@ class MemSinks(Callback):
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            require_support(trainer.strategy, "MemSinks")
+        super().setup(trainer, pl_module, stage)
         self._let_go()
         self._misfits.clear()
         self._module = pl_module
@@ -102,9 +101,8 @@ class MemSinks(Callback):
             self._capturing = self.most_exposed.samples > 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ledger = Ledger.of(trainer)
-        ledger.certificate = self.certificate
-        ledger.actions["MemSinks"] = self.actions
+        super().on_fit_start(trainer, pl_module)
+        Ledger.of(trainer).certificate = self.certificate
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -146,7 +144,7 @@ class MemSinks(Callback):
         self._own.clear()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.actions.settle(trainer.global_step)
+        super().on_train_end(trainer, pl_module)
         if self.most_exposed.samples and pl_module.automatic_optimization:
             Ledger.of(trainer).certificate = self.certificate = self._certify(trainer, pl_module)
         rank_zero_info(
@@ -154,15 +152,9 @@ class MemSinks(Callback):
             f"bake(model, memsinks.pool), or of some samples alone, without=ids. {plan(self.pool.active_fraction, 20)}"
         )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
     def state_dict(self) -> dict[str, Any]:
         certificate = None if self.certificate is None else self.certificate.state()
-        return {"pool": asdict(self.pool), "actions": self.actions.state_dict(), "certificate": certificate}
+        return {**super().state_dict(), "pool": asdict(self.pool), "certificate": certificate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         trained = Pool(**state_dict["pool"])
@@ -171,7 +163,7 @@ class MemSinks(Callback):
                 f"The checkpoint was trained with {trained}, but MemSinks was given {self.pool}. Samples would lose "
                 "their units to one another: resume with the same pool and seed."
             )
-        self.actions.load_state_dict(state_dict["actions"])
+        super().load_state_dict(state_dict)
         certificate = state_dict["certificate"]
         self.certificate = None if certificate is None else Certificate(**certificate)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.actions import Actions
+from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.capture import UNREADABLE
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.holding import Reference, held
@@ -21,7 +23,6 @@ from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenLoss
 from lightning_memsink.restoring import restoring
 from lightning_memsink.routing import reserved_units, routing_hook
-from lightning_memsink.strategies import require_support
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 
@@ -31,12 +32,20 @@ class _Decision:
     """What becomes of a batch's gradient."""
 
     weights: Tensor  # [B], on the device of the losses
-    removed: Tensor  # share of the loss's coefficients
+    shares: Tensor | None = None  # [B] of the loss's coefficients; None where all weights are 1
     unmatched: int = 0
     unknown: int = 0
 
+    def acted(self) -> tuple[int, float]:
+        """On how many samples, and the share of coefficients left out. Waits for the device."""
+        weights = self.weights.tolist()
+        shares = weights if self.shares is None else self.shares.tolist()
+        left_out = [(1 - weight) * share for weight, share in zip(weights, shares, strict=True) if weight != 1]
+        total = sum(left_out)
+        return len(left_out), total if isfinite(total) else 0.0
 
-class SampleGradientMask(Callback):
+
+class SampleGradientMask(Mitigation):
     """Leaves the gradient of memorized samples out of the step, or lets it reach reserved units only.
 
     Denominators stay: under a mean, the rest of the batch weighs what it weighed. A batch in which nothing is left out
@@ -103,8 +112,7 @@ class SampleGradientMask(Callback):
         self._known = self._unmatched = 0  # visits since the latest evaluation of the controls
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            require_support(trainer.strategy, "SampleGradientMask")
+        super().setup(trainer, pl_module, stage)
         if stage != "fit" or self.mode != "route":
             return
         self._let_go()
@@ -114,9 +122,6 @@ class SampleGradientMask(Callback):
             # First of all hooks: whoever records the hidden layer sees the same in any order of callbacks.
             handle = layer.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             self._handles.append(handle)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).actions["SampleGradientMask"] = self.actions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -161,31 +166,22 @@ class SampleGradientMask(Callback):
             routed = int(_among(ids, self.latched).sum())
             self.actions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
         elif found is not None:
-            weights = found.weights.tolist()
+            acted, removed = found.acted()
             more = {"unmatched": found.unmatched, "unknown": found.unknown} if self.mode == "hold" else {}
-            self.actions.add(len(weights), len(weights) - weights.count(1.0), float(found.removed), **more)
+            self.actions.add(len(found.weights), acted, removed, **more)
         self._ledger = None
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.actions.settle(trainer.global_step)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "latched": self.latched,
             "backwards": self._backwards or self._backwards_before,
-            "actions": self.actions.state_dict(),
+            **super().state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("SampleGradientMask"):
             self.latched, self._backwards_before = state_dict["latched"].clone(), state_dict["backwards"]
-            self.actions.load_state_dict(state_dict["actions"])
+            super().load_state_dict(state_dict)
 
     # Ours alone -----------------------------------------------------------------------------------------------
 
@@ -194,16 +190,16 @@ class SampleGradientMask(Callback):
             return self._hold(ledger, opened, ids)
         weights = torch.ones(len(ids))
         weights[_among(ids, self.latched)] = self.weight if self.mode == "attenuate" else 0.0
-        return _Decision(weights, self._removed(opened, weights))
+        return _Decision(weights, opened.shares())
 
     def _hold(self, ledger: Ledger, opened: OpenLoss, ids: Tensor) -> _Decision:
         table, reference = ledger.losses, self._reference_of(ledger)
-        rows = table.index.find(ids)
+        rows, features = table.index.find(ids), table.features
         known = rows >= 0
-        unknown, weights = known.tolist().count(False), torch.ones(len(ids))
-        if reference is None or unknown == len(ids) or table.features.shape[1] != len(reference.mean):
-            return _Decision(weights, torch.zeros(()), len(ids) - unknown, unknown)
-        expected, matched = reference.expected(table.features[rows.clamp(min=0)].float())
+        unknown = known.tolist().count(False)
+        if reference is None or unknown == len(ids) or features.shape[1] != len(reference.mean):
+            return _Decision(torch.ones(len(ids)), None, len(ids) - unknown, unknown)
+        expected, matched = reference.expected(features[rows.clamp(min=0)].float())
         matched &= known
         unmatched = len(ids) - unknown - matched.tolist().count(True)
         self._known += len(ids) - unknown
@@ -211,8 +207,7 @@ class SampleGradientMask(Callback):
         # Where a step has several backwards, each shows a part of the loss: the ledger has the whole of the last visit.
         losses = opened.losses() if self._backwards_before == 1 else table.last_loss[rows.clamp(min=0)]
         now = held(losses, expected.to(losses.device), matched.to(losses.device), self.at)
-        weights = torch.where(now, 0.0, 1.0)
-        return _Decision(weights, self._removed(opened, weights), unmatched, unknown)
+        return _Decision(torch.where(now, 0.0, 1.0), opened.shares(), unmatched, unknown)
 
     def _reference_of(self, ledger: Ledger) -> Reference | None:
         """What the controls say, computed anew after each evaluation of theirs."""
@@ -232,9 +227,6 @@ class SampleGradientMask(Callback):
                 self._reference = (evaluation, None)
                 self._say_once("every sample", str(error))
         return self._reference[1]
-
-    def _removed(self, opened: OpenLoss, weights: Tensor) -> Tensor:
-        return ((1 - weights) * opened.shares().to(weights.device)).sum().nan_to_num()
 
     def _latch(self, ledger: Ledger) -> None:
         """Adds who was flagged since the evaluation before."""

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.actions import Actions
+from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.sink_layers import given_sinks, sink_layers
 from lightning_memsink.sinks import Sinks
-from lightning_memsink.strategies import require_support
 from lightning_memsink.unit_dropout import draw, rows_of, switched_off
 from lightning_memsink.verdicts import Verdict, verdicts_of
 
 
-class SinkDropout(Callback):
+class SinkDropout(Mitigation):
     """Switches each localized unit off with probability ``p``, sample by sample, while training.
 
     One draw for each sample and unit holds at all of the sample's tokens and in every call of the layer in that batch,
@@ -67,9 +67,9 @@ class SinkDropout(Callback):
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        require_support(trainer.strategy, "SinkDropout")
         self._let_go()
         given = self.given
         self.layers = find_hidden_layers(pl_module, self.modules) if given is None else sink_layers(pl_module, given)
@@ -78,9 +78,6 @@ class SinkDropout(Callback):
             layer.module.register_forward_pre_hook(self._before(pl_module, place, layer), prepend=True)
             for place, layer in enumerate(self.layers)
         ]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).actions["SinkDropout"] = self.actions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -109,21 +106,6 @@ class SinkDropout(Callback):
             whole = now.size * sum(layer.units for layer in self.layers)
             self.actions.add(now.size, acted, dropped / max(1, whole))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.actions.settle(trainer.global_step)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"actions": self.actions.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.actions.load_state_dict(state_dict["actions"])
-
     def _before(self, pl_module: LightningModule, place: int, layer: HiddenLayer) -> Callable[[nn.Module, Any], Any]:
         def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             # The whole module's mode tells training from evaluation: a pretrained part of it may be in eval() for good.
@@ -136,7 +118,8 @@ class SinkDropout(Callback):
 
     def _off(self, now: _Batch, place: int, layer: HiddenLayer, args: tuple[Any, ...]) -> Tensor | None:
         """Bool ``[B, U]``; None if nothing is to be dropped."""
-        if now.samples is None:
+        if now.samples is None:  # the first to ask, in the forward, when the batch's ids are known
+            now.size = self._ledger.samples_in_hand(now.size)
             now.samples = self._samples(now.size)
         if not now.samples.any():
             return None
@@ -155,11 +138,11 @@ class SinkDropout(Callback):
         return now.off[place]
 
     def _samples(self, size: int) -> Tensor:
-        """Bool ``[B]``: whose units may be dropped. First asked in the forward, when the batch's ids are known."""
+        """Bool ``[B]``: whose units may be dropped."""
         if self.who == "all":
             return torch.ones(size, dtype=torch.bool)
         ledger = self._ledger
-        if ledger.batch.ids is None or len(ledger.batch.ids) != size:
+        if ledger.batch.ids is None:
             self._say_once(
                 "SinkDropout drops nothing where nobody can tell whose a batch is: see LossTracker's `identity`."
             )

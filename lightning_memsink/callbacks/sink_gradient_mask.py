@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.actions import Actions
+from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.freezing import HeldBack, parameters_of, slices_in, squared_norms, zero_gradients_
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.sink_layers import given_sinks, sink_layers
 from lightning_memsink.sinks import Sinks
-from lightning_memsink.strategies import require_support
 from lightning_memsink.unit_parameters import Direction, UnitAxis, UnitSlice, unit_axes, unit_slices
 
 
-class SinkGradientMask(Callback):
+class SinkGradientMask(Mitigation):
     """Keeps localized units from learning: what makes and what reads them does not move, or moves less.
 
     At full strength their gradient is zero before clipping, and their values are put back after each optimizer step,
@@ -38,6 +38,8 @@ class SinkGradientMask(Callback):
     Raises:
         ValueError: at the start, if sinks are empty or of another model, or parameters are sharded.
     """
+
+    reads = "weights"
 
     def __init__(
         self, strength: float = 1.0, sinks: Sinks | str | Path | None = None, direction: Direction = "both"
@@ -58,13 +60,6 @@ class SinkGradientMask(Callback):
         self._visits, self._norms = 0, (0.0, 0.0)
         self._stepped = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            require_support(trainer.strategy, "SinkGradientMask", reads="weights")
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).actions["SinkGradientMask"] = self.actions
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
         ledger = Ledger.of(trainer)
@@ -83,7 +78,6 @@ class SinkGradientMask(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._choose(self.given or Ledger.of(trainer).sinks)
-        self._visits += batch_size(batch) or 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._stepped = True
@@ -97,26 +91,12 @@ class SinkGradientMask(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._visits += Ledger.of(trainer).samples_in_hand(batch_size(batch))
         if self._stepped:  # all batches of an accumulation were masked in one step
             part, whole = self._norms
             share = self.strength * min(1.0, part / whole) if whole else 0.0
             self.actions.add(self._visits, self._visits if self._slices else 0, share)
             self._visits, self._norms, self._stepped = 0, (0.0, 0.0), False
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.actions.settle(trainer.global_step)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"actions": self.actions.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.actions.load_state_dict(state_dict["actions"])
 
     def _choose(self, sinks: Sinks | None) -> None:
         """Only where a step begins: sinks may change between the backward and the optimizer."""
