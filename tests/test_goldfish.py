@@ -236,9 +236,7 @@ def test_a_loss_without_tokens_is_said_once():
     with pytest.warns(UserWarning) as caught:
         fit([Goldfish()], Squares(), max_epochs=1)
     ours = [str(each.message) for each in caught if "Goldfish" in str(each.message)]
-    assert (
-        len(ours) == 1 and "such a step alone: the loss is mse_loss, with no targets" in ours[0]
-    )
+    assert len(ours) == 1 and "such a step alone: the loss is mse_loss, with no targets" in ours[0]
 
 
 def test_empty_batches_pass():
