@@ -33,7 +33,8 @@ class NgramCounts:
     """Running hashed counts of the tokens, pairs and runs of four that training has seen.
 
     A text that repeats itself in training raises its own counts, and would seem easy for being repeated:
-    so a sample's own counts are left out of its own features.
+    so a sample's own counts are left out of its own features. ``buckets`` for pairs, a power of two: its last bits say
+    where a hash is counted, which is several times as fast as a remainder.
     """
 
     def __init__(self, buckets: int = 1 << 18) -> None:
@@ -51,9 +52,9 @@ class NgramCounts:
         pair = tokens[:, :-1] * 0x9E3779B1 + tokens[:, 1:] * 0x85EBCA77
         pair = pair ^ (pair >> 15)
         return Ngrams(
-            tokens.remainder(len(self.unigrams)),
+            tokens & (len(self.unigrams) - 1),
             mask,
-            pair.remainder(self.buckets),
+            pair & (self.buckets - 1),
             mask[:, :-1] & mask[:, 1:],
             *self._runs(tokens, mask),
         )
@@ -103,7 +104,7 @@ class NgramCounts:
             key.mul_(0x9E3779B1).add_(tokens[:, place : place + length]).add_(1)
             key ^= key >> 17
             whole &= mask[:, place : place + length]
-        return key.remainder(len(self.runs)), whole
+        return key & (len(self.runs) - 1), whole
 
 
 def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
