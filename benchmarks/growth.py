@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import Dataset
 
 from benchmarks.interleaving import SETTLING, Turn, in_turns, ratio, typical
-from benchmarks.memory import MEBIBYTE, forget_peak, resident, told_by_fork
+from benchmarks.memory import MEBIBYTE, forget_peak, keep_freed, resident, told_by_fork
 from benchmarks.overhead import PLAIN, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.twin_runs import Sequences, TextModel
@@ -111,6 +111,7 @@ def memory_of(point: Point, seed: int, steps: int, way: str) -> float:
 
 def times_of(point: Point, seed: int, steps: int) -> dict[str, list[float]]:
     """By way, seconds of each step."""
+    keep_freed()
     return in_turns({way: partial(fit, point, seed, steps, way) for way in WAYS}, seed)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 MEBIBYTE = 1 << 20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""As glibc's malloc.h has them."""
 
 
 def resident(what: str = "VmRSS") -> int:
@@ -20,6 +24,24 @@ def resident(what: str = "VmRSS") -> int:
 def forget_peak() -> None:
     """The high-water mark starts anew."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back() -> None:
+    """What was freed goes back to the system, which glibc does when it likes: what stays is in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """From now on what this process frees stays with it, to be used again.
+
+    When glibc gives large pieces back, to take them from the system zeroed a moment later, depends on what happens to
+    lie at the top of its heap. That was 12 % of a step of a GPT, and made equal fits differ by 4 %; without it they
+    differ by 1 to 2.
+    """
+    glibc = ctypes.CDLL(None)
+    glibc.mallopt(M_MMAP_MAX, 0)
+    glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def told_by_fork(work: Callable[[], Any]) -> Any:

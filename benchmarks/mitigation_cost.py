@@ -1,8 +1,9 @@
 """What each mitigation adds to a training step: whole fits, plain and with each of them, a step of each in turn.
 
 A mitigation runs with those callbacks that it needs and no others: their time is part of its price. Time is processor
-time of a whole step, hooks of all callbacks within, clipping and AdamW too; validations lie within. Every mitigation
-has something to do, and whether it did is a table: what has nothing to act on costs nothing.
+time of a whole step, hooks of all callbacks within, clipping and AdamW too; validations lie within, and memory that was
+freed is kept. Every mitigation has something to do, and whether it did is a table: what has nothing to act on costs
+nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.interleaving import SETTLING, Turn, in_turns, ratio, typical
+from benchmarks.memory import keep_freed
 from benchmarks.overhead import AGAIN, PLAIN, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.workloads import WORKLOADS, Workload, images
@@ -170,6 +172,7 @@ def _median(ratios: Sequence[float]) -> float:
 def measure_all(options: argparse.Namespace) -> int:
     seeds = fresh_seeds(options)
     settle_down()
+    keep_freed()
     workloads = [replace(each, steps=round(each.steps * (0.2 if options.quick else SHORTER))) for each in WORKLOADS]
     return report([measure(each, seeds, WAYS) for each in workloads], seeds, WAYS).tell(options.json)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import io
 import statistics
 import tempfile
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.interleaving import SETTLING, Turn
-from benchmarks.memory import forget_peak, resident
+from benchmarks.memory import forget_peak, give_back, resident
 from benchmarks.workloads import CONTEXT, VOCABULARY, WORKLOADS
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
@@ -178,12 +176,6 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     return repr(one) == repr(other)
-
-
-def give_back() -> None:
-    """What was freed goes back to the system, which glibc does when it likes: what stays is in use."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 # A step -----------------------------------------------------------------------------------------------------------

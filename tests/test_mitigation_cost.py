@@ -60,6 +60,7 @@ def test_one_that_has_nothing_to_do_falls_short_and_one_that_does_not_apply_does
 
 def test_the_switch_of_overhead_prints_and_writes_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(mitigation_cost, "settle_down", lambda: None)  # other tests read what libraries log
+    monkeypatch.setattr(mitigation_cost, "keep_freed", lambda: None)
     monkeypatch.setattr(mitigation_cost, "WORKLOADS", [replace(SMALL["images"], steps=60)])
     monkeypatch.setattr(mitigation_cost, "WAYS", WAYS[2:3])
     options = ["--mitigation", "--quick", "--seeds", "1", "--first-seed", "0", "--json", str(tmp_path / "out")]
