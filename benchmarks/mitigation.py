@@ -30,8 +30,8 @@ from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, sett
 WORKERS = 2
 EXPERIMENTS = ("E1", "E2", "E3")
 Extent = Literal["few", "usual", "all"]
-QUICK = Sizes(background=1024, natural=6, twice=16, domain=48, canaries=6, easy=6, controls=96, twins=32, unseen=192)
-QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
+QUICK = Sizes(background=640, natural=4, twice=12, domain=32, canaries=4, easy=4, controls=96, twins=32, unseen=128)
+QUICK_TUNING = fine_tuning.Sizes(pretrained=768, texts=64, control_texts=64, unseen=96, epochs=9)
 QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_HIGH, "deduplicated (oracle)")
 NAN = float("nan")
 
