@@ -31,7 +31,7 @@ WORKERS = 2
 EXPERIMENTS = ("E1", "E2", "E3")
 Extent = Literal["few", "usual", "all"]
 QUICK = Sizes(background=640, natural=4, twice=12, domain=32, canaries=4, easy=4, controls=96, twins=32, unseen=128)
-QUICK_TUNING = fine_tuning.Sizes(pretrained=768, texts=64, control_texts=64, unseen=96, epochs=9)
+QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
 QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_HIGH, "deduplicated (oracle)")
 NAN = float("nan")
 
@@ -119,7 +119,10 @@ def _dearer(own: Result, standard: Result) -> float:
 
 
 def arms_of(experiment: str, first: bool, quick: bool, extent: Extent = "usual") -> list[str]:
-    """What is run on a seed. Only the first has the rivals and the sweep, unless few are wanted."""
+    """What is run on a seed. Only the first has the rivals and the sweep, unless few are wanted; and when it must be
+    quick, the fine-tuning."""
+    if quick and experiment == "E3" and not first:
+        return []
     names = ONCE[experiment] if first and extent != "few" else EVERY_SEED[experiment]
     names = (*names, *ASKED[experiment]) if first and extent == "all" else names
     return [name for name in names if name in QUICK_ARMS] if quick else list(names)
