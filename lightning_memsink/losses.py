@@ -165,8 +165,8 @@ def _by_sample(call: LossCall, weights: Tensor, batch_size: int, samples: Tensor
     sums, weights = (each.reshape(runs, each.numel() // max(1, runs)).sum(1) for each in (sums, weights))
     if owners is None:
         return sums, weights
-    nothing = sums.new_zeros(batch_size)
-    return nothing.index_add(0, owners, sums), nothing.index_add(0, owners, weights)
+    sums, weights = (each.new_zeros(batch_size).index_add(0, owners, each) for each in (sums, weights))
+    return sums, weights
 
 
 def merge(terms: Sequence[Term]) -> Term:
