@@ -13,7 +13,9 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("m", "k"), [(2000, 32), (777, 32), (120, 16), (40, 40), (5, 32), (1, 1)])
+@pytest.mark.parametrize(
+    ("m", "k"), [(2000, 32), (1001, 8), (777, 32), (299, 8), (257, 32), (120, 16), (40, 40), (5, 32), (1, 1)]
+)
 @pytest.mark.parametrize("features", [1, 5])
 def test_it_finds_what_sorting_all_distances_finds(threads, m, k, features):
     """More points than a block; the points of one feature lie close together, so that rounding could tell."""
@@ -40,6 +42,24 @@ def test_nobody_is_its_own_neighbour_though_others_are_equal():
     assert (index != torch.arange(700)[:, None]).all()
     apart = torch.cdist(among.double(), among.double()).fill_diagonal_(torch.inf)
     torch.testing.assert_close(distance.double(), apart.sort(1).values[:, :3].mean(1))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38])
+def test_rows_beyond_all_numbers_hide_none_of_those_beside_them(value):
+    among, points = normal(999, 3), normal(50, 3, seed=1)
+    expected, _ = Neighbours(among, 8).of(points)
+    far = torch.ones(999, dtype=torch.bool)
+    far[expected.unique()] = False
+    damaged = Neighbours(among, 8)
+    damaged._squares[damaged._column[far]] = value  # all but those that are found
+    index, _ = damaged.of(points)
+    assert torch.equal(index, expected)
+
+
+def test_of_equals_the_first_are_found():
+    index, squared = Neighbours(torch.ones(999, 3), 8).of(torch.zeros(5, 3))
+    assert index.tolist() == [list(range(8))] * 5
+    torch.testing.assert_close(squared, torch.full((5, 8), 3.0))
 
 
 def test_no_points_have_no_neighbours():
