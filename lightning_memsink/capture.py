@@ -37,9 +37,11 @@ UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, K
 
 @dataclass
 class _Backward:
-    """One backward call of a step: its loss, the calls found in its graph, and what to say if there are none."""
+    """One backward call of a step: its loss, what that was multiplied with, the calls found in its graph, and what to
+    say if there are none."""
 
     loss: Tensor
+    loss_scale: float
     calls: list[LossCall]
     names: list[str]
 
@@ -76,8 +78,9 @@ class StepCapture:
         if self._watching:
             self._watch.start()
 
-    def before_backward(self, loss: Tensor) -> None:
-        """Just before ``loss``, scaled as it may be, is differentiated."""
+    def before_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
+        """Just before ``loss`` is differentiated, multiplied with ``loss_scale`` as it is: by accumulation, and by a
+        gradient scaler, which may choose another scale before the step ends."""
         if self.automatic and self._backwards:
             return
         try:
@@ -85,16 +88,10 @@ class StepCapture:
             names = [] if calls else names_near(loss)
         except UNREADABLE as error:
             calls, names = [], [f"a graph whose reading ended in {type(error).__name__}: {error}"]
-        self._backwards.append(_Backward(loss.detach(), calls, names))
+        self._backwards.append(_Backward(loss.detach(), loss_scale, calls, names))
 
-    def finish(self, outputs: Any, batch_size: int, loss_scale: float = 1.0) -> Captured | NotCaptured:
-        """At the end of a training step.
-
-        Args:
-            outputs: what the step returned.
-            batch_size: number of ids.
-            loss_scale: what accumulation and gradient scaling multiply the loss with before backward.
-        """
+    def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
+        """At the end of a training step, which returned ``outputs``; ``batch_size`` is the number of ids."""
         watched = self._watch.stop()
         backwards, self._backwards = self._backwards, []
         reported = read_report(outputs, batch_size, f"{self.module_name}.training_step")
@@ -106,8 +103,8 @@ class StepCapture:
             return Captured(torch.full((batch_size,), torch.nan))
         try:
             if any(backward.calls for backward in backwards):
-                return self._from_graph(backwards, batch_size, loss_scale)
-            return self._from_watch(backwards, watched, batch_size, loss_scale)
+                return self._from_graph(backwards, batch_size)
+            return self._from_watch(backwards, watched, batch_size)
         except SampleAxisLost as lost:
             return self._not_captured(f"has a loss without a sample axis: {lost}.")
         except UNREADABLE as error:
@@ -118,8 +115,8 @@ class StepCapture:
         self._watch.stop()
         self._backwards.clear()
 
-    def _from_graph(self, backwards: Sequence[_Backward], batch_size: int, loss_scale: float) -> Captured:
-        by_backward = [terms_of(found.calls, batch_size, loss_scale) for found in backwards if found.calls]
+    def _from_graph(self, backwards: Sequence[_Backward], batch_size: int) -> Captured:
+        by_backward = [terms_of(found.calls, batch_size, found.loss_scale) for found in backwards if found.calls]
         losses = weigh(by_backward[0])
         for terms in by_backward[1:]:
             more = weigh(terms)
@@ -132,7 +129,7 @@ class StepCapture:
         return Captured(losses, explained)
 
     def _from_watch(
-        self, backwards: Sequence[_Backward], watched: Sequence[LossCall], batch_size: int, loss_scale: float
+        self, backwards: Sequence[_Backward], watched: Sequence[LossCall], batch_size: int
     ) -> Captured | NotCaptured:
         if not self._watching and self._watched_in_vain == 0:
             self._watching = True
@@ -146,7 +143,7 @@ class StepCapture:
             )
         kinds = {(call.kind, call.classes) for call in watched}
         if len(watched) > 1 and len(kinds) > 1:
-            value = torch.stack([backward.loss.float() for backward in backwards]).sum() / loss_scale
+            value = torch.stack([backward.loss.float() / backward.loss_scale for backward in backwards]).sum()
             sums = torch.stack([call.total() for call in watched])
             if not bool(torch.isclose(sums.sum(), value, rtol=1e-2)):
                 found = ", ".join(call.kind for call in watched)

@@ -84,9 +84,11 @@ class Attribution:
     ) -> None:
         """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), signed ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not
         squared yet), ``movement`` ``[K]``, ``agreement`` ``[B]``. A sample without any gradient, as a mitigation that
-        leaves samples out makes it, tells nothing of where it sits, and is passed over.
+        leaves samples out makes it, or with one that is NaN or overflowed, as a gradient scaler provokes it now and
+        then, tells nothing of where it sits, and is passed over.
         """
-        told = shares.any(1) if norms is None else shares.any(1) | norms.any(1)
+        found = shares if norms is None else torch.cat([shares, norms], 1)
+        told = found.any(1) & found.isfinite().all(1)
         ids, verdicts, shares = ids[told], verdicts[told], shares[told]
         norms = None if norms is None else norms[told]
         agreement = None if agreement is None else agreement[told]

@@ -95,11 +95,10 @@ class Watch(Callback):
         self.training.begin()
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
-        self.training.before_backward(loss)
+        self.training.before_backward(loss, 1.0 / trainer.accumulate_grad_batches)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        scale = 1.0 / trainer.accumulate_grad_batches
-        self.seen.append(self.training.finish(outputs, len(batch["x"]), scale))
+        self.seen.append(self.training.finish(outputs, len(batch["x"])))
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
         if self.oracle:
