@@ -93,13 +93,13 @@ class SampleIds:
         """
         arrived, combined = self._arrived[stage], self._combined_loader(stage)
         if combined is None or combined._mode == "sequential":
-            return self._ids(batch, arrived.take())
+            return self.of(batch, arrived.take())
         try:
             parts = combined._spec.flatten_up_to(batch)
         except ValueError:  # a hook of the user's has made one batch of what the loaders gave
-            return self._ids(batch, _joined([arrived.take(loader) for loader in range(len(combined.flattened))]))
+            return self.of(batch, _joined([arrived.take(loader) for loader in range(len(combined.flattened))]))
         # a part is None where its loader is exhausted
-        return _joined([self._ids(each, arrived.take(n)) for n, each in enumerate(parts) if each is not None])
+        return _joined([self.of(each, arrived.take(n)) for n, each in enumerate(parts) if each is not None])
 
     def clear(self, stage: Stage) -> None:
         """Forgets batches that were fetched and not taken. A new pass over the loaders does so by itself."""
@@ -138,7 +138,8 @@ class SampleIds:
         alone = self._trainer.state.fn == "validate"
         return (self._trainer.validate_loop if alone else fit.epoch_loop.val_loop)._combined_loader
 
-    def _ids(self, batch: Any, index: Tensor | None) -> Tensor | None:
+    def of(self, batch: Any, index: Tensor | None) -> Tensor | None:
+        """The ids ``[B]`` of a batch whose samples are rows ``index`` ``[B]`` of their data set, if anybody knows."""
         size = batch_size(batch)
         found = isinstance(batch, Mapping) and self.key in batch
         if self.identity == "key" or (self.identity == "auto" and found):
@@ -149,7 +150,7 @@ class SampleIds:
             return index
         if self.identity == "index":
             raise RuntimeError(self._no_index(_unmatched(size, index)))
-        if index is not None and not self._warned:
+        if self.identity != "content" and index is not None and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{_unmatched(size, index)}, so collate_fn left some out or added some. Their ids are hashed from "

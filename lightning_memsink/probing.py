@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_memsink.capture import EvaluationCapture
 from lightning_memsink.holding_out import hold_out
 from lightning_memsink.identity import batch_size
+from lightning_memsink.tagging import is_taggable, tagged, untagged
 
 
 class ControlProbe:
@@ -41,6 +42,8 @@ class ControlProbe:
         self.fraction = fraction
         self.every = every
         self._source: Any = None
+        self._view: Any = None  # of the loader, kept as long as its workers may be
+        self._rows: Tensor | None = None  # of the batch that it gave last
 
     @property
     def wanted(self) -> bool:
@@ -77,24 +80,39 @@ class ControlProbe:
         vars(source)["dataloader"] = without_controls
 
     def detach(self) -> None:
+        """Leaves the loaders as they were found."""
+        untagged(self._view)
+        self._view = None
         if self._source is not None:
             vars(self._source).pop("dataloader", None)
             self._source = self.loader = None
 
     def look(
         self, trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture
-    ) -> Iterator[tuple[Any, Tensor, Any]]:
-        """Each batch of controls, the numbers ``[B]`` of its samples, and what training_step returned for it."""
+    ) -> Generator[tuple[Any, Tensor, Any]]:
+        """Each batch of controls, its samples' rows ``[B]`` in the data set, and what training_step returned for it.
+
+        Where the loader has no rows, samples are numbered as they come.
+        """
+        if self._view is None:
+            self._view = tagged(self.loader, self._hear) if is_taggable(self.loader) else self.loader
         start = 0
         with without_trace(pl_module):
-            for n, batch in enumerate(self.loader or ()):
+            for n, batch in enumerate(self._view or ()):
+                if batch is None:  # no step to Lightning either
+                    continue
+                size = batch_size(batch) or 0
+                rows, self._rows = self._rows, None
+                rows = torch.arange(start, start + size) if rows is None else rows
                 batch = trainer.strategy.batch_to_device(batch)
                 capture.begin()
                 with trainer.precision_plugin.train_step_context():
                     outputs = pl_module.training_step(batch, n)
-                size = batch_size(batch) or 0
-                yield batch, torch.arange(start, start + size), outputs
+                yield batch, rows, outputs
                 start += size
+
+    def _hear(self, batches: object, rows: Tensor | None) -> None:
+        self._rows = rows
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ Listener = Callable[[object, Tensor | None], None]
 """Told of every batch: the iterator that gave it and the ids ``[B]`` fetched for it; None if none were."""
 
 
-def is_taggable(loader: object) -> bool:
+def is_taggable(loader: object) -> TypeGuard[DataLoader[Any]]:
     """Whether samples are fetched by key and collated: a torch loader, a map-style data set, automatic batching."""
     return (
         isinstance(loader, DataLoader)

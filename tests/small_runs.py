@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.resumable import ByEpoch
@@ -99,6 +100,11 @@ def fit(callbacks: list[Any], model: LightningModule | None = None, **options: A
 
 def watch(**options: Any) -> list[Any]:
     return [LossTracker(identity="content", **options), MemorizationDetector(k=4)]
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All of them in one vector, as they are now."""
+    return parameters_to_vector(model.parameters()).detach()
 
 
 def snapshot(run: Trainer, model: LightningModule) -> str:

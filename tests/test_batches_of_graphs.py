@@ -31,6 +31,18 @@ def collated(graphs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def graphs(seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "nodes": torch.randn(NODES, 4, generator=generator),
+            "target": torch.randn((), generator=generator),
+            "id": torch.tensor(number),
+        }
+        for number in range(GRAPHS)
+    ]
+
+
 class OfGraphs(LightningModule):
     """Messages within each graph, their mean, and a readout with hidden units."""
 
@@ -59,18 +71,11 @@ class OfGraphs(LightningModule):
 )
 @pytest.mark.parametrize("tracker_first", [True, False])
 def test_samples_are_graphs(mitigation, acted, tracker_first, recwarn):
-    generator = torch.Generator().manual_seed(0)
-    graphs = [
-        {
-            "nodes": torch.randn(NODES, 4, generator=generator),
-            "target": torch.randn((), generator=generator),
-            "id": torch.tensor(number),
-        }
-        for number in range(GRAPHS)
-    ]
     crew = [LossTracker(), mitigation] if tracker_first else [mitigation, LossTracker()]
     before = mitigation.actions.total("visits"), mitigation.actions.total("acted")
-    trainer(crew, max_epochs=2, val_check_interval=None).fit(OfGraphs(), DataLoader(graphs, BATCH, collate_fn=collated))
+    trainer(crew, max_epochs=2, val_check_interval=None).fit(
+        OfGraphs(), DataLoader(graphs(seed=0), BATCH, collate_fn=collated)
+    )
     assert mitigation.actions.total("visits") - before[0] == 2 * GRAPHS
     assert acted(mitigation.actions.total("acted") - before[1])
     assert not [str(each.message) for each in recwarn if type(mitigation).__name__ in str(each.message)]

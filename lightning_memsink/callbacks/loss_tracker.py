@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightning_memsink.capture import EvaluationCapture, StepCapture, reported_ids
 from lightning_memsink.controls import ControlTable
 from lightning_memsink.gathering import gather, is_first
-from lightning_memsink.identity import SampleIds, content_ids
+from lightning_memsink.identity import SampleIds
 from lightning_memsink.interrupts import interrupts_deferred
 from lightning_memsink.ledger import BatchInHand, Ledger
 from lightning_memsink.loss_scale import loss_scale
@@ -25,8 +26,7 @@ from lightning_memsink.probing import ControlProbe
 from lightning_memsink.restoring import leave_out, restoring
 from lightning_memsink.strategies import require_support
 from lightning_memsink.table import LossTable
-from lightning_memsink.tokens import Tokens, stack, tokens_of
-from lightning_memsink.visits import Visit
+from lightning_memsink.visits import Samples, Visit, Visits
 from lightning_memsink.witnesses import Witnesses
 
 
@@ -80,7 +80,7 @@ class LossTracker(Callback):
         self.control_capture = EvaluationCapture(self.capture)
         self.batch = BatchInHand()
         self._visits: list[Visit] = []
-        self._current: tuple[Tensor, Tokens | None, Tensor | None] | None = None
+        self._current: Samples | None = None
         self._step = 0
         self._said: set[str] = set()
 
@@ -111,7 +111,7 @@ class LossTracker(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._current is not None:
-            self.capture.before_backward(loss)
+            self.capture.before_backward(loss, loss_scale(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -121,7 +121,7 @@ class LossTracker(Callback):
         if found is not None:
             ids, tokens, features = found
             ids = reported_ids(outputs, ids)
-            captured = self.capture.finish(outputs, len(ids), loss_scale=loss_scale(trainer))
+            captured = self.capture.finish(outputs, len(ids))
             if isinstance(captured, NotCaptured):
                 self._say_once(captured.reason)
                 losses = torch.full((len(ids),), torch.nan)
@@ -209,27 +209,18 @@ class LossTracker(Callback):
 
     # Ours alone -----------------------------------------------------------------------------------------------
 
-    def _look_at(
-        self, batch: Any, stage: Literal["train", "validate"]
-    ) -> tuple[Tensor, Tokens | None, Tensor | None] | None:
-        """Ids ``[B]``, tokens and the user's features of a batch; None if nobody can tell whose it is."""
+    def _look_at(self, batch: Any, stage: Literal["train", "validate"]) -> Samples | None:
+        """None if nobody can tell whose the batch is."""
         ids = self.sample_ids.take(batch, stage)
         if ids is None or not len(ids):
             return None
-        return ids, *self._describe(batch, len(ids))
-
-    def _describe(self, batch: Any, size: int) -> tuple[Tokens | None, Tensor | None]:
-        found, features = tokens_of(batch), None
-        tokens = None if found is None or len(found.ids) != size else Tokens(found.ids.cpu(), found.mask.cpu())
-        if self.features is not None:
-            features = self.features(batch).detach().float().cpu().reshape(size, -1)
-        return tokens, features
+        return Samples.of(batch, ids, self.features)
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the validation loop that runs now shows controls."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.wanted
 
-    def _add_controls(self, found: tuple[Tensor, Tokens | None, Tensor | None] | None, outputs: Any) -> None:
+    def _add_controls(self, found: Samples | None, outputs: Any) -> None:
         if found is None:
             return
         ids, tokens, features = found
@@ -250,9 +241,20 @@ class LossTracker(Callback):
         """An evaluation of our own, of held-out samples that are no validation set."""
         self._flush()
         self.controls.begin(trainer.global_step)
-        for batch, numbers, outputs in self.probe.look(trainer, pl_module, self.control_capture):
-            ids = content_ids(batch).cpu() if self.sample_ids.identity == "content" else numbers
-            self._add_controls((ids, *self._describe(batch, len(ids))), outputs)
+        try:
+            with closing(self.probe.look(trainer, pl_module, self.control_capture)) as looks:
+                for batch, rows, outputs in looks:
+                    ids = self.sample_ids.of(batch, rows)
+                    if ids is not None and len(ids):
+                        self._add_controls(Samples.of(batch, ids, self.features), outputs)
+        except Exception as error:  # nothing we look at is worth the run
+            self.control_capture.abandon()
+            self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
+            self._say_once(
+                f"LossTracker could not look at its controls ({type(error).__name__}: {error}). Training goes on, and "
+                "samples are judged by the evaluation before, if there was one. The controls' batches must be such as "
+                "training_step takes."
+            )
         self._settle()
 
     def _flush(self) -> None:
@@ -264,16 +266,11 @@ class LossTracker(Callback):
                 self._record(visits)
 
     def _record(self, visits: list[Visit]) -> None:
-        ids = torch.cat([visit.ids for visit in visits])
-        steps = torch.cat([torch.full((len(visit.ids),), visit.step, dtype=torch.int32) for visit in visits])
-        tokens = stack(visit.tokens for visit in visits)
-        elements = torch.ones(len(ids)) if tokens is None else tokens.mask.sum(1)
+        ids, losses, steps, elements, tokens, features = Visits.joined(visits)
         known = len(self.table)
-        rows = self.table.record(ids, torch.cat([visit.losses for visit in visits]), steps, elements)
+        rows = self.table.record(ids, losses, steps, elements)
         if tokens is not None:
             self._say_once(self.witnesses.look(ids, tokens))
-        extra = [visit.features for visit in visits if visit.features is not None]
-        features = torch.cat(extra) if len(extra) == len(visits) else None
         self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
 
     def _self_check(self, explained: float | None) -> None:
