@@ -122,7 +122,7 @@ class MemSinks(Mitigation):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._capturing:
-            self._capture.before_backward(loss)
+            self._capture.before_backward(loss, loss_scale(trainer))
         if self.most_exposed.samples and pl_module.automatic_optimization and not self._has_kept:
             self._has_kept = True
             self._keep(Ledger.of(trainer))
@@ -130,7 +130,7 @@ class MemSinks(Mitigation):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        visits = 0 if self._batch.ids is None else len(self._batch.ids)
+        visits = Ledger.of(trainer).samples_in_hand(0)
         units = sum(layer.units for layer in self.layers)
         off = sum(self.pool.size(layer.units) for layer in self.layers)
         if self._owners() is not None:
@@ -138,7 +138,7 @@ class MemSinks(Mitigation):
         self.actions.add(visits, visits, off / units)
         if self._capturing:
             self._capturing = False
-            self._capture.finish(outputs, visits, loss_scale(trainer))
+            self._capture.finish(outputs, visits)
         self._in_hand = self._as_it_was = None
         self._within_step = False
         self._own.clear()

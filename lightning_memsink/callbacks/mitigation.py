@@ -53,36 +53,48 @@ class Mitigation(Callback, ABC):
 
 
 class LossWeighing(Mitigation):
-    """Weighs the loss of each step in its backward, and needs no other callback for it."""
+    """Weighs the loss of each step in its backward."""
 
     def __init__(self) -> None:
         self._size: int | None = None
         self._open: OpenLoss | None = None
-        self._said = False
+        self._said: set[str] = set()
 
     @abstractmethod
     def _weigh(self, opened: OpenLoss) -> None:
         """Before the backward. Whatever of `UNREADABLE` it raises leaves the step as it is."""
 
+    def _samples(self, ledger: Ledger) -> int:
+        """Of the batch in hand; where there are none, the step is left as it is."""
+        return ledger.samples_in_hand(self._size)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._size = batch_size(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        size = Ledger.of(trainer).samples_in_hand(self._size)
+        ledger = Ledger.of(trainer)
+        size = self._samples(ledger)
         if not size:
             return
         try:
-            self._open = OpenLoss(loss, size, loss_scale(trainer))
+            nodes = ledger.batch.loss_nodes(loss) if ledger.has("batch") else None
+            self._open = OpenLoss(loss, size, loss_scale(trainer), nodes)
             self._weigh(self._open)
         except UNREADABLE as error:
-            if not self._said:
-                self._said = True
-                rank_zero_warn(f"{type(self).__name__} leaves every sample of such a step alone: {error}.")
+            self._say_once("every sample of such a step", str(error))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._let_go()
+        self._close()
 
     def _let_go(self) -> None:
+        self._close()
+
+    def _say_once(self, whom: str, why: str) -> None:
+        if whom not in self._said:
+            self._said.add(whom)
+            rank_zero_warn(f"{type(self).__name__} leaves {whom} alone: {why}.")
+
+    def _close(self) -> None:
         if self._open is not None:
             self._open.close()
             self._open = None

@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.actions import Actions
-from lightning_memsink.callbacks.mitigation import Mitigation
-from lightning_memsink.capture import UNREADABLE
+from lightning_memsink.callbacks.mitigation import LossWeighing
 from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.holding import Reference, held
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.loss_scale import loss_scale
 from lightning_memsink.loss_weights import OpenLoss
 from lightning_memsink.restoring import restoring
 from lightning_memsink.routing import reserved_units, routing_hook
@@ -45,7 +43,7 @@ class _Decision:
         return len(left_out), total if isfinite(total) else 0.0
 
 
-class SampleGradientMask(Mitigation):
+class SampleGradientMask(LossWeighing):
     """Leaves the gradient of memorized samples out of the step, or lets it reach reserved units only.
 
     Denominators stay: under a mean, the rest of the batch weighs what it weighed. A batch in which nothing is left out
@@ -91,6 +89,7 @@ class SampleGradientMask(Mitigation):
             raise ValueError(f"weight is what a flagged sample counts, between 0 and 1, but it is {weight}.")
         if not 0 < reserved < 1:
             raise ValueError(f"reserved is a share of each layer's units between 0 and 1, but it is {reserved}.")
+        super().__init__()
         self.mode, self.at, self.k, self.weight, self.reserved, self.modules = mode, at, k, weight, reserved, modules
         what = {
             "hold": f"leaves out the gradient of samples more than {at:g} nats below their matched controls",
@@ -103,16 +102,16 @@ class SampleGradientMask(Mitigation):
         """Sorted ids of samples that were ever flagged: left out, their loss rises and the flag goes."""
         self._judged = -1
         self._reference: tuple[tuple[int, int], Reference | None] = ((-1, 0), None)
-        self._open: OpenLoss | None = None
         self._decision: _Decision | None = None
+        self._automatic = True
         self._backwards, self._backwards_before = 0, 1
         self._ledger: Ledger | None = None
         self._handles: list[RemovableHandle] = []
-        self._said: set[str] = set()
         self._known = self._unmatched = 0  # visits since the latest evaluation of the controls
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._automatic = pl_module.automatic_optimization
         if stage != "fit" or self.mode != "route":
             return
         self._let_go()
@@ -133,8 +132,8 @@ class SampleGradientMask(Mitigation):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._ledger = Ledger.of(trainer)
-        self._decision = None
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._ledger, self._decision = Ledger.of(trainer), None
         if self._backwards:
             self._backwards_before = self._backwards
         self._backwards = 0
@@ -142,21 +141,8 @@ class SampleGradientMask(Mitigation):
             self._latch(self._ledger)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        batch, self._backwards = Ledger.of(trainer).batch, self._backwards + 1
-        ids = batch.ids
-        if ids is None or not len(ids) or self.mode == "route":
-            return
-        try:
-            self._open = OpenLoss(loss, len(ids), loss_scale(trainer), batch.loss_nodes(loss))
-            if self._decision is None or not pl_module.automatic_optimization:  # else a closure that is run again
-                ids = ids if self._open.ids is None else self._open.ids.cpu()
-                self._decision = self._decide(Ledger.of(trainer), self._open, ids)
-            self._open.weigh_samples(self._decision.weights)
-        except UNREADABLE as error:
-            self._say_once("every sample of such a step", str(error))
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        self._backwards += 1
+        super().on_before_backward(trainer, pl_module, loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -184,6 +170,19 @@ class SampleGradientMask(Mitigation):
             super().load_state_dict(state_dict)
 
     # Ours alone -----------------------------------------------------------------------------------------------
+
+    def _samples(self, ledger: Ledger) -> int:
+        """None whose gradient is led where it belongs; none without ids, for nobody could tell who is memorized."""
+        return 0 if self.mode == "route" else ledger.samples_in_hand(0)
+
+    def _weigh(self, opened: OpenLoss) -> None:
+        ledger = self._ledger
+        if ledger is None or ledger.batch.ids is None:
+            return
+        if self._decision is None or not self._automatic:  # else a closure that is run again
+            ids = ledger.batch.ids if opened.ids is None else opened.ids.cpu()
+            self._decision = self._decide(ledger, opened, ids)
+        opened.weigh_samples(self._decision.weights)
 
     def _decide(self, ledger: Ledger, opened: OpenLoss, ids: Tensor) -> _Decision:
         if self.mode == "hold":
@@ -244,18 +243,8 @@ class SampleGradientMask(Mitigation):
         flagged = _among(ids, self.latched)
         return flagged if bool(flagged.any()) else None
 
-    def _say_once(self, whom: str, why: str) -> None:
-        if whom not in self._said:
-            self._said.add(whom)
-            rank_zero_warn(f"SampleGradientMask leaves {whom} alone: {why}.")
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-
     def _let_go(self) -> None:
-        self._close()
+        super()._let_go()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
