@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 from weakref import WeakKeyDictionary
 
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
 from lightning_memsink.loss_graph import LossNodes, find_loss_nodes
+from lightning_memsink.namespaces import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -51,7 +54,8 @@ class Slot(Generic[T]):
             return self
         if self.name not in ledger._facts:
             raise RuntimeError(
-                f"No callback of this Trainer writes `{self.name}`. "
+                ledger._elsewhere()
+                or f"No callback of this Trainer writes `{self.name}`. "
                 f"Add {self.writer}() to Trainer(callbacks=[...]), at any position."
             )
         return ledger._facts[self.name]  # type: ignore[return-value]
@@ -107,6 +111,17 @@ class Ledger:
         many as its first tensor has rows, say, though in a batch of graphs those are the nodes of all."""
         ids = self.batch.ids if self.has("batch") else None
         return (otherwise or 0) if ids is None else len(ids)
+
+    def _elsewhere(self) -> str | None:
+        """What to say where nothing is known because other processes, which are gone, did the training."""
+        trainer = next((trainer for trainer, ledger in _LEDGERS.items() if ledger is self), None)
+        launcher = None if trainer is None else trainer.strategy.launcher
+        if not is_a(launcher, _MultiProcessingLauncher) or not launcher._already_fit:
+            return None
+        return (
+            f"This Trainer trains in processes of its own ({launcher._start_method}), and the ledger ended with them. "
+            "Read the Parquet files beside the report (lightning_memsink.parquet), or train with strategy='ddp'."
+        )
 
     @staticmethod
     def of(trainer: Trainer) -> Ledger:

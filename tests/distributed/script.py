@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
 from lightning_memsink import RunReport
+from lightning_memsink.ledger import Ledger
 from tests.distributed.runs import crew, train
 from tests.small_runs import CONTROLS, TRAIN, Rows
 
@@ -18,7 +19,7 @@ def main(folder: Path, strategy: str, processes: int) -> None:
     torch.set_num_threads(1)
     # Under spawn a worker is spawned too, anew for each pass, which takes longer than the pass.
     callbacks = [each for each in crew("skip", "SinkGradientMask") if not isinstance(each, RunReport)]
-    train(
+    run, _ = train(
         folder,
         [*callbacks, RunReport(folder / "report" / "memsink.md")],
         strategy=strategy,
@@ -29,6 +30,10 @@ def main(folder: Path, strategy: str, processes: int) -> None:
         use_distributed_sampler=True,
         logger=[WandbLogger(save_dir=folder, offline=True), CSVLogger(folder, "csv")],
     )
+    try:
+        print(f"knows {len(Ledger.of(run).losses)} samples")
+    except RuntimeError as error:
+        print(error)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ def test_there_is_one_run_one_report_and_one_ledger(command, strategy, world, tm
     }
     assert said.count("\nHow sure") == 1, "the summary is told once"
     assert "sync_dist" not in said
+    if strategy == "ddp_spawn":
+        assert "trains in processes of its own (spawn), and the ledger ended with them. Read the Parquet" in said
+    else:
+        assert said.count(f"knows {len(TRAIN)} samples") == world
 
 
 def test_the_torchrun_recipe_runs(text, tmp_path):
