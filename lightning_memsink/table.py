@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memsink.distinct import first_of_each
 from lightning_memsink.restoring import REMEDY
 
 SCHEMA = 1
@@ -59,12 +60,10 @@ class IdIndex:
         rows = self.find(ids)
         unknown = (rows < 0).nonzero().flatten()
         if len(unknown):
-            new, inverse = torch.unique(ids[unknown], return_inverse=True)
-            first = torch.full((len(new),), len(unknown)).scatter_reduce(0, inverse, torch.arange(len(unknown)), "amin")
-            rank = torch.empty_like(first)
-            rank[first.argsort()] = torch.arange(len(new))
-            given = len(self) + rank
-            rows[unknown] = given[inverse]
+            new, first = first_of_each(ids[unknown])
+            given = torch.empty_like(first)
+            given[first.argsort()] = len(self) + torch.arange(len(new))
+            rows[unknown] = given[torch.searchsorted(new, ids[unknown])]
             self._append(new, given.int())
         return rows
 
