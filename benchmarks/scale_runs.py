@@ -17,9 +17,11 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from benchmarks.faults import bits
 from benchmarks.interleaving import SETTLING, Turn
 from benchmarks.memory import forget_peak, give_back, resident
 from benchmarks.workloads import CONTEXT, VOCABULARY, WORKLOADS
+from lightning_memsink.blocks import blocks
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
@@ -68,11 +70,11 @@ def _drawn(start: int, end: int, step: int) -> tuple[Tensor, Tensor]:
 
 def visit_all(tracker: LossTracker, samples: int, step: int) -> None:
     """Every sample once, and described."""
-    for start in range(0, samples, AT_A_TIME):
-        end = min(start + AT_A_TIME, samples)
-        features, losses = _drawn(start, end, step)
-        steps = torch.full((end - start,), step, dtype=torch.int32)
-        rows = tracker.table.record(ids_of(torch.arange(start, end)), losses, steps, torch.full((end - start,), 64.0))
+    for part in blocks(samples, AT_A_TIME):
+        features, losses = _drawn(part.start, part.stop, step)
+        steps = torch.full(losses.shape, step, dtype=torch.int32)
+        ids = ids_of(torch.arange(part.start, part.stop))
+        rows = tracker.table.record(ids, losses, steps, torch.full(losses.shape, 64.0))
         tracker.table.describe(rows, features)
 
 
@@ -129,8 +131,9 @@ def measure_size(samples: int, threads: int) -> Sized:
         timed("save", lambda: torch.save([tracker.state_dict(), detector.state_dict()], file))
         size = file.stat().st_size
         loaded = timed("load", lambda: _loaded(file))
-        equal = _same(tracker.state_dict(), loaded[0].state_dict()) and _same(
-            detector.state_dict(), loaded[1].state_dict()
+        equal = all(
+            bits(mine.state_dict()) == bits(its.state_dict())
+            for mine, its in zip((tracker, detector), loaded, strict=True)
         )
         del loaded
         report = RunReport(Path(folder) / "report.md")
@@ -167,15 +170,6 @@ def _loaded(file: Path) -> tuple[LossTracker, MemorizationDetector]:
     tracker.load_state_dict(states[0])
     detector.load_state_dict(states[1])
     return tracker, detector
-
-
-def _same(one: Any, other: Any) -> bool:
-    """To the bit, NaN where there was NaN."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(7e4), other.nan_to_num(7e4))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return repr(one) == repr(other)
 
 
 # A step -----------------------------------------------------------------------------------------------------------
