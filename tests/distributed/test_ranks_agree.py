@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_memsink import SinkLocalizer
 from lightning_memsink.verdicts import Verdict
 from tests.distributed.launching import forked
 from tests.distributed.runs import MITIGATION, VISITS, WATCH, crew, differences, ranks, train
@@ -107,6 +110,8 @@ ENGINES = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "clipping": {"gradient_clip_val": 0.5},
     "find_unused_parameters": {"strategy": "ddp_fork_find_unused_parameters_true"},
+    "static_graph": {"strategy": DDPStrategy(start_method="fork", static_graph=True)},
+    "fp16-mixed": {"precision": None, "plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))},
 }
 
 
@@ -118,6 +123,16 @@ def test_engines_of_ddp_keep_every_rank_the_same(engine, tmp_path):
     assert differences(first, other) == []
     assert torch.isfinite(first["losses"]["columns"]["last_loss"]).all()
     assert len(first["actions"]) == 3 and len(WATCH) == 6
+
+
+def test_gradients_are_compared_with_those_of_controls_on_every_rank(tmp_path):
+    watching = [*crew()[:2], SinkLocalizer(every=2, agreement=True)]
+    forked(lambda: train(tmp_path, watching, strategy="ddp_fork", devices=2), tmp_path)
+    first, other = ranks(tmp_path)
+    assert differences(first, other) == []
+    told = [row["agreement"] for row in first["attribution"]["rows"]]
+    assert all(-1 <= cosine <= 1 for row in told for cosine in row.values())
+    assert told[-1]["memorized"] < told[-1]["learned"], "what is memorized helps nobody else"
 
 
 def test_accumulation_without_sync_sees_what_one_process_sees(tmp_path):
