@@ -14,7 +14,19 @@ from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.verdicts import Verdict
 from lightning_memsink.visits import Visit
-from tests.small_runs import CANARIES, CONTROLS, TRAIN, Rows, TinyLM, control_loader, fit, snapshot, train_loader, watch
+from tests.small_runs import (
+    CANARIES,
+    CONTROLS,
+    TRAIN,
+    Rows,
+    TinyLM,
+    control_loader,
+    fit,
+    snapshot,
+    train_loader,
+    watch,
+    weights,
+)
 
 
 def test_a_visit_is_measured_at_one_evaluation_only():
@@ -44,10 +56,6 @@ class Bystander(Callback):
 
     def on_validation_end(self, trainer, pl_module):
         _ = Ledger.of(trainer).onset
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_planted_canaries_are_found_and_of_the_rest_a_hundredth_at_most():

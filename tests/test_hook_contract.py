@@ -21,7 +21,7 @@ from lightning.pytorch.tuner import Tuner
 
 import lightning_memsink
 from lightning_memsink import Ledger, memsink
-from tests.small_runs import CONTROLS, TRAIN, TinyLM, control_loader, fit, train_loader
+from tests.small_runs import CONTROLS, TRAIN, TinyLM, control_loader, fit, train_loader, weights
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 KINDS = [
@@ -42,10 +42,6 @@ def small_runs_are_warned_of():
 
 def ours(**options):
     return memsink(path=None, identity="content", k=4, **options)
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def watched(more=list, model=TinyLM, **options):

@@ -22,13 +22,9 @@ from lightning_memsink.certificate import Certificate
 from lightning_memsink.designed_sinks import Pool, own_units
 from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
-from tests.small_runs import CONTROLS, LENGTH, TRAIN, Rows, TinyLM, fit, snapshot, watch
+from tests.small_runs import CONTROLS, LENGTH, TRAIN, Rows, TinyLM, fit, snapshot, watch, weights
 
 POOL, SHARED, ACTIVE = 96, 32, 14  # of TinyLM's 128 hidden units
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 class ByHand(TinyLM):

@@ -33,6 +33,7 @@ from tests.small_runs import (
     snapshot,
     train_loader,
     watch,
+    weights,
 )
 
 ACTING = [
@@ -55,10 +56,6 @@ def loss_of(model: Any, tokens: Tensor) -> float:
 
 def canary_ids() -> Tensor:
     return content_ids({"input_ids": CANARIES})
-
-
-def weights(model: LightningModule) -> Tensor:
-    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
 def facts(run: Trainer, model: LightningModule) -> tuple[str, str]:

@@ -19,11 +19,19 @@ from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses import per_sample
-from tests.small_runs import CANARIES, CONTROLS, TRAIN, Rows, TinyLM, chain, control_loader, fit, train_loader, watch
-
-
-def weights(model: Any) -> Tensor:
-    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+from tests.small_runs import (
+    CANARIES,
+    CONTROLS,
+    TRAIN,
+    Rows,
+    TinyLM,
+    chain,
+    control_loader,
+    fit,
+    train_loader,
+    watch,
+    weights,
+)
 
 
 @pytest.mark.parametrize(
