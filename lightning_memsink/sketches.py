@@ -123,7 +123,7 @@ class GradientSketches:
 
     def _projection(self, name: str, side: Literal["left", "right"], like: Tensor) -> Tensor:
         known = self._projections.get((name, side))
-        if known is None or known.device != like.device:
+        if known is None or (known.device, known.dtype) != (like.device, like.dtype):
             seed = zlib.crc32(f"{self.seed} {name} {side}".encode())
-            known = self._projections[name, side] = projection(like.shape[2], self.rank, seed).to(like.device)
+            known = self._projections[name, side] = projection(like.shape[2], self.rank, seed).to(like)
         return known

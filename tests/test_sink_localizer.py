@@ -81,8 +81,9 @@ def test_an_evaluation_has_a_row_whose_shares_add_up(localized):
         assert all(0 <= part <= 1 for part in row.by_memorized)
 
 
-def test_agreement_is_a_cosine_with_the_gradient_of_the_controls():
-    run, _ = fit([*watch(), SinkLocalizer(every=1, agreement=True)], DeepLM())
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
+def test_agreement_is_a_cosine_with_the_gradient_of_the_controls(precision):
+    run, _ = fit([*watch(), SinkLocalizer(every=1, agreement=True)], DeepLM(), precision=precision)
     rows = Ledger.of(run).attribution.rows
     assert {"memorized", "learned"} <= set(rows[-1].agreement)
     assert all(-1 <= cosine <= 1 for row in rows for cosine in row.agreement.values())
