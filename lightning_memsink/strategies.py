@@ -20,9 +20,10 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lightning_memsink.namespaces import is_a
 
-Reads = Literal["losses", "weights"]
+Reads = Literal["losses", "weights", "gradients"]
 """What a callback takes hold of: the loss's graph, activations and their gradients, each of which a process has whole
-for samples of its own; or slices of the weights, which a process must have whole too."""
+for samples of its own; slices of the weights, which a process must have whole too; or a gradient of its own asking with
+respect to them, for which they must be those of the forward."""
 
 
 def refusal(strategy: Strategy, reads: Reads) -> str | None:
@@ -59,6 +60,11 @@ def _of_model_parallel(strategy: ModelParallelStrategy, reads: Reads) -> str | N
         )
     if reads == "weights":
         return "it shards weights, of which a process must have whole rows. It would take slices of shards"
+    if reads == "gradients":
+        return (
+            "it puts other weights into a forward than those that a gradient can be asked for, and parts of it would "
+            "be missing. It would take one with respect to what each layer gives"
+        )
     return None
 
 

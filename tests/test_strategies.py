@@ -50,7 +50,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("why", UNSUPPORTED)
-@pytest.mark.parametrize("reads", ["losses", "weights"])
+@pytest.mark.parametrize("reads", ["losses", "weights", "gradients"])
 def test_what_was_not_tried_or_is_wrong_is_refused_with_what_would_be_needed(why, reads):
     strategy = UNSUPPORTED[why]
     with pytest.raises(ValueError, match=rf"(?s)LossTracker can't work under {type(strategy).__name__}: .*{why}"):
@@ -59,13 +59,14 @@ def test_what_was_not_tried_or_is_wrong_is_refused_with_what_would_be_needed(why
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy(), DDPStrategy(static_graph=True)])
 def test_what_was_tried_is_let_through(strategy):
-    assert refusal(strategy, "losses") is refusal(strategy, "weights") is None
+    assert [refusal(strategy, reads) for reads in ("losses", "weights", "gradients")] == [None] * 3
 
 
-def test_sharded_data_parallel_lets_all_through_but_slices_of_weights():
+def test_sharded_data_parallel_lets_all_through_but_slices_of_weights_and_gradients_with_respect_to_them():
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     assert refusal(sharded, "losses") is None
     assert "shards weights" in (refusal(sharded, "weights") or "")
+    assert "puts other weights into a forward" in (refusal(sharded, "gradients") or "")
 
 
 EVERYONE = [

@@ -40,7 +40,7 @@ class SinkLocalizer(Callback):
             beats the next, which tells more of samples whose loss has vanished, for one more backward on each look.
         norms: also take exact gradient norms, and how far each block's weights move.
         agreement: also take the cosine of each sample's gradient with that of a batch of controls, for a forward and a
-            backward of our own after each validation. Not under manual optimization.
+            backward of our own after each validation. Not under manual optimization, nor FSDP2.
         fraction: of all units, named as sinks.
 
     Raises:
@@ -79,6 +79,8 @@ class SinkLocalizer(Callback):
             return
         require_support(trainer.strategy, "SinkLocalizer")
         self._let_go()
+        if self.with_agreement:
+            require_support(trainer.strategy, "SinkLocalizer(agreement=True)", "gradients")
         if self.with_agreement and not pl_module.automatic_optimization:
             raise ValueError(
                 "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
+from lightning_memsink import SinkLocalizer
 from lightning_memsink.verdicts import Verdict
 from tests.distributed.launching import Failed, forked, together
 from tests.distributed.runs import MITIGATION, DeepLM, crew, differences, ranks, train
@@ -122,6 +123,36 @@ def test_another_world_size_reads_it_too(tmp_path):
 def test_slices_of_sharded_weights_are_refused_by_name(name, tmp_path):
     with pytest.raises(Failed, match="SinkGradientMask can't work under ModelParallelStrategy: it shards weights"):
         fsdp(tmp_path / "run", name)
+
+
+def test_gradients_of_the_controls_are_refused_by_name(tmp_path):
+    """They came without the head, and at times empty: weights in a forward are not those that can be asked for."""
+
+    def work() -> None:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        watching = [*crew()[:2], SinkLocalizer(agreement=True)]
+        train(tmp_path, watching, model=Sharded(), strategy=strategy, devices=2, precision="32-true")
+
+    with pytest.raises(
+        Failed, match=r"SinkLocalizer\(agreement=True\) can't work under ModelParallelStrategy: it puts"
+    ):
+        together(work, tmp_path, 2)
+
+
+def test_margins_are_attributed_to_what_one_process_attributes_them_to(tmp_path):
+    """Its backward of our own ends at the hidden units, which are whole."""
+    watching = [*crew()[:2], SinkLocalizer(every=2, norms=False, objective="margin")]
+    here = {"model": Sharded(), "devices": 2, "precision": "32-true"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    together(lambda: train(two, watching, strategy=strategy, **here), two, 2)
+    forked(lambda: train(one, watching, precision="32-true"), one)
+    rows, others = (ranks(folder)[0]["attribution"]["rows"] for folder in (one, two))
+    assert [row["visits"] for row in rows[:4]] == [row["visits"] for row in others[:4]]
+    near_enough(rows[2]["shares"], others[2]["shares"])
+    assert rows[2]["shares"]["memorized"]
 
 
 def test_tensor_parallel_is_refused_by_name(tmp_path):
