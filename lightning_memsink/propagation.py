@@ -73,6 +73,12 @@ class Attribution:
         self.memorized, self.others = _Newest(), _Newest()
         self._window = _Window()
 
+    def of_model(self, units: Mapping[str, int], blocks: Sequence[str]) -> None:
+        """Once the model is built. Raises ValueError if a checkpoint's, restored before, are others."""
+        if self.units:
+            _require_same(self.units, units)
+        self.units, self.blocks = dict(units), list(blocks)
+
     def record(
         self,
         ids: Tensor,
@@ -141,12 +147,10 @@ class Attribution:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint's hidden layers are others than the model's."""
-        if self.units and state["units"] != self.units:
-            raise ValueError(
-                f"The checkpoint holds attribution of hidden layers {_some(state['units'])}, but the model has "
-                f"{_some(self.units)}. Resume with the same model and the same `modules`, or without ckpt_path."
-            )
+        """Raises ValueError if the checkpoint's hidden layers are others than the model's, where these are known."""
+        if self.units:
+            _require_same(state["units"], self.units)
+        self.units, self.blocks = dict(state["units"]), list(state["blocks"])
         self.rows = [
             Spread(**{**row, "concentration": row["concentration"] and Concentration(**row["concentration"])})
             for row in state["rows"]
@@ -269,6 +273,14 @@ def block_of(name: str) -> str:
 def _plain(sinks: Sinks) -> dict[str, Any]:
     columns = {"units": dict(sinks.units), "scores": dict(sinks.scores), "sizes": dict(sinks.sizes)}
     return {**columns, "method": sinks.method, "stability": sinks.stability}
+
+
+def _require_same(restored: Mapping[str, int], found: Mapping[str, int]) -> None:
+    if restored != found:
+        raise ValueError(
+            f"The checkpoint holds attribution of hidden layers {_some(restored)}, but the model has {_some(found)}. "
+            "Resume with the same model and the same `modules`, or without ckpt_path."
+        )
 
 
 def _some(units: Mapping[str, int]) -> str:

@@ -91,18 +91,23 @@ class MemSinks(Mitigation):
         super().setup(trainer, pl_module, stage)
         self._let_go()
         self._misfits.clear()
-        self._module = pl_module
-        self.layers = find_hidden_layers(pl_module, self.modules)
-        for layer in self.layers:
-            self.pool.size(layer.units)  # raises for a layer that can't be split
-        self._handles = [attach(layer, self._masking(layer)) for layer in self.layers]
         if stage == "fit":
             self._capture = StepCapture(type(pl_module).__name__, pl_module.automatic_optimization)
             self._capturing = self.most_exposed.samples > 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(pl_module)
         super().on_fit_start(trainer, pl_module)
         Ledger.of(trainer).certificate = self.certificate
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -168,6 +173,16 @@ class MemSinks(Mitigation):
         self.certificate = None if certificate is None else Certificate(**certificate)
 
     # Ours alone -----------------------------------------------------------------------------------------------
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        """To a model that is built: its own `setup` or `configure_model` may have done so after ours."""
+        if self._module is not None:
+            return
+        self._module = pl_module
+        self.layers = find_hidden_layers(pl_module, self.modules)
+        for layer in self.layers:
+            self.pool.size(layer.units)  # raises for a layer that can't be split
+        self._handles = [attach(layer, self._masking(layer)) for layer in self.layers]
 
     def _masking(self, layer: HiddenLayer) -> Callable[[Tensor], Tensor]:
         return lambda hidden: hidden if gives_way(layer) else self._masked(layer, hidden)

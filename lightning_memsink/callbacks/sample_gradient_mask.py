@@ -112,9 +112,13 @@ class SampleGradientMask(LossWeighing):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._automatic = pl_module.automatic_optimization
-        if stage != "fit" or self.mode != "route":
+        if stage == "fit":
+            self._let_go()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.mode != "route":
             return
-        self._let_go()
         for layer in find_hidden_layers(pl_module, self.modules):
             units = reserved_units(layer, self.reserved)
             hook = routing_hook(layer, units, self._to_route, lambda why: self._say_once("some layers", why))

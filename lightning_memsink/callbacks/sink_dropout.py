@@ -68,9 +68,11 @@ class SinkDropout(Mitigation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._let_go()
+        if stage == "fit":
+            self._let_go()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         given = self.given
         self.layers = find_hidden_layers(pl_module, self.modules) if given is None else sink_layers(pl_module, given)
         # First among hooks, so that whoever records activations sees the same whatever the order of callbacks.

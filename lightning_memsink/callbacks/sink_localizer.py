@@ -86,19 +86,23 @@ class SinkLocalizer(Callback):
                 "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
                 "under manual optimization. Leave agreement off."
             )
+        self.attribution = Attribution(fraction=self.fraction)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(pl_module)
+        ledger = Ledger.of(trainer)
+        ledger.attribution, ledger.sinks = self.attribution, self.attribution.sinks
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        """To a model that is built: `setup` and `configure_model` of the user's may only now have done so."""
         self.layers = find_hidden_layers(pl_module, self.modules)
         blocks = dict.fromkeys(block_of(name) for name, weight in pl_module.named_parameters() if weight.requires_grad)
-        sizes = {layer.name: layer.units for layer in self.layers}
-        self.attribution = Attribution(sizes, list(blocks), self.fraction)
+        self.attribution.of_model({layer.name: layer.units for layer in self.layers}, list(blocks))
         self.units = UnitRecorder(self.layers)
         axis = self.layers[0].batch_axis
         self.norms = GradientNorms(pl_module, axis) if self.with_norms else None
         self.movement = Movement(pl_module) if self.with_norms else None
         self.agreement = Agreement(pl_module, axis) if self.with_agreement else None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ledger = Ledger.of(trainer)
-        ledger.attribution, ledger.sinks = self.attribution, self.attribution.sinks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
