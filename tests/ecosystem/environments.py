@@ -17,8 +17,8 @@ class NotInstalled(Exception):
     """pip's own last words."""
 
 
-def environment(name: str, requirements: Sequence[str], torch: str = TORCH) -> Path:
-    """The Python of an environment that holds this package and ``requirements``.
+def environment(name: str, requirements: Sequence[str], torch: str = TORCH, extras: str = "") -> Path:
+    """The Python of an environment that holds this package, with ``extras`` (``"[report]"``), and ``requirements``.
 
     torch goes in first and stays pinned: an open range would drag in gigabytes of CUDA packages.
 
@@ -27,14 +27,14 @@ def environment(name: str, requirements: Sequence[str], torch: str = TORCH) -> P
     """
     folder = KEPT / name
     python, mark = folder / "bin" / "python", folder / "installed"
-    wanted = "\n".join([f"torch=={torch}", *sorted(requirements), (ROOT / "pyproject.toml").read_text()])
+    wanted = "\n".join([f"torch=={torch}", extras, *sorted(requirements), (ROOT / "pyproject.toml").read_text()])
     if mark.exists() and mark.read_text() == wanted:
         return python
     print(f"installing {', '.join(requirements)}", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}"]
     _checked(pip)
-    _checked([*pip, "--editable", str(ROOT), *requirements])
+    _checked([*pip, "--editable", f"{ROOT}{extras}", *requirements])
     if any(folder.glob("lib/python*/site-packages/nvidia_*")):
         raise NotInstalled("pip brought CUDA packages along; take a torch without them")
     mark.write_text(wanted)

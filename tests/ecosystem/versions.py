@@ -47,9 +47,9 @@ def run(name: str) -> tuple[str, ...]:
     """A row: name, versions, what pytest said last."""
     pinned = oldest() if name == "oldest" else []
     torch = os.environ.get("TORCH_OLDEST", TORCH) if name == "oldest" else TORCH
-    extra = f"{ROOT}[report]", "pytest", "pytest-xdist", "hypothesis", "html5lib", "jsonschema", "tensorboard"
+    extra = "pytest", "pytest-xdist", "hypothesis", "html5lib", "jsonschema", "tensorboard"
     try:
-        python = environment(name, [*pinned, *extra, "scikit-learn"], torch)
+        python = environment(name, [*pinned, *extra, "scikit-learn"], torch, extras="[report]")
     except NotInstalled as why:
         return name, "", f"not installed: {why}"
     ask = "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in %r], sep=', ')"
