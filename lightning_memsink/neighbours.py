@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_memsink.blocks import ROWS, blocks, in_blocks
 
 GROUP, FEW = 4, 256
-"""Rows that the nearest of them stands for; as many rows as are ranked without groups."""
+"""Rows that the nearest of them stands for, twice as many among many; as many rows as are ranked without groups."""
 FARTHEST = float(torch.finfo(torch.float32).max)
 """Stands for what is infinite, whose bits can't carry a number: they would say that it is none."""
 
@@ -78,7 +78,8 @@ class Neighbours:
     def __init__(self, among: Tensor, k: int, rooms: Rooms | None = None) -> None:
         self.k, self.among = min(k, len(among)), among
         self.rooms = rooms or Rooms(len(among))
-        self._width = GROUP if len(among) > max(FEW, 2 * GROUP * self.k) else 1
+        width = GROUP if len(among) <= 4 * FEW else 2 * GROUP
+        self._width = width if len(among) > max(FEW, 2 * width * self.k) else 1
         self._groups = -(-len(among) // self._width)
         # Column w·groups + g is member w of group g: the smallest of each group is found in one sweep.
         columns = torch.arange(self._width * self._groups)
