@@ -26,7 +26,8 @@ class Room:
     """Space for the distances of a block of points to ``columns`` rows, and for as many numbered ones."""
 
     def __init__(self, columns: int) -> None:
-        self._apart, self._keys = torch.empty(ROWS * (columns + GROUP)), np.empty(ROWS * (columns + GROUP))
+        entries = ROWS * (columns + 2 * GROUP)  # the last group may have to be filled up
+        self._apart, self._keys = torch.empty(entries), np.empty(entries)
 
     def apart(self, rows: int, columns: int) -> Tensor:
         return self._apart[: rows * columns].view(rows, columns)

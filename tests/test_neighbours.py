@@ -14,7 +14,20 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("m", "k"), [(2000, 32), (1001, 8), (777, 32), (299, 8), (257, 32), (120, 16), (40, 40), (5, 32), (1, 1)]
+    ("m", "k"),
+    [
+        (2000, 32),
+        (2001, 32),
+        (1025, 8),
+        (1001, 8),
+        (777, 32),
+        (299, 8),
+        (257, 32),
+        (120, 16),
+        (40, 40),
+        (5, 32),
+        (1, 1),
+    ],
 )
 @pytest.mark.parametrize("features", [1, 5])
 def test_it_finds_what_sorting_all_distances_finds(threads, m, k, features):
