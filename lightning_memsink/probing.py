@@ -98,7 +98,7 @@ class ControlProbe:
             self._view = tagged(self.loader, self._hear) if is_taggable(self.loader) else self.loader
         start = 0
         with without_trace(pl_module):
-            for n, batch in enumerate(self._view or ()):
+            for n, batch in enumerate(() if self._view is None else self._view):  # a loader of a stream has no length
                 if batch is None:  # no step to Lightning either
                     continue
                 size = batch_size(batch) or 0

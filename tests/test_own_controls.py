@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
@@ -55,6 +56,19 @@ def test_batches_of_graphs_can_be_controls(own_ids):
     run.fit(OfGraphs(), DataLoader(graphs(seed=0), 8, collate_fn=collated))  # type: ignore[arg-type]
     assert Ledger.of(run).controls.ids.tolist() == list(range(GRAPHS))
     assert Ledger.of(run).controls.latest.isfinite().all()
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Without rows, and without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"input_ids": tokens} for tokens in CONTROLS)
+
+
+@pytest.mark.parametrize("identity", ["auto", "content"])
+def test_a_stream_can_be_controls(identity):
+    run, _ = fit(watched(DataLoader(Stream(), 40), identity=identity), controls="none", max_epochs=1)
+    assert len(Ledger.of(run).controls) == len(CONTROLS) and len(Ledger.of(run).controls.curve) > 1
 
 
 class Broken(Rows):
