@@ -89,7 +89,6 @@ class MemSinks(Mitigation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._let_go()
         self._misfits.clear()
         if stage == "fit":
             self._capture = StepCapture(type(pl_module).__name__, pl_module.automatic_optimization)

@@ -32,6 +32,7 @@ class Mitigation(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_support(trainer.strategy, type(self).__name__, self.reads)
+        self._let_go()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).actions[type(self).__name__] = self.actions

@@ -112,8 +112,6 @@ class SampleGradientMask(LossWeighing):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._automatic = pl_module.automatic_optimization
-        if stage == "fit":
-            self._let_go()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -136,7 +134,6 @@ class SampleGradientMask(LossWeighing):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._ledger, self._decision = Ledger.of(trainer), None
         if self._backwards:
             self._backwards_before = self._backwards

@@ -66,11 +66,6 @@ class SinkDropout(Mitigation):
         self._now: _Batch | None = None
         self._said: set[str] = set()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._let_go()
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         given = self.given

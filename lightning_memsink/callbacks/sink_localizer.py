@@ -81,11 +81,11 @@ class SinkLocalizer(Callback):
         self._let_go()
         if self.with_agreement:
             require_support(trainer.strategy, "SinkLocalizer(agreement=True)", "gradients")
-        if self.with_agreement and not pl_module.automatic_optimization:
-            raise ValueError(
-                "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
-                "under manual optimization. Leave agreement off."
-            )
+            if not pl_module.automatic_optimization:
+                raise ValueError(
+                    "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
+                    "under manual optimization. Leave agreement off."
+                )
         self.attribution = Attribution(fraction=self.fraction)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
