@@ -26,7 +26,7 @@ from lightning_memsink.probing import ControlProbe
 from lightning_memsink.restoring import leave_out, restoring
 from lightning_memsink.strategies import require_support
 from lightning_memsink.table import LossTable
-from lightning_memsink.visits import Samples, Visit, Visits
+from lightning_memsink.visits import Described, Visit, Visits
 from lightning_memsink.witnesses import Witnesses
 
 
@@ -80,7 +80,7 @@ class LossTracker(Callback):
         self.control_capture = EvaluationCapture(self.capture)
         self.batch = BatchInHand()
         self._visits: list[Visit] = []
-        self._current: Samples | None = None
+        self._current: Described | None = None
         self._step = 0
         self._said: set[str] = set()
 
@@ -209,18 +209,18 @@ class LossTracker(Callback):
 
     # Ours alone -----------------------------------------------------------------------------------------------
 
-    def _look_at(self, batch: Any, stage: Literal["train", "validate"]) -> Samples | None:
+    def _look_at(self, batch: Any, stage: Literal["train", "validate"]) -> Described | None:
         """None if nobody can tell whose the batch is."""
         ids = self.sample_ids.take(batch, stage)
         if ids is None or not len(ids):
             return None
-        return Samples.of(batch, ids, self.features)
+        return Described.of(batch, ids, self.features)
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the validation loop that runs now shows controls."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.wanted
 
-    def _add_controls(self, found: Samples | None, outputs: Any) -> None:
+    def _add_controls(self, found: Described | None, outputs: Any) -> None:
         if found is None:
             return
         ids, tokens, features = found
@@ -246,7 +246,7 @@ class LossTracker(Callback):
                 for batch, rows, outputs in looks:
                     ids = self.sample_ids.of(batch, rows)
                     if ids is not None and len(ids):
-                        self._add_controls(Samples.of(batch, ids, self.features), outputs)
+                        self._add_controls(Described.of(batch, ids, self.features), outputs)
         except Exception as error:  # nothing we look at is worth the run
             self.control_capture.abandon()
             self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
