@@ -89,10 +89,9 @@ def together(work: Callable[[], Any], folder: Path, world: int, seconds: float =
 
 
 def watched(work: Callable[[], Any], seconds: float) -> None:
-    """Shows where it hangs, if it does, before it is ended."""
+    """Shows where it hangs, if it does, before it is ended: at work, or on its way out, where one was seen to."""
     faulthandler.dump_traceback_later(seconds)
     work()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def launched(command: list[str], folder: Path, seconds: float = SECONDS, **environment: str) -> str:
