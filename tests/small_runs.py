@@ -39,10 +39,14 @@ class TinyLM(LightningModule):
         self.embed = nn.Embedding(VOCABULARY, 16)
         self.mlp = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, VOCABULARY))
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """``[B, T - 2, V]``, of the tokens from the third on."""
+        seen = self.embed(tokens)
+        return self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         tokens = batch["input_ids"]
-        seen = self.embed(tokens)
-        logits = self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+        logits = self.logits(tokens)
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 2:].flatten())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:

@@ -14,7 +14,7 @@ from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
-from tests.small_runs import TinyLM, fit, train_loader, trainer, watch
+from tests.small_runs import TinyLM, fit, train_loader, trainer, watch, weights
 
 GROWS = {"init_scale": 1024.0, "growth_interval": 1}
 OVERFLOWS = {"init_scale": 2.0**40, "growth_interval": 3}
@@ -33,8 +33,7 @@ class TwoTerms(TinyLM):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         tokens = batch["input_ids"]
-        embedded = self.embed(tokens)
-        logits = self.mlp(torch.cat([embedded[:, :-2], embedded[:, 1:-1]], -1)).float()
+        logits = self.logits(tokens).float()
         likelihood = F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(1)
         size = F.mse_loss(logits, torch.zeros_like(logits), reduction="none").flatten(1).mean(1)
         self.seen.append((likelihood + size / 3).detach())
@@ -48,14 +47,14 @@ def test_losses_of_several_terms_are_told_in_the_scale_of_their_step(scaler, acc
     run = trainer([LossTracker()], max_epochs=1, accumulate_grad_batches=accumulated, **half(**scaler))
     run.fit(model, train_loader())
     # Every row is seen once, and the ledger has them in the order of first sight.
-    torch.testing.assert_close(Ledger.of(run).losses.last_loss, torch.cat(model.seen), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Ledger.of(run).losses.last_loss, torch.cat(model.seen))
 
 
 @pytest.mark.parametrize("scaler", [GROWS, OVERFLOWS], ids=["grows", "overflows"])
 def test_what_overflows_leaves_no_trace_in_what_is_told(scaler):
     _, plain = fit([], **half(**scaler))
     run, model = fit([*watch(), SinkLocalizer(every=1, norms=True)], **half(**scaler))
-    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), model.parameters(), strict=True))
+    assert torch.equal(weights(plain), weights(model))
     rows = Ledger.of(run).attribution.rows
     assert len(rows) > 2
     for row in rows:
@@ -67,7 +66,7 @@ def test_what_overflows_leaves_no_trace_in_what_is_told(scaler):
 def test_a_mitigation_holds_under_a_scaler_what_it_holds_without():
     """The set point is in nats of the loss, and not of the scaled one."""
     masks = [SampleGradientMask(k=4) for _ in range(2)]
-    for mask, options in zip(masks, ({"precision": "32-true"}, half(**GROWS)), strict=True):
-        fit([*watch(), mask], **options)
+    for mask, scale in zip(masks, (1.0, 1024.0), strict=True):
+        fit([*watch(), mask], **half(init_scale=scale, growth_interval=10**6))  # it never grows: no step is skipped
     acted = [mask.actions.total("acted") for mask in masks]
-    assert acted[0] > 50 and acted[1] == pytest.approx(acted[0], rel=0.1)
+    assert acted[0] > 50 and acted[1] == acted[0]

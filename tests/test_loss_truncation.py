@@ -25,8 +25,7 @@ class Truncating(TinyLM):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         tokens = batch["input_ids"]
-        seen = self.embed(tokens)
-        logits = self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+        logits = self.logits(tokens)
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 2:], reduction="none").mean(1).detach()
         out = torch.zeros(len(tokens), dtype=torch.bool)
         if len(self.recent) == self.window:

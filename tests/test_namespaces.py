@@ -23,7 +23,7 @@ class OtherLM(pytorch_lightning.LightningModule):
         self.embed, self.mlp = twin.embed, twin.mlp
 
     loss, training_step, validation_step = TinyLM.loss, TinyLM.training_step, TinyLM.validation_step
-    configure_optimizers = TinyLM.configure_optimizers
+    logits, configure_optimizers = TinyLM.logits, TinyLM.configure_optimizers
 
 
 def fit(namespace, module, callbacks, **options):

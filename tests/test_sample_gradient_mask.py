@@ -129,8 +129,7 @@ class Excluding(TinyLM):
     def training_step(self, batch, batch_idx):
         if self.global_step < 21:
             return self.loss(batch)
-        seen = self.embed(batch["input_ids"])
-        logits = self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+        logits = self.logits(batch["input_ids"])
         out = torch.isin(content_ids(batch), self.ids)
         logits = torch.where(out[:, None, None], logits.detach(), logits)
         return F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 2:].flatten())

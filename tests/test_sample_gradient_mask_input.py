@@ -194,8 +194,7 @@ class Broken(TinyLM):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
         tokens = batch["input_ids"]
-        seen = self.embed(tokens)
-        logits = self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+        logits = self.logits(tokens)
         if batch_idx % 5 == 0:
             logits = torch.cat([logits[:1] * torch.nan, logits[1:]])
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 2:].flatten())
@@ -220,8 +219,7 @@ class Ragged(TinyLM):
         tokens = batch["input_ids"]
         if not len(tokens):
             return self.embed.weight.sum() * 0
-        seen = self.embed(tokens)
-        logits = self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+        logits = self.logits(tokens)
         targets = tokens[:, 2:].masked_fill(tokens[:, :1] < 8, -100)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
