@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memsink.blocks import in_blocks
+from lightning_memsink.blocks import blocks, in_blocks
 from lightning_memsink.neighbours import Neighbours
 
 LOT, POINTS, SEEN = 1 << 13, 2048, 32
 """Most points in a lot; how many a cell has, at least, on average; how many of them the cells are made by."""
-ASKED, WITHIN, WORTH = 32, 0.93, 0.7
+ASKED, WITHIN, WORTH = 32, 0.9, 0.7
 """Points of a lot that tell how far to look; the share of them that this suffices; the share of rows worth keeping."""
+TOGETHER = 512
+"""Most of the points that look farther which are searched for at once."""
 
 
 class Cells:
@@ -47,31 +49,44 @@ class Cells:
 
 
 class Around:
-    """What ``everyone`` finds, among its ``[M, F]`` rows, for ``points`` ``[N, F]`` that lie together.
+    """What ``everyone`` finds, among its ``[M, F]`` rows, for points that lie together, and so have few rows around.
 
-    What is farther from the box around the points than some of them need to look is left out; whoever needs to look
-    farther than that, is compared with everyone. So what is found is exact.
+    Rows farther from the box around the points than some of them need to look are left out. Who needs to look farther
+    knows by then how far at most, and is searched for anew with who needs to look about as far. So what is found is
+    exact.
     """
 
-    def __init__(self, everyone: Neighbours, points: Tensor) -> None:
-        self._everyone, among = everyone, everyone.among
-        some = everyone.of(points[:: -(-len(points) // ASKED)])[1][:, -1].sort().values
-        self._reach = some[int(WITHIN * (len(some) - 1))]
-        beside = torch.maximum(points.amin(0) - among, among - points.amax(0)).clamp(min=0).square().sum(1)
-        self._kept = (beside <= 1.001 * self._reach).nonzero().flatten()
-        worth = everyone.k <= len(self._kept) < WORTH * len(among)
-        self._near = Neighbours(among[self._kept], everyone.k, everyone.rooms) if worth else None
+    def __init__(self, everyone: Neighbours) -> None:
+        self.everyone = everyone
 
     def of(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Neighbours.of`, of some of the points."""
-        if self._near is None:
-            return self._everyone.of(points)
-        index, squared = self._near.of(points)
-        index = self._kept[index]
-        beyond = (squared[:, -1] > self._reach).nonzero().flatten()
-        if len(beyond):
-            index[beyond], squared[beyond] = self._everyone.of(points[beyond])
+        """As `Neighbours.of`, of points ``[N, F]``."""
+        some = self.everyone.of(points[:: -(-len(points) // ASKED)])[1][:, -1].sort().values
+        reach = some[int(WITHIN * (len(some) - 1))]
+        kept = self.within(reach, points)
+        if kept is None:
+            return self.everyone.of(points)
+        index, squared = self._among(kept, points)
+        beyond = (squared[:, -1] > reach).nonzero().flatten()
+        beyond = beyond[squared[beyond, -1].argsort()]
+        for part in blocks(len(beyond), TOGETHER):
+            rows = beyond[part]
+            kept = self.within(squared[rows[-1], -1], points[rows])
+            index[rows], squared[rows] = self._among(kept, points[rows])
         return index, squared
+
+    def within(self, reach: Tensor, points: Tensor) -> Tensor | None:
+        """The rows ``[K]`` at most ``reach``, squared, from the box around the points; None for all, if most are."""
+        among = self.everyone.among
+        beside = torch.maximum(points.amin(0) - among, among - points.amax(0)).clamp(min=0).square().sum(1)
+        kept = (beside <= 1.001 * reach).nonzero().flatten()
+        return kept if self.everyone.k <= len(kept) < WORTH * len(among) else None
+
+    def _among(self, kept: Tensor | None, points: Tensor) -> tuple[Tensor, Tensor]:
+        if kept is None:
+            return self.everyone.of(points)
+        index, squared = Neighbours(self.everyone.among[kept], self.everyone.k, self.everyone.rooms).of(points)
+        return kept[index], squared
 
 
 def lots(rows: Tensor, points_of: Callable[[Tensor], Tensor]) -> list[Tensor]:

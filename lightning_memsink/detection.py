@@ -185,7 +185,7 @@ class _Comparison:
 
         def compare(rows: Tensor) -> None:
             points = points_of(rows)
-            index, squared = (self.near if alone else Around(self.near, points)).of(points)
+            index, squared = search.of(points)
             near = index[:, : self.rule.k]
             if self.ridge is None:
                 before, after = embedding_bag(near, self.losses, mode="mean").T
@@ -199,7 +199,7 @@ class _Comparison:
             matched[rows] = squared[:, : self.rule.k].sqrt().mean(1) < 0.99 * self.limit
 
         parts = lots(group, points_of)
-        alone = len(parts) < 2  # all points lie together: nothing is far from them
+        search = Around(self.near) if len(parts) > 1 else self.near  # few points: nothing is far from all of them
         in_threads(parts, compare)
 
 

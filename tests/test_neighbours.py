@@ -115,7 +115,7 @@ def test_looking_around_finds_what_looking_everywhere_finds(among, make):
     sorted_rows = lots(torch.arange(40_000), lambda rows: points[rows])
     assert torch.equal(torch.cat(sorted_rows).sort().values, torch.arange(40_000))
     for lot in sorted_rows:
-        index, squared = Around(everyone, points[lot]).of(points[lot])
+        index, squared = Around(everyone).of(points[lot])
         _, apart = everyone.of(points[lot])
         torch.testing.assert_close(squared, apart, rtol=1e-5, atol=1e-4)
         own = (points[lot, None] - among[index]).square().sum(2)
@@ -125,11 +125,12 @@ def test_looking_around_finds_what_looking_everywhere_finds(among, make):
 
 def test_lots_lie_together_and_leave_most_controls_out():
     points, among = normal(200_000, 3), normal(2000, 3, seed=1)
-    everyone, left = Neighbours(among, 8), []
+    everyone, left = Neighbours(among, 8), 0
     for lot in lots(torch.arange(200_000), lambda rows: points[rows]):
-        around = Around(everyone, points[lot])
-        left.append(len(lot) * len(around._kept))
-    assert sum(left) < 0.3 * 200_000 * 2000
+        reach = everyone.of(points[lot])[1][:, -1].quantile(0.9)
+        kept = Around(everyone).within(reach, points[lot])
+        left += len(lot) * len(among if kept is None else kept)
+    assert left < 0.3 * 200_000 * 2000
 
 
 def test_few_points_are_one_lot():
