@@ -75,8 +75,9 @@ def together(work: Callable[[], Any], folder: Path, world: int, seconds: float =
             os.environ.update({**{name: str(value) for name, value in own.items()}, **elastic})
             processes.append(context.Process(target=watched, args=(work, 0.8 * seconds)))
             processes[-1].start()
-        while any(process.is_alive() for process in processes):
-            wait([process.sentinel for process in processes if process.is_alive()])
+        # Asked for once a round: were they all to end between two askings, it would wait for none of them, forever.
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            wait(alive)
             if any(process.exitcode for process in processes):
                 break
         for process in processes:
@@ -89,7 +90,7 @@ def together(work: Callable[[], Any], folder: Path, world: int, seconds: float =
 
 
 def watched(work: Callable[[], Any], seconds: float) -> None:
-    """Shows where it hangs, if it does, before it is ended: at work, or on its way out, where one was seen to."""
+    """Shows where it hangs, if it does, before it is ended: at work or on its way out."""
     faulthandler.dump_traceback_later(seconds)
     work()
 
