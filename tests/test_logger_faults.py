@@ -34,14 +34,6 @@ class NoRun(Untouchable, WandbLogger):
     asked_for: ClassVar[list] = []
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    """A run that is left open would take what the next test of this process logs."""
-    yield
-    wandb.finish()
-    wandb.teardown()
-
-
 @pytest.mark.parametrize("kind", [NoBoard, NoRun])
 def test_a_logger_that_raises_whatever_is_asked_of_it_costs_what_it_would_have_logged(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
