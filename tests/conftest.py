@@ -15,7 +15,7 @@ def every_test_begins_with_one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def every_test_ends_its_wandb_run_and_service() -> Iterator[None]:
+def every_test_ends_its_wandb_run_and_session() -> Iterator[None]:
     """An open run would be taken over by the next logger; settings are read once, and a mode that was disabled would
     stay; and a service is found by a variable of the environment, which a test that gives back the environment it found
     would bring back when the service is long gone."""
@@ -23,7 +23,7 @@ def every_test_ends_its_wandb_run_and_service() -> Iterator[None]:
     wandb = sys.modules.get("wandb")
     if wandb is None:
         return
-    if wandb.run is not None:  # a disabled one has no service
+    if wandb.run is not None:
         wandb.finish()
     wandb.teardown()
     os.environ.pop("WANDB_SERVICE", None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_memsink.blocks import in_blocks
-from lightning_memsink.cells import Around, lots
+from lightning_memsink.cells import WITHIN, Around, lots
 from lightning_memsink.neighbours import Neighbours, nearest
 
 
@@ -127,7 +127,7 @@ def test_lots_lie_together_and_leave_most_controls_out():
     points, among = normal(200_000, 3), normal(2000, 3, seed=1)
     everyone, left = Neighbours(among, 8), 0
     for lot in lots(torch.arange(200_000), lambda rows: points[rows]):
-        reach = everyone.of(points[lot])[1][:, -1].quantile(0.9)
+        reach = everyone.of(points[lot])[1][:, -1].quantile(WITHIN)
         kept = Around(everyone).within(reach, points[lot])
         left += len(lot) * len(among if kept is None else kept)
     assert left < 0.3 * 200_000 * 2000

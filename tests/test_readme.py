@@ -24,11 +24,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    yield tmp_path
-    import wandb
-
-    wandb.finish()
-    wandb.teardown()
+    return tmp_path
 
 
 def test_every_python_block_runs(here, monkeypatch):

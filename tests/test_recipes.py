@@ -45,9 +45,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["memsink"])
     text = "\n\n".join(f"Number {n} squared is {n * n}, and its cube is {n**3}. " * 3 for n in range(300))
     Path("text.txt").write_text(text)
-    yield tmp_path
-    wandb.finish()
-    wandb.teardown()  # its service stays in the folder that it was started in
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)
