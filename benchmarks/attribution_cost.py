@@ -25,7 +25,7 @@ from benchmarks.attribution_tasks import TASKS
 from benchmarks.gradient_peers import FLOOR, OURS, PEERS, Task, Way, loop, mean_loss, plain
 from benchmarks.memory import MEBIBYTE, forget_peak, resident, told_by_fork
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
-from lightning_memsink.gradient_norms import GradientNorms
+from lightning_memsink.attribution.gradient_norms import GradientNorms
 
 UNITS, EVERY_8TH = 1.05, 1.05
 ERROR = 1e-5

@@ -22,7 +22,7 @@ from benchmarks.detection_runs import FAMILIES, NEGATIVE, POSITIVE, Findings, in
 from benchmarks.population import Sizes
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down, spread
 from benchmarks.twin_runs import Schedule
-from lightning_memsink.detection import Rule
+from lightning_memsink.detection.matched_controls import Rule
 
 AUROC, ADVANTAGE, TPR, FPR, FDR, EARLY, TWINS = 0.97, 0.05, 0.90, 0.03, 0.05, 0.95, 0.01
 UNLIKE = tuple(kind for kind in FAMILIES if kind != "template")

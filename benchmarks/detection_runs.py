@@ -18,12 +18,12 @@ from benchmarks.population import Population, Sizes, populate
 from benchmarks.twin_runs import Run, Schedule, Sequences, gradient_norms, token_nll, train
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.data import python_docs, tokenized
-from lightning_memsink.detection import Controls, Measurement, Rule, Samples, measure
-from lightning_memsink.features import compressed_bits
-from lightning_memsink.judging import samples_of
+from lightning_memsink.detection.evaluate import known_controls, samples_of
+from lightning_memsink.detection.matched_controls import Controls, Measurement, Rule, Samples, measure
+from lightning_memsink.detection.ngram_features import compressed_bits
+from lightning_memsink.examples.corpora import python_docs, tokenized
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.tokens import Tokens
+from lightning_memsink.samples.tokens import Tokens
 
 POSITIVE, NEGATIVE = 1.0, 0.3
 """A sample is memorized above the one and not memorized below the other, nats per token; in between nobody says."""
@@ -150,7 +150,7 @@ def _measure_after(people: Population, ledger: Ledger, losses: Tensor, of_contro
     rows = ledger.losses.index.find(people.tested)
     last = replace(samples_of(ledger.losses, ledger.controls, rows), losses=losses, weight=torch.ones(len(rows)))
     now = of_controls[ledger.controls.ids]
-    return last, replace(ledger.controls.known(), before=now, after=now)
+    return last, replace(known_controls(ledger.controls), before=now, after=now)
 
 
 def _all_scores(
@@ -185,7 +185,7 @@ def _measure_again(ids: Tensor, keep: Tensor, ledger: Ledger, rule: Rule) -> Mea
     """What the end of the run says of samples ``ids``, by the controls in ``keep`` ``[M]``."""
     rows = ledger.losses.index.find(ids)
     samples = samples_of(ledger.losses, ledger.controls, rows)
-    return measure(samples, ledger.controls.known().only(keep), rule)
+    return measure(samples, known_controls(ledger.controls).only(keep), rule)
 
 
 def _without(kind: str, people: Population, ledger: Ledger, rule: Rule) -> tuple[Tensor, Measurement]:
@@ -197,7 +197,7 @@ def _without(kind: str, people: Population, ledger: Ledger, rule: Rule) -> tuple
 
 def _judge_twins(ledger: Ledger, rule: Rule) -> Tensor:
     """Each half of the controls as if it were trained on, by the other half."""
-    known = ledger.controls.known()
+    known = known_controls(ledger.controls)
     even = torch.arange(len(known.after)) % 2 == 0
     flagged = torch.zeros_like(even)
     for half in (even, ~even):

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from benchmarks.mitigation_data import background_of, documentation
 from benchmarks.mitigation_runs import Learner, Visits, gpt
-from lightning_memsink.asking import Answers, Scheme, ask, logits_of
+from lightning_memsink._evaluation import without_trace
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.canaries import Rung, plant_canaries
+from lightning_memsink.extraction.canaries import Rung, plant_canaries
+from lightning_memsink.extraction.probe import Answers, Scheme, ask, logits_of
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.probing import without_trace
-from lightning_memsink.propagation import Spread
+from lightning_memsink.localization.history import Spread
 
 SCHEME = Scheme(prefix=16, n=1000, p=0.5)
 GOES_ON, STOPS = "goes on", "stops"

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.finding_runs import GOES_ON, STOPS, Run, Sizes, run
 from benchmarks.findings_figure import draw
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, in_processes, settle_down, spread
-from lightning_memsink.concentration import Concentration
+from lightning_memsink.localization.concentration import Concentration
 
 QUICK = Sizes(background=1536, per_rung=8, canaries=4, easy=4, controls=96)
 BEFORE, EARLY, DOSE, SIGNIFICANT = 0.8, 0.5, 0.5, 0.05

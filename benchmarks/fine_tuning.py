@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.mitigation_arms import ARMS, watching
 from benchmarks.mitigation_data import background_of, documentation, source_code
 from benchmarks.mitigation_runs import IGNORED, Learner, Visits, fit, gpt, json_able
-from lightning_memsink.data import tokenized
+from lightning_memsink.examples.corpora import tokenized
 from lightning_memsink.ledger import Ledger
 
 REPEATS = (1, 4, 16)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from lightning_memsink.ghost_norms import outer_squared_norm
-from lightning_memsink.gradient_norms import GradientNorms, total
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.layer_gradients import outer_of
-from lightning_memsink.unit_recorder import UnitRecorder
+from lightning_memsink.attribution.ghost_norms import outer_squared_norm
+from lightning_memsink.attribution.gradient_norms import GradientNorms, total
+from lightning_memsink.attribution.gradient_rules import outer_of
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.attribution.unit_recorder import UnitRecorder
 
 IGNORED = -100
 

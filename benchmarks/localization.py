@@ -14,8 +14,8 @@ from rich.table import Table
 
 from benchmarks.localizer_runs import DESIGN, KINDS, PLACEBO, SLOW, ZEROED, Attempt, Found, Sizes, investigate
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, in_processes, settle_down, spread
-from lightning_memsink.judging_localizers.deletion import FRACTIONS
-from lightning_memsink.localizers import DEFAULT, METHODS
+from lightning_memsink.localization.evaluation.ablation_curves import FRACTIONS
+from lightning_memsink.localization.localizers import DEFAULT, METHODS
 
 RECALL, BLIND, TARGET, OTHERS, DAMAGE, RANDOM = 0.9, 5.0, 0.5, 0.7, 0.05, 0.9
 REMOVED = 0.5

@@ -12,16 +12,13 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from benchmarks.twin_runs import PROMPT, Schedule, Sequences, TextModel, exact_match, train
-from lightning_memsink.ablation import ablated
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memsinks import MemSinks
-from lightning_memsink.canaries import plant_canaries
-from lightning_memsink.data import apart, python_docs, tokenized, unshared
-from lightning_memsink.data.text import distinct_rows
-from lightning_memsink.designed_sinks import Pool, masked
-from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
-from lightning_memsink.identity import content_ids
-from lightning_memsink.judging_localizers import (
+from lightning_memsink.examples.corpora import apart, python_docs, tokenized, unshared
+from lightning_memsink.extraction.canaries import plant_canaries
+from lightning_memsink.localization.ablation import ablated
+from lightning_memsink.localization.evaluation import (
     Blind,
     Curve,
     Deletion,
@@ -34,8 +31,11 @@ from lightning_memsink.judging_localizers import (
     judge_injection,
     prefix_stress,
 )
-from lightning_memsink.localization import masks_of, top_units
-from lightning_memsink.localizers import DEFAULT, METHODS, Samples, Scores, Task
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Samples, Scores, Task
+from lightning_memsink.localization.locate import masks_of, top_units
+from lightning_memsink.mitigation.designed_sinks import Pool, masked
+from lightning_memsink.samples.hashing import content_ids
+from lightning_memsink.samples.unique import distinct_rows
 
 ZEROED = 0.05
 """Share of units zeroed for a single target."""

@@ -27,6 +27,7 @@ from benchmarks.memory import keep_freed
 from benchmarks.overhead import AGAIN, PLAIN, run
 from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
 from benchmarks.workloads import WORKLOADS, Workload, images
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
@@ -34,9 +35,8 @@ from lightning_memsink.callbacks.memsinks import MemSinks
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.callbacks.sink_dropout import SinkDropout
 from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
-from lightning_memsink.hidden_layers import find_hidden_layers
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.localization.sinks import Sinks
 
 SAMPLES = 512
 """Few enough that each comes often, for a first visit is held by nobody; and enough for epochs of 16 steps and more."""

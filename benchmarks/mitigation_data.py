@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_memsink.canaries import plant_canaries
-from lightning_memsink.data import Corpus, apart, python_docs, tokenized, unshared
-from lightning_memsink.data.text import distinct_rows
+from lightning_memsink.examples.corpora import Corpus, apart, python_docs, tokenized, unshared
+from lightning_memsink.extraction.canaries import plant_canaries
+from lightning_memsink.samples.unique import distinct_rows
 
 
 @dataclass(frozen=True)

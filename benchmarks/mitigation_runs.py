@@ -22,8 +22,8 @@ from benchmarks.mitigation_arms import ARMS, Gate, watching
 from benchmarks.mitigation_data import WORLDS, Kind, Sizes, World
 from benchmarks.twin_runs import WARMUP, exact_match, token_nll
 from lightning_memsink.callbacks.memsinks import MemSinks
-from lightning_memsink.designed_sinks import masked
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.mitigation.designed_sinks import masked
 
 NAN, IGNORED = float("nan"), -100
 EVERY = 20

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.canaries import plant_canaries
-from lightning_memsink.data import Corpus
-from lightning_memsink.data.text import apart, distinct_rows, unshared, without
+from lightning_memsink.examples.corpora import Corpus
+from lightning_memsink.examples.corpora.text import apart, unshared
+from lightning_memsink.extraction.canaries import plant_canaries
+from lightning_memsink.samples.unique import distinct_rows, without
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from benchmarks.faults import bits
 from benchmarks.interleaving import SETTLING, Turn
 from benchmarks.memory import forget_peak, give_back, resident
 from benchmarks.workloads import CONTEXT, VOCABULARY, WORKLOADS
-from lightning_memsink.blocks import blocks
+from lightning_memsink._chunks import blocks
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_memsink.baking import bake
     from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
     from lightning_memsink.callbacks.goldfish import Goldfish
     from lightning_memsink.callbacks.live_curves import LiveCurves
@@ -17,21 +16,22 @@ if TYPE_CHECKING:
     from lightning_memsink.callbacks.loss_truncation import LossTruncation
     from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
     from lightning_memsink.callbacks.memsinks import MemSinks
+    from lightning_memsink.callbacks.preset import memsink
     from lightning_memsink.callbacks.progress import MemSinkProgressBar
     from lightning_memsink.callbacks.run_report import RunReport
     from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
     from lightning_memsink.callbacks.sink_dropout import SinkDropout
     from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
     from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-    from lightning_memsink.canaries import plant_canaries
-    from lightning_memsink.certificate import Certificate
-    from lightning_memsink.default_set import memsink
-    from lightning_memsink.designed_sinks import Pool
+    from lightning_memsink.detection.verdicts import Verdict
+    from lightning_memsink.extraction.canaries import plant_canaries
     from lightning_memsink.ledger import Ledger
-    from lightning_memsink.losses import per_sample
-    from lightning_memsink.removal import ablate
-    from lightning_memsink.sinks import Sinks
-    from lightning_memsink.verdicts import Verdict
+    from lightning_memsink.localization.sinks import Sinks
+    from lightning_memsink.losses.per_sample import per_sample
+    from lightning_memsink.mitigation.bake import bake
+    from lightning_memsink.mitigation.certificate import Certificate
+    from lightning_memsink.mitigation.designed_sinks import Pool
+    from lightning_memsink.mitigation.unit_removal import ablate
 
 __all__ = [
     "Certificate",
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Certificate": "certificate",
+    "Certificate": "mitigation.certificate",
     "ExtractionProbe": "callbacks.extraction_probe",
     "Goldfish": "callbacks.goldfish",
     "Ledger": "ledger",
@@ -70,19 +70,19 @@ _HOMES = {
     "MemSinkProgressBar": "callbacks.progress",
     "MemSinks": "callbacks.memsinks",
     "MemorizationDetector": "callbacks.memorization_detector",
-    "Pool": "designed_sinks",
+    "Pool": "mitigation.designed_sinks",
     "RunReport": "callbacks.run_report",
     "SampleGradientMask": "callbacks.sample_gradient_mask",
     "SinkDropout": "callbacks.sink_dropout",
     "SinkGradientMask": "callbacks.sink_gradient_mask",
     "SinkLocalizer": "callbacks.sink_localizer",
-    "Sinks": "sinks",
-    "Verdict": "verdicts",
-    "ablate": "removal",
-    "bake": "baking",
-    "memsink": "default_set",
-    "per_sample": "losses",
-    "plant_canaries": "canaries",
+    "Sinks": "localization.sinks",
+    "Verdict": "detection.verdicts",
+    "ablate": "mitigation.unit_removal",
+    "bake": "mitigation.bake",
+    "memsink": "callbacks.preset",
+    "per_sample": "losses.per_sample",
+    "plant_canaries": "extraction.canaries",
 }
 
 

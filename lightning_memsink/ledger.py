@@ -15,21 +15,21 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_memsink.loss_graph import LossNodes, find_loss_nodes
-from lightning_memsink.namespaces import is_a
+from lightning_memsink._lightning import is_a
+from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
-    from lightning_memsink.actions import Actions
-    from lightning_memsink.certificate import Certificate
-    from lightning_memsink.controls import ControlTable
-    from lightning_memsink.extracted import Extracted
-    from lightning_memsink.propagation import Attribution
-    from lightning_memsink.sinks import Sinks
-    from lightning_memsink.table import LossTable
-    from lightning_memsink.verdicts import Flags, Onset
+    from lightning_memsink.detection.verdicts import Flags, Onset
+    from lightning_memsink.extraction.history import Extracted
+    from lightning_memsink.localization.history import Attribution
+    from lightning_memsink.localization.sinks import Sinks
+    from lightning_memsink.mitigation.certificate import Certificate
+    from lightning_memsink.mitigation.intervention_log import Actions
+    from lightning_memsink.samples.control_table import ControlTable
+    from lightning_memsink.samples.loss_table import LossTable
 
 T = TypeVar("T")
 
@@ -120,7 +120,8 @@ class Ledger:
             return None
         return (
             f"This Trainer trains in processes of its own ({launcher._start_method}), and the ledger ended with them. "
-            "Read the Parquet files beside the report (lightning_memsink.parquet), or train with strategy='ddp'."
+            "Read the Parquet files beside the report (lightning_memsink.reporting.parquet), or train with "
+            "strategy='ddp'."
         )
 
     @staticmethod

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memsink.capture import EvaluationCapture, StepCapture
-from lightning_memsink.losses import Captured
+from lightning_memsink.losses.capture import EvaluationCapture, StepCapture
+from lightning_memsink.losses.per_sample import Captured
 
 B, T, C, D = 4, 6, 7, 8
 CLASS_WEIGHT = torch.linspace(0.5, 2.0, C)

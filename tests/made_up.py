@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_memsink.controls import ControlTable
-from lightning_memsink.reporting.curves import PlantedIds, scalars
-from lightning_memsink.reporting.summary import Findings
-from lightning_memsink.table import LossTable
-from lightning_memsink.verdicts import Evaluation, Flags, Onset, Verdict
+from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
+from lightning_memsink.reporting.run_summary import Findings
+from lightning_memsink.reporting.scalars import PlantedIds, scalars
+from lightning_memsink.samples.control_table import ControlTable
+from lightning_memsink.samples.loss_table import LossTable
 
 SAMPLES, TOKENS = 24, 10
 HASHED = -(2**40) - 1  # an id as hashes of content are: 64 bits, maybe negative

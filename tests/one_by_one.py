@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_memsink.gradient_norms import GradientNorms, total
+from lightning_memsink.attribution.gradient_norms import GradientNorms, total
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 VOCABULARY, SAMPLES, LENGTH = 23, 4, 6

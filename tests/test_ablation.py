@@ -6,9 +6,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_memsink.ablation import ablated
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.localization.ablation import ablated
+from lightning_memsink.localization.sinks import Sinks
 
 
 class LowRank(nn.Module):

@@ -8,17 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.judging_localizers import (
-    Curve,
-    Groups,
-    ablation_curve,
-    judge_deletion,
-    prefix_stress,
-)
-from lightning_memsink.judging_localizers.deletion import activation_norms, matched_units
-from lightning_memsink.judging_localizers.stress import perturbed
-from lightning_memsink.localizers import Samples, Task
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.localization.evaluation import Curve, Groups, ablation_curve, judge_deletion, prefix_stress
+from lightning_memsink.localization.evaluation.ablation_curves import activation_norms, matched_units
+from lightning_memsink.localization.evaluation.prompt_perturbation import perturbed
+from lightning_memsink.localization.localizers import Samples, Task
 
 CLASSES = 8
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.attribution import attribute, margins, sample_weights, shares, unit_effects
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.loss_graph import find_loss_calls
+from lightning_memsink.attribution.attribute import attribute
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.attribution.unit_effects import margins, sample_weights, shares, unit_effects
+from lightning_memsink.losses.autograd_graph import find_loss_calls
 
 small = st.integers(1, 4)
 

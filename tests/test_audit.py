@@ -10,13 +10,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lightning_memsink.auditing.answers_file import AnswersFile
-from lightning_memsink.auditing.audit import Settings, audit
-from lightning_memsink.auditing.closer_look import look_closer
-from lightning_memsink.auditing.subject import load
-from lightning_memsink.auditing.texts import Text, encode, read_texts
 from lightning_memsink.cli import main
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.extraction.audit.answer_cache import AnswersFile
+from lightning_memsink.extraction.audit.audit import Settings, audit
+from lightning_memsink.extraction.audit.model_loading import load
+from lightning_memsink.extraction.audit.texts import Text, encode, read_texts
+from lightning_memsink.extraction.audit.top_texts import look_closer
+from lightning_memsink.localization.sinks import Sinks
 
 WORDS, LENGTH, PREFIX = 40, 20, 6
 
@@ -177,7 +177,7 @@ def test_a_missing_tokenizer_and_one_of_another_model_are_told(folder, tmp_path)
 
 
 def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_memsink.auditing.subject.available_memory", lambda: 1000.0)
+    monkeypatch.setattr("lightning_memsink.extraction.audit.model_loading.available_memory", lambda: 1000.0)
     with pytest.raises(SystemExit, match=r"may need .* GiB are available"):
         main(command(folder, tmp_path / "out"))
 

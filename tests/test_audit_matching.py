@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from lightning_memsink.asking import Answers
-from lightning_memsink.auditing.audit import Asked, Settings, gaps_of, tell_kinds_apart
-from lightning_memsink.auditing.standing_out import standing_out
-from lightning_memsink.auditing.texts import Text
+from lightning_memsink.extraction.audit.audit import Asked, Settings, gaps_of, tell_kinds_apart
+from lightning_memsink.extraction.audit.mean_gap import standing_out
+from lightning_memsink.extraction.audit.texts import Text
+from lightning_memsink.extraction.probe import Answers
 
 
 def asked_for(losses, group):

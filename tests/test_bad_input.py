@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.identity import content_ids
+from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.samples.hashing import content_ids
 from tests.small_runs import CONTROLS, TRAIN, Rows, TinyLM, chain, control_loader, fit, noise, train_loader, watch
 
 

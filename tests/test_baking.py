@@ -15,11 +15,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_memsink.baking import bake
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memsinks import MemSinks
-from lightning_memsink.designed_sinks import Pool, masked
-from lightning_memsink.hidden_layers import find_hidden_layers
+from lightning_memsink.mitigation.bake import bake
+from lightning_memsink.mitigation.designed_sinks import Pool, masked
 from tests.small_runs import TinyLM, fit
 
 IDS = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.loss_truncation import LossTruncation
 from lightning_memsink.callbacks.sink_dropout import SinkDropout
 from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.localization.sinks import Sinks
 from tests.small_runs import trainer
 
 GRAPHS, NODES, BATCH = 40, 3, 8

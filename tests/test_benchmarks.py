@@ -16,7 +16,7 @@ from benchmarks.population import Sizes, populate
 from benchmarks.reporting import Criterion, Report, arguments, environment, fresh_seeds
 from benchmarks.twin_runs import CONTINUATION, PROMPT, Schedule, Sequences, TextModel, exact_match, token_nll
 from benchmarks.workloads import WORKLOADS
-from lightning_memsink.data import tokenized
+from lightning_memsink.examples.corpora import tokenized
 
 TINY = Sizes(
     background=48, held_out=24, repeats=(1, 8), per_rung=3, canaries=3, easy=3, easy_repeats=8, twins=12, once=3,

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.identity import content_ids
+from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.verdicts import Verdict
-from lightning_memsink.visits import Visit
+from lightning_memsink.samples.hashing import content_ids
+from lightning_memsink.samples.visits import Visit
 from tests.small_runs import (
     CANARIES,
     CONTROLS,

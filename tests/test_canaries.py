@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_memsink.canaries import plant_canaries
-from lightning_memsink.identity import content_ids
+from lightning_memsink.extraction.canaries import plant_canaries
+from lightning_memsink.samples.hashing import content_ids
 
 VOCABULARY, CONTEXT = 300, 64
 

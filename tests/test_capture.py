@@ -24,7 +24,7 @@ from capturing import (
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lightning_memsink.capture import StepCapture
+from lightning_memsink.losses.capture import StepCapture
 
 pytestmark = QUIET
 

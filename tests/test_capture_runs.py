@@ -24,8 +24,8 @@ from capturing import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.capture import StepCapture
-from lightning_memsink.losses import Captured, NotCaptured, per_sample
+from lightning_memsink.losses.capture import StepCapture
+from lightning_memsink.losses.per_sample import Captured, NotCaptured, per_sample
 
 pytestmark = QUIET
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memsink.certificate import FEWEST, Certificate, certify, signed_rank_p
-from lightning_memsink.certifying import MostExposed, Seen, placebo, twins_of
-from lightning_memsink.controls import ControlTable
+from lightning_memsink.mitigation.certificate import FEWEST, Certificate, certify, signed_rank_p
+from lightning_memsink.mitigation.certificate_samples import MostExposed, Seen, placebo, twins_of
+from lightning_memsink.samples.control_table import ControlTable
 
 
 def brute_force_p(differences: list[float]) -> float:

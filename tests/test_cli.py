@@ -15,7 +15,7 @@ from lightning_memsink.callbacks.memorization_detector import MemorizationDetect
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
 from lightning_memsink.callbacks.run_report import RunReport
 from lightning_memsink.cli import main, recipes
-from lightning_memsink.cli.fitting import MemSinkCLI, with_recipes
+from lightning_memsink.cli.fit import MemSinkCLI, with_recipes
 
 # LightningCLI 2.6 calls what jsonargparse 4.53 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -31,7 +31,7 @@ trainer:
 model:
   class_path: lightning.pytorch.demos.boring_classes.BoringModel
 data:
-  class_path: lightning_memsink.demo_digits.Digits
+  class_path: lightning_memsink.examples.digits.Digits
   init_args: {batch_size: 8}
 """
 
@@ -221,14 +221,14 @@ def test_every_misspelt_key_and_class_has_a_line_of_its_own():
             "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelSummary", "init_args": {"max_dept": 2}}],
         },
         memsink={"detector": {"kk": 1}, "alpha": 0.1},
-        model={"class_path": "lightning_memsink.demo.CausaLM"},
+        model={"class_path": "lightning_memsink.examples.text.CausaLM"},
         data={"class_path": "lightning_memsnk.demo.PythonDocs", "init_args": {"batch_size": 8}},
     )
     assert sorted(refusal(wrong).splitlines()) == [
         "wrong.yaml: `data.class_path`: there is no module `lightning_memsnk`; did you mean `lightning_memsink`?",
         "wrong.yaml: `memsink.alpha` is no option; did you mean `memsink.detector.alpha`?",
         "wrong.yaml: `memsink.detector.kk` is no option; did you mean `k`?",
-        "wrong.yaml: `model.class_path`: `lightning_memsink.demo` has no `CausaLM`; did you mean `CausalLM`?",
+        "wrong.yaml: `model.class_path`: `lightning_memsink.examples.text` has no `CausaLM`; did you mean `CausalLM`?",
         "wrong.yaml: `trainer.callbacks[0].init_args.max_dept` is no option; did you mean `max_depth`?",
         "wrong.yaml: `trainer.max_epoch` is no option; did you mean `max_epochs`?",
         "wrong.yaml: `trainr` is no option; did you mean `trainer`?",
@@ -255,10 +255,10 @@ def test_an_overlay_with_init_args_alone_is_checked_against_the_class_named_befo
             "`memsink.mitigation`: there is no class `NoSuchClass`; give its full path",
         ),
         (
-            {"data": {"class_path": "lightning_memsink.demo_digits.Digits", "init_args": {"batch_size": "x"}}},
+            {"data": {"class_path": "lightning_memsink.examples.digits.Digits", "init_args": {"batch_size": "x"}}},
             "`data.batch_size`: expected int, got `x`",
         ),
-        ({"data": {"class_path": "lightning_memsink.demo.TextFile"}}, "`data.path`: missing, and required"),
+        ({"data": {"class_path": "lightning_memsink.examples.text.TextFile"}}, "`data.path`: missing, and required"),
     ],
 )
 def test_a_wrong_value_is_one_line_of_place_expectation_and_finding(content, said):

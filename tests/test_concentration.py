@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_memsink.concentration import (
+from lightning_memsink.localization.concentration import (
     Concentration,
     NotTested,
     concentration_test,

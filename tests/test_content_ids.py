@@ -12,8 +12,10 @@ from test_identity import LOADERS, Model, Rows, Stream, fit, pytestmark, rows_of
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_memsink.identity import SampleIds, batch_size, content_ids
-from lightning_memsink.tagging import sample_ids
+from lightning_memsink.samples.batch import batch_size
+from lightning_memsink.samples.dataloader_ids import sample_ids
+from lightning_memsink.samples.hashing import content_ids
+from lightning_memsink.samples.sample_ids import SampleIds
 
 
 class Batches:
@@ -147,7 +149,9 @@ GOLDEN_FLOATS = "content_ids(torch.arange(6.0).reshape(2, 3)).tolist()"
 
 
 def test_an_id_is_the_same_number_in_every_process():
-    code = f"import torch; from lightning_memsink.identity import content_ids; print({GOLDEN} + {GOLDEN_FLOATS})"
+    code = (
+        f"import torch; from lightning_memsink.samples.sample_ids import content_ids; print({GOLDEN} + {GOLDEN_FLOATS})"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(GOLDEN_IDS + GOLDEN_FLOAT_IDS)
 

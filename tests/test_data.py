@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memsink.data import apart, byte_level_bpe, documents_of, python_docs, tokenized, unshared
+from lightning_memsink.examples.corpora import apart, byte_level_bpe, documents_of, python_docs, tokenized, unshared
 
 rows = st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=8)
 words = st.text(st.sampled_from("abc \n"), max_size=60)

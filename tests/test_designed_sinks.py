@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_memsink.designed_sinks import Pool, apply_mask, gives_way, masked, own_units, plan, union_fraction
-from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.mitigation.designed_sinks import (
+    Pool,
+    apply_mask,
+    gives_way,
+    masked,
+    own_units,
+    plan,
+    union_fraction,
+)
 
 ODD_IDS = [0, 1, -1, 2**63 - 1, -(2**63), 2**31, -(2**40), 12345678901234567]
 any_id = st.integers(-(2**63), 2**63 - 1)

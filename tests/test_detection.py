@@ -8,19 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memsink.detection import (
-    Controls,
-    Rule,
-    Samples,
-    benjamini_hochberg,
-    conformal_p,
-    controls_for,
-    farthest,
-    measure,
-    normal_tail_p,
-    standardize,
-)
-from lightning_memsink.neighbours import nearest
+from lightning_memsink.detection.knn import nearest
+from lightning_memsink.detection.matched_controls import Controls, Rule, Samples, farthest, measure, standardize
+from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p, controls_for, normal_tail_p
 
 seeds = st.integers(0, 2**16)
 

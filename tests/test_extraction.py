@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_memsink.extraction import (
+from lightning_memsink.extraction.functional import (
     discoverable,
     exact_match,
     exposure,

@@ -5,15 +5,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
-from lightning_memsink.extraction import discoverable, exact_match, longest_run, suffix_log_prob
-from lightning_memsink.extraction_metrics import (
+from lightning_memsink.extraction.functional import discoverable, exact_match, longest_run, suffix_log_prob
+from lightning_memsink.extraction.metrics import (
     MeanOverTexts,
     discoverable_rate,
     edit_similarity,
     exact_match_rate,
     mean_longest_run,
-    separation,
 )
+from lightning_memsink.extraction.separation import separation
 
 
 def batches(many=3):

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_memsink import memsink
-from lightning_memsink.asking import Scheme, ask, logits_of
 from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
-from lightning_memsink.extracted import Extracted
+from lightning_memsink.extraction.history import Extracted
+from lightning_memsink.extraction.probe import Scheme, ask, logits_of
 from lightning_memsink.ledger import Ledger
 from tests.small_runs import CANARIES, LENGTH, VOCABULARY, TinyLM, fit, noise, watch
 

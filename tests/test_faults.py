@@ -21,9 +21,9 @@ from lightning_memsink import (
     SinkDropout,
     SinkGradientMask,
     SinkLocalizer,
-    judging,
 )
-from lightning_memsink.table import LossTable
+from lightning_memsink.detection import evaluate as judging
+from lightning_memsink.samples.loss_table import LossTable
 from tests.small_runs import TRAIN, Rows, TinyLM, fit, snapshot, train_loader, watch
 
 MITIGATIONS = {

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memsink.features import NgramCounts, compressed_bits
+from lightning_memsink.detection.ngram_features import NgramCounts, compressed_bits
 
 texts = st.lists(st.lists(st.integers(0, 9), min_size=6, max_size=6), min_size=1, max_size=8)
 

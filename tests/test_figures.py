@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.reporting.figures import gap_distribution, loss_by_rung, verdict_map
-from lightning_memsink.verdicts import Verdict
 from tests.made_up import ONSET, RUNGS, MadeUp, made_up
 
 

@@ -9,8 +9,8 @@ from scipy.stats import binomtest
 from benchmarks.finding_runs import GOES_ON, STOPS, Look, Run, _among
 from benchmarks.findings import NOT, SUPPORTED, find, first_exact, page, wilson
 from benchmarks.findings_figure import draw
-from lightning_memsink.concentration import Concentration
-from lightning_memsink.propagation import Spread
+from lightning_memsink.localization.concentration import Concentration
+from lightning_memsink.localization.history import Spread
 
 RUNGS = {
     "natural x1": ("natural", 1),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memsink.freezing import HeldBack, squared_norms, zero_gradients_
-from lightning_memsink.unit_parameters import UnitSlice
+from lightning_memsink.mitigation.unit_freezing import HeldBack, squared_norms, zero_gradients_
+from lightning_memsink.mitigation.unit_parameters import UnitSlice
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda own: torch.optim.SGD(own, 0.1),

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from lightning_memsink import ghost_norms
-from lightning_memsink.ghost_norms import (
+from lightning_memsink.attribution import ghost_norms
+from lightning_memsink.attribution.ghost_norms import (
     Convolution,
     Convolved,
     Dense,

@@ -18,9 +18,9 @@ from torch.testing import assert_close
 
 from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
-from lightning_memsink.goldfish import dropped
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.loss_weights import OpenLoss
+from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.mitigation.goldfish import dropped
 from tests.small_runs import CANARIES, TinyLM, chain, fit, snapshot, train_loader, watch
 
 pytestmark = QUIET

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lightning_memsink.gradient_norms import GradientNorms
+from lightning_memsink.attribution.gradient_norms import GradientNorms
 from tests.one_by_one import LENGTH, SAMPLES, TOKENS, VOCABULARY, agree, in_one, language, mean_square, one_by_one
 
 

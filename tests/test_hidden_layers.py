@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_memsink.hidden_layers import describe, find_hidden_layers, unit_weights
+from lightning_memsink.attribution.hidden_layers import describe, find_hidden_layers, unit_weights
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 20}
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

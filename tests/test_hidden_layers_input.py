@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memsink.hidden_layers import find_hidden_layers, unit_weights
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers, unit_weights
 
 
 class CausalAttention(nn.Module):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_memsink.detection import Controls as DetectorControls
-from lightning_memsink.detection import Rule, Samples, measure
-from lightning_memsink.holding import Reference, held
+from lightning_memsink.detection.matched_controls import Controls as DetectorControls
+from lightning_memsink.detection.matched_controls import Rule, Samples, measure
+from lightning_memsink.mitigation.hold import Reference, held
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_memsink.identity import SampleIds
+from lightning_memsink.samples.sample_ids import SampleIds
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning", "FutureWarning")

@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_memsink.controls import ControlTable
-from lightning_memsink.detection import Rule
-from lightning_memsink.judging import judge
-from lightning_memsink.onset import estimate_onset
-from lightning_memsink.table import LossTable
-from lightning_memsink.verdicts import Flags, Verdict
+from lightning_memsink.detection.evaluate import judge
+from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.onset import estimate_onset
+from lightning_memsink.detection.verdicts import Flags, Verdict
+from lightning_memsink.samples.control_table import ControlTable
+from lightning_memsink.samples.loss_table import LossTable
 
 RULE = Rule(k=4)
 

@@ -10,13 +10,13 @@ import torch
 
 import lightning_memsink
 from lightning_memsink import LossTracker, MemorizationDetector
-from lightning_memsink.auditing.answers_file import AnswersFile
-from lightning_memsink.auditing.subject import load
-from lightning_memsink.auditing.texts import read_texts
 from lightning_memsink.callbacks.sink_dropout import SinkDropout
-from lightning_memsink.cli import reports
-from lightning_memsink.parquet import detect, read_ledger
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.cli import report as reports
+from lightning_memsink.extraction.audit.answer_cache import AnswersFile
+from lightning_memsink.extraction.audit.model_loading import load
+from lightning_memsink.extraction.audit.texts import read_texts
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.reporting.parquet import detect, read_ledger
 from tests.small_runs import TinyLM, fit
 
 PACKAGE = Path(lightning_memsink.__file__).parent

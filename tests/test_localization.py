@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_memsink.localization import chance_jaccard, contrast, jaccard, locate, quota, signed_shares, top_units
+from lightning_memsink.localization.locate import (
+    chance_jaccard,
+    contrast,
+    jaccard,
+    locate,
+    quota,
+    signed_shares,
+    top_units,
+)
 
 
 def shares(samples, sizes, carriers=None, seed=0):

@@ -8,15 +8,15 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.judging_localizers import (
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.localization.evaluation import (
     average_precision,
     injected,
     judge_blind,
     judge_injection,
     recall_at,
 )
-from lightning_memsink.localizers import DEFAULT, METHODS, Samples, Task
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Samples, Task
 
 SAMPLES, GENERAL, POOL, OWNED, CLASSES = 6, 24, 48, 4, 8
 

@@ -8,11 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.localizers import DEFAULT, METHODS, Samples, Task
-from lightning_memsink.localizers.attributing import _path_effects, activation_times_gradient, hidden_units
-from lightning_memsink.localizers.pruning import hard_gate, open_probability, slimming
-from lightning_memsink.localizers.task import gated, mean_loss, open_gates, undisturbed
+from lightning_memsink._evaluation import undisturbed
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Samples, Task
+from lightning_memsink.localization.localizers.attribution_methods import (
+    _path_effects,
+    activation_times_gradient,
+    hidden_units,
+)
+from lightning_memsink.localization.localizers.pruning import hard_gate, open_probability, slimming
+from lightning_memsink.localization.localizers.task import gated, mean_loss, open_gates
 
 UNITS, CLASSES = 16, 4
 

@@ -8,8 +8,8 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_memsink import SampleGradientMask, memsink
-from lightning_memsink.integrations.wandb import SafeWandbLogger
-from lightning_memsink.integrations.wandb_reader import read_run
+from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger
+from lightning_memsink.reporting.loggers.wandb_reader import read_run
 from tests.small_runs import fit
 
 
@@ -57,7 +57,7 @@ def test_a_server_that_cannot_be_reached_costs_its_waiting_time_once(tmp_path, m
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: refused at once
-    monkeypatch.setattr("lightning_memsink.integrations.wandb.SECONDS", 1.0)
+    monkeypatch.setattr("lightning_memsink.reporting.loggers.wandb.SECONDS", 1.0)
     logger = SafeWandbLogger(save_dir=tmp_path)
     crew = memsink(identity="content", k=4, path=tmp_path / "told.md")
     with pytest.warns(UserWarning, match=r"(?s)can't start an online run.*recorded offline") as said:

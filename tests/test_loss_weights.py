@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.loss_graph import find_loss_calls
-from lightning_memsink.loss_weights import OpenLoss, Unweighable
-from lightning_memsink.losses import per_sample, terms_of, weigh
+from lightning_memsink.losses.autograd_graph import find_loss_calls
+from lightning_memsink.losses.per_sample import per_sample, terms_of, weigh
+from lightning_memsink.losses.reweighting import OpenLoss, Unweighable
 
 pytestmark = QUIET
 WEIGHTS = torch.tensor([1.0, 0.0, 0.25, 1.0])

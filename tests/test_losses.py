@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_memsink.loss_call import LossCall, Rows
-from lightning_memsink.losses import SampleAxisLost, fold, per_sample, terms_of, weigh
+from lightning_memsink.losses.loss_call import LossCall, Rows
+from lightning_memsink.losses.per_sample import SampleAxisLost, fold, per_sample, terms_of, weigh
 
 
 def test_a_report_differentiates_the_mean_and_keeps_no_graph():

@@ -3,7 +3,7 @@ import zlib
 import torch
 from torch.testing import assert_close
 
-from lightning_memsink.membership import (
+from lightning_memsink.extraction.membership import (
     loss_score,
     min_k_plus_plus_score,
     min_k_score,

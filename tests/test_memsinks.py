@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memsinks import MemSinks
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.certificate import Certificate
-from lightning_memsink.designed_sinks import Pool, own_units
-from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.mitigation.certificate import Certificate
+from lightning_memsink.mitigation.designed_sinks import Pool, own_units
+from lightning_memsink.samples.hashing import content_ids
 from tests.small_runs import CONTROLS, LENGTH, TRAIN, Rows, TinyLM, fit, snapshot, watch, weights
 
 POOL, SHARED, ACTIVE = 96, 32, 14  # of TinyLM's 128 hidden units

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memsinks import MemSinks
-from lightning_memsink.designed_sinks import Pool
-from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.mitigation.designed_sinks import Pool
+from lightning_memsink.samples.hashing import content_ids
 from tests.small_runs import LENGTH, VOCABULARY, fit, watch
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}

@@ -28,7 +28,7 @@ from benchmarks.mitigation_arms import (
 from benchmarks.mitigation_data import WORLDS, Sizes, source_code
 from benchmarks.mitigation_figure import draw, frontier, points_of
 from benchmarks.mitigation_runs import Learner, Measured, Result, Visits, gpt, run
-from lightning_memsink.data import tokenized
+from lightning_memsink.examples.corpora import tokenized
 
 TINY = Sizes(
     background=64, natural=3, natural_times=8, twice=3, domain=8, domain_times=4, canaries=3, canary_times=8, easy=3,

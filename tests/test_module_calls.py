@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.module_calls import ModuleCalls
+from lightning_memsink.attribution.module_hooks import ModuleCalls
 
 CHECKPOINTING = {"none": None, "reentrant": True, "non-reentrant": False}
 

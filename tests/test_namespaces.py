@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 import lightning_memsink
 from lightning_memsink import Ledger, memsink
-from lightning_memsink.integrations.wandb import keep_files
-from lightning_memsink.namespaces import is_a
+from lightning_memsink._lightning import is_a
+from lightning_memsink.reporting.loggers.wandb import keep_files
 from tests.small_runs import TinyLM, control_loader, snapshot, train_loader
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lightning_memsink.blocks import in_blocks
-from lightning_memsink.cells import WITHIN, Around, lots
-from lightning_memsink.neighbours import Neighbours, nearest
+from lightning_memsink._chunks import in_blocks
+from lightning_memsink.detection.kd_partition import WITHIN, Around, lots
+from lightning_memsink.detection.knn import Neighbours, nearest
 
 
 def normal(*shape, seed=0):

@@ -3,9 +3,9 @@
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.parquet import detect, read_ledger, write_ledger
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.reporting.parquet import detect, read_ledger, write_ledger
 from tests.small_runs import fit, watch
 
 
@@ -36,9 +36,9 @@ def test_the_detector_works_on_the_files_alone(ledger, tmp_path):
 
 
 def test_a_ledger_without_samples_or_features_can_be_written(tmp_path):
-    from lightning_memsink.controls import ControlTable
-    from lightning_memsink.table import LossTable
-    from lightning_memsink.verdicts import Flags
+    from lightning_memsink.detection.verdicts import Flags
+    from lightning_memsink.samples.control_table import ControlTable
+    from lightning_memsink.samples.loss_table import LossTable
 
     write_ledger(tmp_path, LossTable(), ControlTable(), Flags())
     table, controls = read_ledger(tmp_path)

@@ -6,9 +6,9 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.identity import content_ids
+from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.samples.hashing import content_ids
 from tests.small_runs import CANARIES, CONTROLS, TRAIN, Rows, fit, snapshot, watch
 
 

@@ -12,12 +12,12 @@ import torch
 import wandb
 import yaml
 
-from lightning_memsink.canaries import Rung
 from lightning_memsink.cli import main
 from lightning_memsink.cli.recipes import is_for_audit, is_overlay, recipe_names, recipes_folder
-from lightning_memsink.data import byte_level_bpe, python_docs
-from lightning_memsink.demo import CausalLM, PythonDocs, TextFile
-from lightning_memsink.demo_digits import Digits
+from lightning_memsink.examples.corpora import byte_level_bpe, python_docs
+from lightning_memsink.examples.digits import Digits
+from lightning_memsink.examples.text import CausalLM, PythonDocs, TextFile
+from lightning_memsink.extraction.canaries import Rung
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
@@ -51,7 +51,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def part_of_the_docs(monkeypatch):
     """A tenth of Python's documentation, so that the tokenizer is soon trained."""
-    monkeypatch.setattr("lightning_memsink.demo.python_docs", _part_of_the_docs)
+    monkeypatch.setattr("lightning_memsink.examples.text.python_docs", _part_of_the_docs)
 
 
 @cache

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.removal import Removal, ablate
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.mitigation.unit_removal import Removal, ablate
 from tests.test_ablation import LowRank
 
 UNITS = 12

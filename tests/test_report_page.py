@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 from huggingface_hub import ModelCard
 
-from lightning_memsink.actions import Actions
 from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.cli import main
+from lightning_memsink.mitigation.intervention_log import Actions
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section, markdown
-from lightning_memsink.reporting.page import SCHEMA, html
+from lightning_memsink.reporting.html_page import SCHEMA, html
 from lightning_memsink.reporting.run_document import document_of
 from tests.made_up import made_up
 

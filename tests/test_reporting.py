@@ -9,11 +9,11 @@ from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.progress import standing
 from lightning_memsink.callbacks.run_report import write_report
-from lightning_memsink.reporting.curves import top_memorized
-from lightning_memsink.reporting.settings import settings_of
-from lightning_memsink.reporting.summary import Findings, markdown, summary
-from lightning_memsink.table import LossTable
-from lightning_memsink.verdicts import WORDS, Flags
+from lightning_memsink.detection.verdicts import WORDS, Flags
+from lightning_memsink.reporting.provenance import settings_of
+from lightning_memsink.reporting.run_summary import Findings, markdown, summary
+from lightning_memsink.reporting.scalars import top_memorized
+from lightning_memsink.samples.loss_table import LossTable
 from tests.made_up import HASHED, ONSET, RUNGS, TOKENS, made_up, told_otherwise
 
 

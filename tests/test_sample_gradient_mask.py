@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_memsink import ledger as ledger_module
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.identity import content_ids
+from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.loss_graph import find_loss_nodes
-from lightning_memsink.routing import reserved_units, route
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.losses.autograd_graph import find_loss_nodes
+from lightning_memsink.mitigation.gradient_routing import reserved_units, route
+from lightning_memsink.samples.hashing import content_ids
 from tests.small_runs import (
     CANARIES,
     CONTROLS,

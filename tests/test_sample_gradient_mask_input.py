@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
-from lightning_memsink.identity import content_ids
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.losses import per_sample
+from lightning_memsink.losses.per_sample import per_sample
+from lightning_memsink.samples.hashing import content_ids
 from tests.small_runs import (
     CANARIES,
     CONTROLS,

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.callbacks.sink_dropout import SinkDropout
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.sinks import Sinks
-from lightning_memsink.unit_dropout import draw, rows_of, switched_off
-from lightning_memsink.verdicts import Verdict, verdicts_of
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.mitigation.unit_dropout import draw, rows_of, switched_off
 from tests.small_runs import LENGTH, TinyLM, fit, snapshot, watch
 
 UNITS = torch.tensor([5, 0, 77, 127])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.localization.sinks import Sinks
 from tests.small_runs import TinyLM, fit, snapshot, train_loader, watch
 from tests.test_freezing import OPTIMIZERS
 

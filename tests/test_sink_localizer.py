@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_memsink import memsink
+from lightning_memsink.attribution.update_norms import Movement
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.movement import Movement
 from tests.small_runs import TinyLM, fit, snapshot, watch
 
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path, localized):
 
 
 def test_a_failure_of_ours_is_said_once_and_training_goes_on(monkeypatch, plain):
-    monkeypatch.setattr("lightning_memsink.unit_recorder.unit_effects", lambda *_: 1 / 0)
+    monkeypatch.setattr("lightning_memsink.attribution.unit_recorder.unit_effects", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="SinkLocalizer failed to attribute a step and looks no more"):
         _, model = fit([*watch(), SinkLocalizer(every=1)], DeepLM())
     assert all(torch.equal(weight, plain[name]) for name, weight in model.state_dict().items())

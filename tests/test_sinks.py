@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from lightning_memsink.sinks import Sinks
+from lightning_memsink.localization.sinks import Sinks
 
 
 def some_sinks(**others):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_memsink.sketches import GradientSketches, cosine, projection, sketch
+from lightning_memsink.attribution.gradient_sketches import GradientSketches, cosine, projection, sketch
 
 
 def network() -> nn.Module:

@@ -17,11 +17,11 @@ from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.loss_truncation import LossTruncation
 from lightning_memsink.callbacks.memsinks import MemSinks
+from lightning_memsink.callbacks.runtime.strategies import refusal, require_support
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.callbacks.sink_dropout import SinkDropout
 from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.strategies import refusal, require_support
 from tests.small_runs import TinyLM
 
 

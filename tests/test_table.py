@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memsink.table import IdIndex, LossTable
+from lightning_memsink.samples.id_index import IdIndex
+from lightning_memsink.samples.loss_table import LossTable
 
 ids_anywhere = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40)
 visits = st.lists(
@@ -85,7 +86,7 @@ def test_a_ledger_of_another_schema_is_refused_by_name():
 
 def test_a_million_samples_fit_in_64_bytes_each():
     """Ids and columns; the detector's own columns counted with them."""
-    from lightning_memsink.verdicts import Flags
+    from lightning_memsink.detection.verdicts import Flags
 
     table, many = LossTable(), 1_000_000
     for ids in (torch.arange(many) * 7919).split(50_000):

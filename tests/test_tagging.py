@@ -11,7 +11,7 @@ from test_identity import LOADERS, Model, Odd, Rows, fit, pytestmark  # noqa: F4
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_memsink.identity import SampleIds
+from lightning_memsink.samples.sample_ids import SampleIds
 
 
 def random_states() -> list[Any]:

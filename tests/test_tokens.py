@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from lightning_memsink.tokens import tokens_of
+from lightning_memsink.samples.tokens import tokens_of
 
 IDS = torch.tensor([[5, 6, 0], [7, 0, 0]])
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.sink_layers import given_sinks, sink_layers
-from lightning_memsink.sinks import Sinks
-from lightning_memsink.unit_parameters import unit_axes, unit_slices
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.mitigation.unit_parameters import unit_axes, unit_slices
 from tests.test_ablation import LowRank
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

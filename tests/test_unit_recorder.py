@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.attribution import sample_weights
-from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
-from lightning_memsink.loss_graph import find_loss_calls
-from lightning_memsink.unit_recorder import UnitRecorder
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.attribution.unit_effects import sample_weights
+from lightning_memsink.attribution.unit_recorder import UnitRecorder
+from lightning_memsink.losses.autograd_graph import find_loss_calls
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 20}
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

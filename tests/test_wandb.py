@@ -12,11 +12,11 @@ from test_live_curves import QUIET, Writer, fit
 
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.run_report import RunReport
-from lightning_memsink.integrations.wandb import SafeWandbLogger, offline_without_key
-from lightning_memsink.integrations.wandb_reader import RecordedRun, read_run
-from lightning_memsink.reporting.curves import top_memorized
-from lightning_memsink.reporting.wandb_run import WandbRun
-from lightning_memsink.verdicts import WORDS
+from lightning_memsink.detection.verdicts import WORDS
+from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger, offline_without_key
+from lightning_memsink.reporting.loggers.wandb_reader import RecordedRun, read_run
+from lightning_memsink.reporting.loggers.wandb_run import WandbRun
+from lightning_memsink.reporting.scalars import top_memorized
 from tests.made_up import ONSET, SAMPLES, made_up
 
 KEY = "0" * 40

@@ -7,14 +7,15 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_memsink import memsink
-from lightning_memsink.concentration import Concentration
-from lightning_memsink.integrations.wandb import SafeWandbLogger
-from lightning_memsink.integrations.wandb_reader import read_run
-from lightning_memsink.propagation import Attribution, Spread, block_of
-from lightning_memsink.reporting.heat_maps import layer_heat_map
-from lightning_memsink.reporting.where import series, short_names, where
-from lightning_memsink.sinks import Sinks
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.attribution.update_norms import block_of
+from lightning_memsink.detection.verdicts import Verdict
+from lightning_memsink.localization.concentration import Concentration
+from lightning_memsink.localization.history import Attribution, Spread
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.reporting.layer_heat_map import layer_heat_map
+from lightning_memsink.reporting.localization_summary import series, short_names, where
+from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger
+from lightning_memsink.reporting.loggers.wandb_reader import read_run
 from tests.small_runs import fit
 from tests.test_sink_localizer import DeepLM
 

@@ -13,10 +13,10 @@ import torch
 
 import lightning_memsink
 from lightning_memsink import memsink
+from lightning_memsink._files import written_whole
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.parquet import read_ledger, write_ledger
-from lightning_memsink.sinks import Sinks
-from lightning_memsink.whole_files import written_whole
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.reporting.parquet import read_ledger, write_ledger
 from tests.small_runs import fit, watch
 
 PACKAGE = Path(lightning_memsink.__file__).parent
@@ -39,7 +39,7 @@ def test_what_a_kill_leaves_is_overwritten_the_next_time(tmp_path):
     path = tmp_path / "file.txt"
     script = (
         "import os, pathlib, signal, sys\n"
-        "from lightning_memsink.whole_files import written_whole\n"
+        "from lightning_memsink._files import written_whole\n"
         "with written_whole(pathlib.Path(sys.argv[1])) as unfinished:\n"
         "    unfinished.write_text('ne')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_ledger_and_sinks(full_disk):
 
 def test_an_audit_stopped_by_a_full_disk_goes_on(full_disk):
     """The line that was cut in two is asked for again."""
-    from lightning_memsink.auditing.answers_file import AnswersFile
+    from lightning_memsink.extraction.audit.answer_cache import AnswersFile
 
     path = full_disk / "answers.jsonl"
     answers = AnswersFile(path, {"model": "m"})

@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_memsink.asking import Answers, Logits, Scheme, ask, logits_of
-from lightning_memsink.canaries import Rung
-from lightning_memsink.extracted import Extracted
+from lightning_memsink._evaluation import without_trace
+from lightning_memsink.callbacks.runtime.strategies import require_support
+from lightning_memsink.extraction.canaries import Rung
+from lightning_memsink.extraction.history import Extracted
+from lightning_memsink.extraction.probe import Answers, Logits, Scheme, ask, logits_of
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.probing import without_trace
-from lightning_memsink.reporting.curves import HasRungs
-from lightning_memsink.strategies import require_support
+from lightning_memsink.reporting.scalars import HasRungs
 
 
 class ExtractionProbe(Callback):

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memsink.actions import Actions
 from lightning_memsink.callbacks.mitigation import LossWeighing
-from lightning_memsink.goldfish import dropped
-from lightning_memsink.loss_reading import NEGATIVE_LIKELIHOOD, signed
-from lightning_memsink.loss_weights import OpenCall, OpenLoss, Unweighable
-from lightning_memsink.losses import samples_by_offset
+from lightning_memsink.losses.per_sample import samples_by_offset
+from lightning_memsink.losses.reweighting import OpenCall, OpenLoss, Unweighable
+from lightning_memsink.losses.saved_tensors import NEGATIVE_LIKELIHOOD, signed
+from lightning_memsink.mitigation.goldfish import dropped
+from lightning_memsink.mitigation.intervention_log import Actions
 
 
 class Goldfish(LossWeighing):

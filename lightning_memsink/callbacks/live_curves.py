@@ -9,11 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_memsink._lightning import is_a
+from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.namespaces import is_a
-from lightning_memsink.propagation import Spread
-from lightning_memsink.reporting.acting import action_series, side_by_side
-from lightning_memsink.reporting.curves import (
+from lightning_memsink.localization.history import Spread
+from lightning_memsink.reporting.localization_summary import series
+from lightning_memsink.reporting.loggers.wandb_run import WandbRun
+from lightning_memsink.reporting.mitigation_summary import action_series, side_by_side
+from lightning_memsink.reporting.provenance import settings_of, versions
+from lightning_memsink.reporting.scalars import (
     HasRungs,
     PlantedIds,
     Rung,
@@ -22,10 +26,6 @@ from lightning_memsink.reporting.curves import (
     scalars,
     top_memorized,
 )
-from lightning_memsink.reporting.settings import settings_of, versions
-from lightning_memsink.reporting.wandb_run import WandbRun
-from lightning_memsink.reporting.where import series
-from lightning_memsink.restoring import restoring
 
 MOST_ROWS = 1000
 

@@ -13,21 +13,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_memsink.capture import EvaluationCapture, StepCapture, reported_ids
-from lightning_memsink.controls import ControlTable
-from lightning_memsink.gathering import gather, is_first
-from lightning_memsink.identity import SampleIds
-from lightning_memsink.interrupts import interrupts_deferred
+from lightning_memsink._distributed import gather, is_first
+from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
+from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
+from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
+from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
+from lightning_memsink.callbacks.runtime.strategies import require_support
+from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.ledger import BatchInHand, Ledger
-from lightning_memsink.loss_scale import loss_scale
-from lightning_memsink.losses import NotCaptured
-from lightning_memsink.matching import Matching
-from lightning_memsink.probing import ControlProbe
-from lightning_memsink.restoring import leave_out, restoring
-from lightning_memsink.strategies import require_support
-from lightning_memsink.table import LossTable
-from lightning_memsink.visits import Described, Visit, Visits
-from lightning_memsink.witnesses import Witnesses
+from lightning_memsink.losses.capture import EvaluationCapture, StepCapture, reported_ids
+from lightning_memsink.losses.per_sample import NotCaptured
+from lightning_memsink.samples.content_check import Witnesses
+from lightning_memsink.samples.control_table import ControlTable
+from lightning_memsink.samples.loss_table import LossTable
+from lightning_memsink.samples.sample_ids import SampleIds
+from lightning_memsink.samples.visits import Described, Visit, Visits
 
 
 class LossTracker(Callback):

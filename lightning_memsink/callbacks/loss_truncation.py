@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memsink.actions import Actions
+from lightning_memsink._distributed import gather
 from lightning_memsink.callbacks.mitigation import LossWeighing
-from lightning_memsink.gathering import gather
-from lightning_memsink.loss_weights import OpenLoss
+from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.mitigation.intervention_log import Actions
 
 
 class LossTruncation(LossWeighing):

@@ -11,13 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_memsink.detection import Rule, controls_for
-from lightning_memsink.interrupts import interrupts_deferred
-from lightning_memsink.judging import judge
+from lightning_memsink.callbacks.runtime.checkpointing import restoring
+from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
+from lightning_memsink.detection.evaluate import judge
+from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.onset import estimate_onset
+from lightning_memsink.detection.statistics import controls_for
+from lightning_memsink.detection.verdicts import Flags, Onset
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.onset import estimate_onset
-from lightning_memsink.restoring import REMEDY, restoring
-from lightning_memsink.verdicts import Flags, Onset
+from lightning_memsink.samples.loss_table import REMEDY
 
 
 class MemorizationDetector(Callback):

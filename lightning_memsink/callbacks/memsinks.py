@@ -12,17 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.actions import Actions
+from lightning_memsink._distributed import gather
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.callbacks.mitigation import Mitigation
-from lightning_memsink.capture import StepCapture
-from lightning_memsink.certificate import Certificate, certify
-from lightning_memsink.certifying import Bench, MostExposed, Seen, copied, joined, twins_of
-from lightning_memsink.designed_sinks import Pool, apply_mask, attach, gives_way, plan
-from lightning_memsink.gathering import gather
-from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.callbacks.runtime.certificate_losses import Bench, copied
+from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.ledger import BatchInHand, Ledger
-from lightning_memsink.loss_scale import loss_scale
-from lightning_memsink.tokens import tokens_of
+from lightning_memsink.losses.capture import StepCapture
+from lightning_memsink.mitigation.certificate import Certificate, certify
+from lightning_memsink.mitigation.certificate_samples import MostExposed, Seen, joined, twins_of
+from lightning_memsink.mitigation.designed_sinks import Pool, apply_mask, attach, gives_way, plan
+from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.samples.tokens import tokens_of
 
 COLLAPSES = 0.9
 """Pools above this share were seen to take the model with them when dropped."""

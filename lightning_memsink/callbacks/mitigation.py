@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_memsink.actions import Actions
-from lightning_memsink.capture import UNREADABLE
-from lightning_memsink.identity import batch_size
+from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
+from lightning_memsink.callbacks.runtime.strategies import Reads, require_support
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.loss_scale import loss_scale
-from lightning_memsink.loss_weights import OpenLoss
-from lightning_memsink.strategies import Reads, require_support
+from lightning_memsink.losses.capture import UNREADABLE
+from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.samples.batch import batch_size
 
 
 class Mitigation(Callback, ABC):

@@ -12,8 +12,8 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.verdicts import Flags
 
 
 class MemSinkProgressBar(RichProgressBar):

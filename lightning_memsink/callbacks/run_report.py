@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_memsink.integrations.wandb import how_to_open, keep_files
+from lightning_memsink._files import written_whole
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.parquet import write_ledger
-from lightning_memsink.reporting.page import write
+from lightning_memsink.reporting.html_page import write
+from lightning_memsink.reporting.loggers.wandb import how_to_open, keep_files
+from lightning_memsink.reporting.parquet import write_ledger
+from lightning_memsink.reporting.provenance import settings_of, versions
 from lightning_memsink.reporting.run_document import document_of
-from lightning_memsink.reporting.settings import settings_of, versions
-from lightning_memsink.reporting.summary import Findings, markdown, summary
-from lightning_memsink.whole_files import written_whole
+from lightning_memsink.reporting.run_summary import Findings, markdown, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,11 +120,11 @@ def _draw(findings: Findings) -> dict[str, Figure]:
         "verdict_map": verdict_map(table.early_loss[:known].float(), gaps, flags.verdict, threshold, unit),
     }
     if findings.actions:
-        from lightning_memsink.reporting.acting_figure import acting
+        from lightning_memsink.reporting.mitigation_figure import acting
 
         drawn["mitigation"] = acting(findings.history, unit)
     if findings.attribution is not None:
-        from lightning_memsink.reporting.heat_maps import layer_heat_map
+        from lightning_memsink.reporting.layer_heat_map import layer_heat_map
 
         seen = findings.attribution
         drawn["layers"] = layer_heat_map(seen.rows, list(seen.units), seen.blocks)

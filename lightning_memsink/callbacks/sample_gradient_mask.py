@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.actions import Actions
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.mitigation import LossWeighing
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.holding import Reference, held
+from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.loss_weights import OpenLoss
-from lightning_memsink.restoring import restoring
-from lightning_memsink.routing import reserved_units, routing_hook
+from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.mitigation.gradient_routing import reserved_units, routing_hook
+from lightning_memsink.mitigation.hold import Reference, held
+from lightning_memsink.mitigation.intervention_log import Actions
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 

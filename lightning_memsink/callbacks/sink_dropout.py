@@ -13,15 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.actions import Actions
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.callbacks.mitigation import Mitigation
-from lightning_memsink.hidden_layers import HiddenLayer, find_hidden_layers
-from lightning_memsink.identity import batch_size
+from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.sink_layers import given_sinks, sink_layers
-from lightning_memsink.sinks import Sinks
-from lightning_memsink.unit_dropout import draw, rows_of, switched_off
-from lightning_memsink.verdicts import Verdict, verdicts_of
+from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.unit_dropout import draw, rows_of, switched_off
+from lightning_memsink.samples.batch import batch_size
 
 
 class SinkDropout(Mitigation):

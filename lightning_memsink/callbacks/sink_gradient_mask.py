@@ -9,15 +9,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.actions import Actions
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.mitigation import Mitigation
-from lightning_memsink.freezing import HeldBack, parameters_of, slices_in, squared_norms, zero_gradients_
-from lightning_memsink.hidden_layers import find_hidden_layers
-from lightning_memsink.identity import batch_size
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.sink_layers import given_sinks, sink_layers
-from lightning_memsink.sinks import Sinks
-from lightning_memsink.unit_parameters import Direction, UnitAxis, UnitSlice, unit_axes, unit_slices
+from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
+from lightning_memsink.localization.sinks import Sinks
+from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.unit_freezing import (
+    HeldBack,
+    parameters_of,
+    slices_in,
+    squared_norms,
+    zero_gradients_,
+)
+from lightning_memsink.mitigation.unit_parameters import Direction, UnitAxis, UnitSlice, unit_axes, unit_slices
+from lightning_memsink.samples.batch import batch_size
 
 
 class SinkGradientMask(Mitigation):

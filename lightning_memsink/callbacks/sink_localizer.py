@@ -12,19 +12,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_memsink.agreement import Agreement
-from lightning_memsink.attribution import margins
-from lightning_memsink.gathering import gather
-from lightning_memsink.gradient_norms import GradientNorms
-from lightning_memsink.hidden_layers import HiddenLayer, describe, find_hidden_layers
+from lightning_memsink._distributed import gather
+from lightning_memsink.attribution.gradient_norms import GradientNorms
+from lightning_memsink.attribution.hidden_layers import HiddenLayer, describe, find_hidden_layers
+from lightning_memsink.attribution.unit_effects import margins
+from lightning_memsink.attribution.unit_recorder import UnitRecorder
+from lightning_memsink.attribution.update_norms import Movement, block_of
+from lightning_memsink.callbacks.runtime.checkpointing import restoring
+from lightning_memsink.callbacks.runtime.gradient_alignment import Agreement
+from lightning_memsink.callbacks.runtime.strategies import require_support
+from lightning_memsink.detection.verdicts import verdicts_of
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.localization import signed_shares
-from lightning_memsink.movement import Movement
-from lightning_memsink.propagation import Attribution, block_of
-from lightning_memsink.restoring import restoring
-from lightning_memsink.strategies import require_support
-from lightning_memsink.unit_recorder import UnitRecorder
-from lightning_memsink.verdicts import verdicts_of
+from lightning_memsink.localization.history import Attribution
+from lightning_memsink.localization.locate import signed_shares
 
 
 class SinkLocalizer(Callback):

@@ -28,19 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif command == "recipes":
         _recipes(rest)
     elif command == "fit":
-        from lightning_memsink.cli.fitting import MemSinkCLI
+        from lightning_memsink.cli.fit import MemSinkCLI
 
         MemSinkCLI(args=["fit", *rest])
     elif command == "audit":
-        from lightning_memsink.cli.auditing import run
+        from lightning_memsink.cli.audit import run
 
         return run(rest)
     elif command == "report":
-        from lightning_memsink.cli.reports import run as report
+        from lightning_memsink.cli.report import run as report
 
         return report(rest)
     elif command == "validate":
-        from lightning_memsink.cli.validating import validate
+        from lightning_memsink.cli.validate import validate
 
         print(validate(rest))
     else:

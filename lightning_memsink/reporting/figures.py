@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lightning_memsink.verdicts import Onset, Verdict
-from lightning_memsink.whole_files import written_whole
+from lightning_memsink._files import written_whole
+from lightning_memsink.detection.verdicts import Onset, Verdict
 
 # Okabe & Ito's palette, which stays apart for every kind of colour vision; a marker says the same again.
 COLOURS = {

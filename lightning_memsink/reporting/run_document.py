@@ -9,9 +9,9 @@ from math import isfinite
 from typing import Any
 
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
-from lightning_memsink.reporting.settings import seed
-from lightning_memsink.reporting.summary import FIGURES, NOTHING, Findings, parts, percent
-from lightning_memsink.table import LossTable
+from lightning_memsink.reporting.provenance import seed
+from lightning_memsink.reporting.run_summary import FIGURES, NOTHING, Findings, parts, percent
+from lightning_memsink.samples.loss_table import LossTable
 
 TOP = 20
 PLACES = {

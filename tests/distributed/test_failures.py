@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_memsink import LossTracker, MemorizationDetector, SampleGradientMask
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import Failed, forked, together
 from tests.distributed.runs import VISITS, DeepLM, crew, differences, ranks, train
 from tests.small_runs import CANARIES, CONTROLS, TRAIN, Rows

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_memsink import SinkLocalizer
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import Failed, forked, together
 from tests.distributed.runs import MITIGATION, DeepLM, crew, differences, ranks, train
 from tests.distributed.test_ranks_agree import near

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_memsink import SinkLocalizer
-from lightning_memsink.verdicts import Verdict
+from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import forked
 from tests.distributed.runs import MITIGATION, VISITS, WATCH, crew, differences, ranks, train
 

@@ -1,0 +1,1 @@
+"""What hidden units and layers do for each sample: unit effects and per-sample gradient norms."""

@@ -1,0 +1,120 @@
+"""What each hidden unit did for each sample's loss: activation × gradient, to first order the effect of zeroing it.
+
+B  samples in a batch      U  units of a hidden layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.losses.autograd_graph import walk
+from lightning_memsink.losses.loss_call import LossCall
+from lightning_memsink.losses.per_sample import SampleAxisLost, terms_of
+from lightning_memsink.losses.saved_tensors import NEGATIVE_LIKELIHOOD
+
+
+def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axis: int = -1) -> Tensor:
+    """``[B, U]`` ``-sum_t h * dL/dh``: by how much the loss would rise, to first order, were the unit zero.
+
+    Chang et al., "Do localization methods actually localize memorized data in LLMs?", NAACL 2024.
+
+    Args:
+        hidden: activations with a batch and a unit axis; all others (tokens, space) are summed over.
+        gradient: same shape, of the differentiated number with respect to ``hidden``.
+
+    Returns:
+        float32 (float64 of float64), in the differentiated number's own unit.
+
+    Raises:
+        ValueError: batch and units are one axis.
+    """
+    batch, unit = batch_axis % hidden.ndim, unit_axis % hidden.ndim
+    if batch == unit:
+        raise ValueError(f"hidden activations {list(hidden.shape)} have units, but no batch axis {batch_axis}")
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    product = hidden.detach().to(precise) * gradient.detach().to(precise)
+    rest = [axis for axis in range(hidden.ndim) if axis not in (batch, unit)]
+    effects = product.sum(rest) if rest else product
+    return -(effects if batch < unit else effects.T)
+
+
+def shares(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What part of all that a sample's units did each of them did.
+
+    Shares, because the gradient of a memorized sample vanishes with its loss: sizes would hide it.
+
+    Args:
+        effects: ``[B, U]`` by layer.
+
+    Returns:
+        ``[B, U]`` by layer, >= 0; a sample's sum over *all* layers to 1. An all-zero row stays zero.
+    """
+    if not effects:
+        return {}
+    sizes = {name: effect.abs() for name, effect in effects.items()}
+    largest = torch.stack([size.amax(1) for size in sizes.values()]).amax(0)[:, None]
+    scaled = {name: size / torch.where(largest > 0, largest, 1) for name, size in sizes.items()}  # sums can't under- or
+    total = torch.stack([size.sum(1) for size in scaled.values()]).sum(0)[:, None]  # overflow
+    return {name: size / torch.where(total > 0, total, 1) for name, size in scaled.items()}
+
+
+def sample_weights(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0) -> Tensor | None:
+    """``[B]`` weight of each sample's own mean loss in the number that was differentiated, after backward.
+
+    ``1 / B`` under a batch mean; token counts over their sum under a token mean; times whatever accumulation or
+    gradient scaling multiply with. Dividing a sample's effects by it gives nats of its own loss.
+
+    Args:
+        calls: of the step's loss, from `find_loss_calls` before backward.
+        loss_scale: as `terms_of` takes it; matters only where a step has more than one loss.
+
+    Returns:
+        0 where no element of the sample counted. None if there is no sample axis.
+    """
+    try:
+        terms = terms_of(calls, batch_size, loss_scale) if calls else []
+    except SampleAxisLost:
+        return None
+    if not terms:
+        return None
+    present = torch.stack([term.weights != 0 for term in terms])
+    weights = torch.stack([term.weights * term.scale for term in terms]).where(present, 0.0).sum(0)
+    factors = torch.stack([present[n] * term.factor for n, term in enumerate(terms)]).sum(0)
+    return weights / torch.where(factors == 0, 1.0, factors)
+
+
+def margins(loss: Tensor) -> Tensor:
+    """Sum over counted tokens of log p(target) minus the largest other log p, differentiable, before backward.
+
+    A memorized sample's loss has no gradient left; its margin has. Differentiate it with ``retain_graph=True``.
+
+    Raises:
+        ValueError: no cross entropy (``nll_loss``) in the graph behind ``loss``.
+    """
+    nodes = [node for node, _ in walk(loss.grad_fn, stop=_is_likelihood) if _is_likelihood(node)]
+    if not nodes:
+        raise ValueError(
+            "margins need a cross entropy whose log-probabilities autograd kept, but found none behind "
+            f"{loss.grad_fn.name() if loss.grad_fn is not None else 'a loss without a graph'}. Use objective='loss'."
+        )
+    return torch.stack(
+        [_margin(node._saved_self, node._saved_target, node._saved_ignore_index) for node in nodes]
+    ).sum()
+
+
+def _is_likelihood(node: Any) -> bool:
+    return node.name() in NEGATIVE_LIKELIHOOD
+
+
+def _margin(log_probs: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Of ``[N, C, ...]`` log-probabilities and ``[N, ...]`` classes."""
+    ignore_index -= 2**64 if ignore_index >= 2**63 else 0
+    counted = target != ignore_index
+    place = torch.where(counted, target, 0).unsqueeze(1)
+    mine = log_probs.gather(1, place)
+    best_other = log_probs.scatter(1, place, -torch.inf).amax(1, keepdim=True)
+    return torch.where(counted.unsqueeze(1), mine - best_other, 0.0).float().sum()

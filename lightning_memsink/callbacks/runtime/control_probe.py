@@ -1,0 +1,113 @@
+"""A look at samples outside the training loop that leaves no trace in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_memsink._evaluation import without_trace
+from lightning_memsink.losses.capture import EvaluationCapture
+from lightning_memsink.samples.batch import batch_size
+from lightning_memsink.samples.dataloader_ids import is_taggable, tagged, untagged
+from lightning_memsink.samples.holdout import hold_out
+
+
+class ControlProbe:
+    """Controls that are no validation set: a loader the user names, or a share split off the training set.
+
+    Args:
+        loader: held-out samples, in batches that training_step understands.
+        fraction: the share of the training set to hold out instead.
+        every: optimizer steps between two looks.
+
+    Raises:
+        ValueError: for both at once.
+    """
+
+    def __init__(self, loader: Iterable[Any] | None, fraction: float | None, every: int) -> None:
+        if loader is not None and fraction is not None:
+            raise ValueError("LossTracker takes controls=loader or control_fraction=share, not both: drop one of them.")
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(
+                f"control_fraction is a share of the training set between 0 and 1, but it is {fraction}. "
+                "With 0.1, a tenth of the samples is held out of training."
+            )
+        self.loader = loader
+        self.fraction = fraction
+        self.every = every
+        self._source: Any = None
+        self._view: Any = None  # of the loader, kept as long as its workers may be
+        self._rows: Tensor | None = None  # of the batch that it gave last
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are such controls, so that the validation set is not asked."""
+        return self.loader is not None or self.fraction is not None
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether it is time for a look, the last one having been at step ``last``."""
+        return self.wanted and step % self.every == 0 and step > max(0, last)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Splits the training loader when Lightning asks for it."""
+        if not self.wanted:
+            return
+        if not trainer.lightning_module.automatic_optimization:
+            raise ValueError(
+                "LossTracker looks at its own controls by calling training_step, which trains under manual "
+                "optimization. Pass the held-out samples as the validation loader instead."
+            )
+        if self.fraction is None or self._source is not None:
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"control_fraction splits the data of one process, but this Trainer has {trainer.world_size}. "
+                "Hold the controls out yourself and pass them as the validation loader."
+            )
+        source = self._source = trainer.fit_loop._data_source
+        whole = source.dataloader
+
+        def without_controls() -> Any:
+            kept, self.loader = hold_out(whole(), self.fraction or 0.0)
+            return kept
+
+        vars(source)["dataloader"] = without_controls
+
+    def detach(self) -> None:
+        """Leaves the loaders as they were found."""
+        untagged(self._view)
+        self._view = None
+        if self._source is not None:
+            vars(self._source).pop("dataloader", None)
+            self._source = self.loader = None
+
+    def look(
+        self, trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture
+    ) -> Generator[tuple[Any, Tensor, Any]]:
+        """Each batch of controls, its samples' rows ``[B]`` in the data set, and what training_step returned for it.
+
+        Where the loader has no rows, samples are numbered as they come.
+        """
+        if self._view is None:
+            self._view = tagged(self.loader, self._hear) if is_taggable(self.loader) else self.loader
+        start = 0
+        with without_trace(pl_module):
+            for n, batch in enumerate(() if self._view is None else self._view):  # a loader of a stream has no length
+                if batch is None:  # no step to Lightning either
+                    continue
+                size = batch_size(batch) or 0
+                rows, self._rows = self._rows, None
+                rows = torch.arange(start, start + size) if rows is None else rows
+                batch = trainer.strategy.batch_to_device(batch)
+                capture.begin()
+                with trainer.precision_plugin.train_step_context():
+                    outputs = pl_module.training_step(batch, n)
+                yield batch, rows, outputs
+                start += size
+
+    def _hear(self, batches: object, rows: Tensor | None) -> None:
+        self._rows = rows

@@ -1,0 +1,129 @@
+"""LightningCLI with a ``memsink:`` group."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
+from lightning_memsink.callbacks.goldfish import Goldfish
+from lightning_memsink.callbacks.live_curves import LiveCurves
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.loss_truncation import LossTruncation
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.callbacks.memsinks import MemSinks
+from lightning_memsink.callbacks.progress import MemSinkProgressBar
+from lightning_memsink.callbacks.run_report import RunReport
+from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
+from lightning_memsink.callbacks.sink_dropout import SinkDropout
+from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
+from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
+from lightning_memsink.cli.config_errors import explain
+from lightning_memsink.cli.recipes import config_path, is_overlay
+from lightning_memsink.reporting.loggers.wandb import offline_without_key
+
+GROUPS: dict[str, type[Callback]] = {
+    "tracker": LossTracker,
+    "detector": MemorizationDetector,
+    "curves": LiveCurves,
+    "report": RunReport,
+    "localizer": SinkLocalizer,
+    "probe": ExtractionProbe,
+}
+
+MITIGATIONS: tuple[type[Callback], ...] = (
+    SampleGradientMask,
+    MemSinks,
+    SinkGradientMask,
+    SinkDropout,
+    Goldfish,
+    LossTruncation,
+)
+"""Known by their short names, because they are imported here."""
+
+
+class MemSinkCLI(LightningCLI):
+    """A LightningCLI that watches what it trains. Give it your own classes, or let the config name them.
+
+    Beside LightningCLI's options it has ``memsink.enabled``, ``.localize`` and ``.extract``, the callbacks' arguments
+    under ``memsink.tracker``, ``.detector``, ``.curves``, ``.report``, ``.localizer`` and ``.probe``, and
+    ``memsink.mitigation``, any callback or null.
+    A callback that the config also lists under ``trainer.callbacks`` is used as listed there, and where it lists no
+    progress bar, ours shows what is memorized.
+    A config may be the name of a shipped recipe, and an error is one line with a remedy.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Loggers that share a folder, as W&B runs do, would refuse a second config.yaml in it.
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        quiet = {"exit_on_error": False}  # errors come to us, to be explained
+        subcommands = {name: {**quiet} for name in self.subcommands()}
+        kwargs["parser_kwargs"] = {**quiet, **subcommands, **(kwargs.get("parser_kwargs") or {})}
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--memsink.enabled", type=bool, default=True, help="Watch for memorization at all.")
+        parser.add_argument("--memsink.localize", type=bool, default=False, help="Also say in which layers and units.")
+        parser.add_argument("--memsink.extract", type=bool, default=False, help="Also ask for texts word for word.")
+        for name, kind in GROUPS.items():
+            parser.add_class_arguments(kind, f"memsink.{name}")
+        parser.add_argument(
+            "--memsink.mitigation",
+            type=Callback | None,
+            default=None,
+            help="A callback that acts on what is found; null only watches. By name, "
+            f"{', '.join(kind.__name__ for kind in MITIGATIONS)}, or any by class_path.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if isinstance(args, dict | Namespace):
+            super().parse_arguments(parser, args)
+            return
+        words = with_recipes(sys.argv[1:] if args is None else args)
+        try:
+            self.config = parser.parse_args(words)
+        except ArgumentError as error:
+            options = next((self._subcommand_parsers[word] for word in words if word in self.subcommands()), parser)
+            raise SystemExit("\n".join(explain(options, words, str(error)))) from None
+
+    def instantiate_classes(self) -> None:
+        offline_without_key()
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        memsink, trainer = self._get(self.config_init, "memsink"), self._get(self.config_init, "trainer")
+        if memsink.enabled:
+            listed = trainer.callbacks or []
+            listed = listed if isinstance(listed, list) else [listed]
+            optional = {"localizer": memsink.localize, "probe": memsink.extract}
+            wanted = [name for name in GROUPS if optional.get(name, True)]
+            ours = [memsink[name] for name in wanted if GROUPS[name] not in map(type, listed)]
+            if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in listed):
+                ours.append(MemSinkProgressBar())
+            kwargs["callbacks"] = [*listed, *ours, *([memsink.mitigation] if memsink.mitigation else [])]
+        return super().instantiate_trainer(**kwargs)
+
+
+def with_recipes(words: list[str]) -> list[str]:
+    """The same command line, each config that names a recipe replaced by the recipe's file."""
+    resolved, named = [], []
+    expects_path = False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if expects_path:
+            named.append(word)
+            word = config_path(word)
+        elif equals and flag in ("-c", "--config"):
+            named.append(value)
+            word = f"{flag}={config_path(value)}"
+        expects_path = word in ("-c", "--config")
+        resolved.append(word)
+    if named and all(map(is_overlay, named)):
+        raise SystemExit(f"`{named[0]}` is an overlay: lay it over what to train, -c watch -c {named[0]}")
+    return resolved

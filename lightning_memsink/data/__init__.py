@@ -1,6 +1,0 @@
-"""Texts that every machine has, and how they become sequences of tokens."""
-
-from lightning_memsink.data.python_docs import python_docs
-from lightning_memsink.data.text import Corpus, apart, byte_level_bpe, documents_of, tokenized, unshared
-
-__all__ = ["Corpus", "apart", "byte_level_bpe", "documents_of", "python_docs", "tokenized", "unshared"]

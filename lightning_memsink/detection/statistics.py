@@ -1,0 +1,67 @@
+"""Conformal p-values, false-discovery control, robust scale.
+
+N  samples      M  controls
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2)
+
+
+def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
+    """``[N]`` share of the null (with the sample itself) that is at least as large; ties count against the sample.
+
+    If score and null are exchangeable, ``P(p <= t) <= t`` for every t (Vovk et al. 2005; Bates et al. 2023).
+    """
+    ranked = null.sort().values
+    at_least = len(null) - torch.searchsorted(ranked, scores.contiguous())
+    return (1 + at_least.float()) / (len(null) + 1)
+
+
+def normal_tail_p(scores: Tensor, null: Tensor) -> Tensor:
+    """``[N]`` upper-tail p-values under a normal law fitted to the null. An assumption: label it where it is used."""
+    z = (scores - null.mean()) / null.std().clamp(min=1e-6)  # the plain sd: wide on purpose
+    tail: Tensor = torch.special.erfc(z.double() / math.sqrt(2)) / 2
+    return tail.clamp(min=1e-38).to(scores.dtype)
+
+
+def robust_sd(values: Tensor) -> float:
+    """Standard deviation of the bulk, 1.4826 times the median absolute deviation.
+
+    Controls that resemble something in training more than their features tell have large gaps too. They belong in
+    the p-values, which count them, but a few of them should not widen the unit that effects are measured in.
+    """
+    return float(1.4826 * (values - values.median()).abs().median())
+
+
+def benjamini_hochberg(p: Tensor, alpha: float) -> Tensor:
+    """Bool ``[N]``: rejected at false-discovery rate ``alpha`` (Benjamini & Hochberg 1995).
+
+    >>> benjamini_hochberg(torch.tensor([0.01, 0.02, 0.03, 0.9]), 0.05).tolist()
+    [True, True, True, False]
+    """
+    if not len(p):
+        return torch.zeros(0, dtype=torch.bool)
+    ranked = p[p <= 2 * alpha].double().sort().values  # no bound is larger than alpha
+    bound = alpha * torch.arange(1, len(ranked) + 1, dtype=torch.float64) / len(p)
+    below = (ranked <= bound * (1 + 1e-6)).nonzero()  # p-values in single precision may equal the bound
+    return p <= ranked[below[-1, 0]].to(p.dtype) if len(below) else torch.zeros_like(p, dtype=torch.bool)
+
+
+def controls_for(samples: int, alpha: float, memorized: int = 1) -> int:
+    """Controls needed before ``memorized`` of ``samples`` can be flagged together: floor 1/(M+1) <= alpha*k/N.
+
+    >>> controls_for(samples=1000, alpha=0.05, memorized=10)
+    1999
+    """
+    return math.ceil(samples / (alpha * memorized)) - 1
+
+
+def bits(gap: Tensor, elements: Tensor) -> Tensor:
+    """A gap in nats per element, over the whole sample, in bits."""
+    return gap * elements / LN2

@@ -1,0 +1,180 @@
+"""What the detector says of samples and of the run: verdicts, evaluations, onset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_memsink.samples.loss_table import LossTable
+
+
+class Verdict(IntEnum):
+    """One word for a sample. The last four share the word ``undecided``; they differ in the reason."""
+
+    UNSEEN = 0  # no loss was measured after a training step on it
+    LEARNED = 1  # low loss, like its controls
+    HARD = 2  # high loss, like its controls
+    MEMORIZED = 3  # far lower loss than its controls, at two evaluations in a row
+    NO_LOSS = 4
+    TOO_FEW_CONTROLS = 5
+    NO_MATCHED_CONTROLS = 6
+    WAITING = 7
+
+    @property
+    def word(self) -> str:
+        """``unseen``, ``learned``, ``hard``, ``memorized`` or ``undecided``."""
+        return "undecided" if self >= Verdict.NO_LOSS else self.name.lower()
+
+    @property
+    def reason(self) -> str:
+        """Why a sample is undecided; empty for the other verdicts."""
+        return _REASONS.get(self, "")
+
+
+_REASONS = {
+    Verdict.NO_LOSS: "no finite loss",
+    Verdict.TOO_FEW_CONTROLS: "too few controls",
+    Verdict.NO_MATCHED_CONTROLS: "no matched controls",
+    Verdict.WAITING: "flagged once, waits for a second evaluation",
+}
+WORDS = ("unseen", "learned", "hard", "memorized", "undecided")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the whole run. Losses and gaps in nats (per token for token losses)."""
+
+    step: int
+    epoch: int
+    controls: int
+    tested: int
+    """Samples with a loss measured after a training step on them, since the evaluation before."""
+    counts: Mapping[str, int]
+    """Samples by word, all samples known."""
+    train_loss: float
+    """Mean last loss of the tested samples."""
+    control_loss: float
+    gap: float
+    """Mean of (expected from matched controls - own loss) over tested samples; > 0: lower loss than controls."""
+    gap_memorized: float
+    """The same over samples that stand as memorized; NaN if none does."""
+    null_low: float
+    """2.5 % quantile of the gap of controls against their fellow controls."""
+    null_high: float
+    null_sd: float
+    threshold: float
+    """Smallest gap that may be flagged."""
+    p_floor: float
+    """Smallest p-value that this many controls allow."""
+    alpha: float
+    """False-discovery rate over the tested samples."""
+    tail: str
+    """``conformal``, or ``normal`` where the floor forbids any flag and a fitted tail stands in; ``none``: nothing was
+    measured."""
+
+    @property
+    def memorized(self) -> int:
+        return self.counts["memorized"]
+
+    @property
+    def flagged_fraction(self) -> float:
+        """Memorized samples as a share of all samples known, in 0…1."""
+        return self.counts["memorized"] / max(1, sum(self.counts.values()))
+
+
+@dataclass(frozen=True)
+class Onset:
+    """When memorization set in, over the samples that stand as memorized; each with a 95 % interval.
+
+    The value is the ``quantile`` (default one tenth) of the samples' own onsets; the interval is a bootstrap
+    over samples, its lower end moved to the evaluation before, since onset lies somewhere between the two.
+    """
+
+    step: int
+    step_low: int
+    step_high: int
+    exposures: float
+    exposures_low: float
+    exposures_high: float
+    samples: int
+    """Memorized samples the estimate stands on."""
+
+
+class Flags:
+    """The detector's columns, aligned with the rows of the loss table, and its evaluations so far.
+
+    ``verdict[n]`` is a :class:`Verdict`; ``gap[n]`` in nats, NaN until measured; ``p[n]`` after the last
+    measurement, NaN until then; ``streak[n]`` evaluations in a row at which it was flagged; ``onset_step[n]`` and
+    ``onset_exposures[n]``, the visit at which the first of them found it, -1 where none did.
+    ``null_gaps`` ``[M]``: gaps of the controls against their fellows at the last evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.verdict = torch.zeros(0, dtype=torch.uint8)
+        self.gap = torch.zeros(0, dtype=torch.float16)
+        self.p = torch.zeros(0, dtype=torch.bfloat16)
+        self.streak = torch.zeros(0, dtype=torch.uint8)
+        self.onset_step = torch.zeros(0, dtype=torch.int32)
+        self.onset_exposures = torch.zeros(0, dtype=torch.int16)
+        self.null_gaps = torch.zeros(0)
+        self.evaluations: list[Evaluation] = []
+
+    def grow(self, rows: int) -> None:
+        """Room for ``rows`` samples; new ones are unseen."""
+        new = rows - len(self.verdict)
+        if new > 0:
+            for name, empty in _COLUMNS.items():
+                column = getattr(self, name)
+                setattr(self, name, torch.cat([column, torch.full((new,), empty, dtype=column.dtype)]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for all samples."""
+        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+
+    @property
+    def memorized(self) -> Tensor:
+        """Bool ``[N]``: samples that stand as memorized now."""
+        return self.verdict == Verdict.MEMORIZED
+
+    def counts(self) -> dict[str, int]:
+        """Samples by word."""
+        by_code = torch.bincount(self.verdict.long(), minlength=len(Verdict)).tolist()
+        counts = dict.fromkeys(WORDS, 0)
+        for verdict in Verdict:
+            counts[verdict.word] += by_code[verdict]
+        return counts
+
+    def state_dict(self) -> dict[str, Any]:
+        columns = {name: getattr(self, name) for name in (*_COLUMNS, "null_gaps")}
+        return {**columns, "evaluations": [asdict(evaluation) for evaluation in self.evaluations]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in (*_COLUMNS, "null_gaps"):
+            setattr(self, name, state[name].clone())
+        self.evaluations = [Evaluation(**record) for record in state["evaluations"]]
+
+
+def verdicts_of(ids: Tensor, table: LossTable, flags: Flags) -> Tensor:
+    """Codes ``[B]`` of samples ``ids``; one that came after the last evaluation is unseen."""
+    rows = table.index.find(ids)
+    known = (rows >= 0) & (rows < len(flags.verdict))
+    codes = torch.full_like(rows, int(Verdict.UNSEEN))
+    codes[known] = flags.verdict[rows[known]].long()
+    return codes
+
+
+_COLUMNS = {
+    "verdict": int(Verdict.UNSEEN),
+    "gap": torch.nan,
+    "p": torch.nan,
+    "streak": 0,
+    "onset_step": -1,
+    "onset_exposures": -1,
+}

@@ -1,0 +1,1 @@
+"""What the recipes train: small models, data modules and corpora that every machine has."""

@@ -1,0 +1,1 @@
+"""Which units carry memorized samples: methods that score units, and tests of such methods."""

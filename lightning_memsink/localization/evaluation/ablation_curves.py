@@ -1,0 +1,188 @@
+"""Ablation curves: what is lost, and of what, as more and more of the highest-scored units are zeroed.
+
+The DEL test of Chang et al., NAACL 2024, with what their reading lacked: random units beside it, as many and as active.
+
+F  fractions      U  units of a layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memsink._evaluation import undisturbed
+from lightning_memsink.localization.ablation import ablated
+from lightning_memsink.localization.localizers.attribution_methods import hidden_units
+from lightning_memsink.localization.localizers.task import Samples, Scores, Task
+from lightning_memsink.localization.locate import masks_of, top_units
+
+FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1)
+BUDGET = 0.02
+LEAST_DAMAGE = 0.005
+"""Nats of held-out damage that the selectivity divides by at least: below, differences are noise."""
+
+Exact = Callable[[Any], Tensor]
+"""Of a batch, bool ``[B]``: the model still says the sample word for word."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who is watched while units are zeroed."""
+
+    target: Sequence[Samples]
+    others: Sequence[Samples]
+    """Memorized too, but not to be forgotten."""
+    twins: Sequence[Samples]
+    """Controls: drawn as the targets are, never trained on. Their loss is what forgetting could reach."""
+    held_out: Sequence[Samples]
+
+    def items(self) -> list[tuple[str, Sequence[Samples]]]:
+        return [(name, getattr(self, name)) for name in ("target", "others", "twins", "held_out")]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """By group, after zeroing each of the fractions; the first of them is 0, the model as it is."""
+
+    fractions: tuple[float, ...]
+    """``F``, of all units, 0…1."""
+    loss: Mapping[str, Tensor]
+    """``[F]`` nats, mean over the group's samples."""
+    exact: Mapping[str, Tensor]
+    """``[F]`` 0…1, the share of samples still said word for word; NaN if nothing measures that."""
+
+    def change(self, group: str) -> Tensor:
+        """``[F]`` nats: the loss less what it was."""
+        return self.loss[group] - self.loss[group][0]
+
+    def selectivity(self) -> Tensor:
+        """``[F]`` nats of forgetting per nat of damage: the target's change over the held-out text's, that at least
+        `LEAST_DAMAGE`."""
+        return self.change("target") / self.change("held_out").clamp(min=LEAST_DAMAGE)
+
+    def closure(self) -> Tensor:
+        """``[F]`` how far the target went from its loss to that of never-seen twins; 0 nothing, 1 all of it."""
+        gap = self.loss["twins"][0] - self.loss["target"][0]
+        return self.change("target") / gap
+
+    def closure_within(self, budget: float = BUDGET) -> float:
+        """The most gap closed before held-out damage first exceeds ``budget`` nats, linear between the fractions."""
+        damage: list[float] = self.change("held_out").tolist()
+        closed: list[float] = self.closure().tolist()
+        best = closed[0]
+        for before, after, low, high in zip(damage, damage[1:], closed, closed[1:], strict=False):
+            if after > budget:
+                return max(best, low + (high - low) * (budget - before) / (after - before))
+            best = max(best, high)
+        return best
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """One localizer's curve, and those of units that were not chosen for anything."""
+
+    localized: Curve
+    random: Curve
+    """As many units at random."""
+    matched: Curve
+    """As many at random that are as active: large activations alone make a unit matter."""
+
+
+def judge_deletion(
+    task: Task,
+    scores: Scores,
+    groups: Groups,
+    exact: Exact | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+) -> Deletion:
+    """Zeroes units in the order of ``scores`` and of two random orders. The scores of other targets are a placebo.
+
+    Args:
+        task: its model, layers and loss; its targets are not looked at.
+        scores: ``[U]`` by layer, from a localizer.
+        exact: None: exact match is not measured.
+        fractions: of all units; 0 comes first by itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    activity = activation_norms(task, groups.held_out)
+    at_random = {name: torch.rand(len(own), generator=generator) for name, own in scores.items()}
+    alike = [
+        matched_units(masks_of(top_units(scores, fraction), _sizes(scores)), activity, generator)
+        for fraction in fractions
+    ]
+    orders = [[masks_of(top_units(own, each), _sizes(own)) for each in fractions] for own in (scores, at_random)]
+    return Deletion(*(ablation_curve(task, masks, groups, exact) for masks in (*orders, alike)))
+
+
+def ablation_curve(
+    task: Task, masks: Sequence[Mapping[str, Tensor]], groups: Groups, exact: Exact | None = None
+) -> Curve:
+    """Measures every group with nothing zeroed and with each of ``masks``, bool ``[U]`` by layer."""
+    losses: dict[str, list[float]] = {name: [] for name, _ in groups.items()}
+    shares: dict[str, list[float]] = {name: [] for name, _ in groups.items()}
+    fractions = []
+    with undisturbed(task.model), torch.no_grad():
+        for mask in ({}, *masks):
+            zeroed = sum(int(own.sum()) for own in mask.values())
+            fractions.append(zeroed / sum(layer.units for layer in task.layers))
+            with ablated(task.layers, mask):
+                for name, batches in groups.items():
+                    loss, share = measure(task, batches, exact)
+                    losses[name].append(loss)
+                    shares[name].append(share)
+    return Curve(
+        tuple(fractions),
+        {name: torch.tensor(values) for name, values in losses.items()},
+        {name: torch.tensor(values) for name, values in shares.items()},
+    )
+
+
+def measure(task: Task, batches: Sequence[Samples], exact: Exact | None = None) -> tuple[float, float]:
+    """Mean loss in nats, and the share said word for word; NaN for what can't be measured."""
+    samples = sum(size for _, size in batches)
+    if not samples:
+        return float("nan"), float("nan")
+    loss = sum(float(task.loss(batch)) * size for batch, size in batches) / samples
+    said = sum(float(exact(batch).float().sum()) for batch, _ in batches) / samples if exact else float("nan")
+    return loss, said
+
+
+def activation_norms(task: Task, batches: Sequence[Samples]) -> dict[str, Tensor]:
+    """``[U]`` by layer: root of the sum of squared activations over all positions."""
+    squares = {layer.name: torch.zeros(layer.units) for layer in task.layers}
+    with undisturbed(task.model), torch.no_grad():
+        for batch, _ in batches:
+            for name, hidden in hidden_units(task, batch).items():
+                squares[name] += hidden.square().sum(0)
+    return {name: own.sqrt() for name, own in squares.items()}
+
+
+def matched_units(
+    masks: Mapping[str, Tensor], activity: Mapping[str, Tensor], generator: torch.Generator, choices: int = 5
+) -> dict[str, Tensor]:
+    """Bool ``[U]`` by layer: for each unit in ``masks`` another of its layer that is in none, as active as can be.
+
+    Drawn at random among the ``choices`` nearest by ``activity`` that are left; all that are left, if too few.
+    """
+    found = {}
+    for name, mask in masks.items():
+        free, own = ~mask.cpu(), torch.zeros_like(mask, device="cpu")
+        for unit in (
+            mask.nonzero().flatten()[torch.randperm(int(mask.sum()), generator=generator).to(mask.device)].tolist()
+        ):
+            distance = torch.where(free, (activity[name] - activity[name][unit]).abs(), torch.inf)
+            near = distance.argsort(stable=True)[: min(choices, int(free.sum()))]
+            if len(near):
+                picked = near[torch.randint(len(near), (1,), generator=generator)]
+                own[picked], free[picked] = True, False
+        found[name] = own
+    return found
+
+
+def _sizes(scores: Scores) -> dict[str, int]:
+    return {name: len(own) for name, own in scores.items()}

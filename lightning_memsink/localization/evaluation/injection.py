@@ -1,0 +1,150 @@
+"""Injection: teach a model one sample through units that we know, and ask a localizer which they were.
+
+The INJ test of Chang et al., NAACL 2024, with each unit's weights clipped to the norm they had: without that, the
+optimizer enlarges exactly the injected units, and any score that holds the weight's norm wins for free.
+
+U  units of a layer      n  injected units of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_memsink._evaluation import undisturbed
+from lightning_memsink.attribution.hidden_layers import base_layer, unit_weights
+from lightning_memsink.localization.evaluation.ranking import recall_at
+from lightning_memsink.localization.localizers.task import Localizer, Task, mean_loss
+from lightning_memsink.localization.locate import quota
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was injected and how well."""
+
+    truth: Mapping[str, Tensor]
+    """Bool ``[U]`` by layer: the injected units."""
+    before: float
+    """Mean loss of the targets, nats, before."""
+    after: float
+    """And after."""
+    steps: int
+
+    @property
+    def learned(self) -> float:
+        """Share of the loss that is gone, 0…1. An injection that was not learned says nothing of a localizer."""
+        return 1 - self.after / self.before
+
+    @property
+    def count(self) -> int:
+        return sum(int(own.sum()) for own in self.truth.values())
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One localizer on one injection."""
+
+    injection: Injection
+    recall: float
+    """Of the injected units, among as many of the highest scores, 0…1."""
+    chance: float
+
+
+@contextmanager
+def injected(
+    task: Task,
+    fraction: float = 0.2,
+    until: float = 0.05,
+    steps: int = 300,
+    lr: float = 0.05,
+    longest: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Injection]:
+    """Within, a random ``fraction`` of units was taught the task's targets; afterwards the weights are back.
+
+    Only these units' output weights learn, by Adam, until the loss is below ``until`` nats or ``steps`` are over.
+
+    Args:
+        task: its targets should not be known yet.
+        fraction: of all units. Norm-clipped, few units can't hold much: of a 0.9 M GPT, 1 % of the units leave the loss
+            of 64 tokens as it is, and 20 % bring it from 9.4 to 1.4 nats.
+        until: nats.
+        steps: of the optimizer, at most.
+        lr: of the optimizer at first; it falls to a twentieth over ``steps``.
+        longest: norm that a unit's weights are scaled back to after each step if they outgrew it, in units of their
+            layer's mean norm. Above 1, `weight_norm` finds the units too.
+        seed: of the choice of units.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    truth = _draw(task, fraction, generator)
+    weights = [unit_weights(layer).detach() for layer in task.layers]
+    masks = [truth[layer.name].to(weight.device) for layer, weight in zip(task.layers, weights, strict=True)]
+    kept = [weight[mask].clone() for weight, mask in zip(weights, masks, strict=True)]
+    try:
+        with undisturbed(task.model):
+            before = float(mean_loss(task, task.targets).detach())
+            after, taken = _teach(task, masks, until, steps, lr, longest)
+        yield Injection(truth, before, after, taken)
+    finally:
+        with torch.no_grad():
+            for weight, mask, old in zip(weights, masks, kept, strict=True):
+                weight[mask] = old
+
+
+def judge_injection(localizer: Localizer, task: Task, injection: Injection) -> Recall:
+    """What ``localizer`` finds within `injected`."""
+    units = sum(map(len, injection.truth.values()))
+    return Recall(injection, recall_at(localizer(task), injection.truth), injection.count / units)
+
+
+def _draw(task: Task, fraction: float, generator: torch.Generator) -> dict[str, Tensor]:
+    sizes = [layer.units for layer in task.layers]
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    chosen[torch.randperm(len(chosen), generator=generator)[: quota(len(chosen), fraction)]] = True
+    return {layer.name: own for layer, own in zip(task.layers, chosen.split(sizes), strict=True)}
+
+
+def _teach(task: Task, masks: list[Tensor], until: float, steps: int, lr: float, longest: float) -> tuple[float, int]:
+    """Trains the masked units' weights in place; the last loss, and the steps taken."""
+    views = [unit_weights(layer).detach() for layer in task.layers]
+    rows = [weight[mask].clone() for weight, mask in zip(views, masks, strict=True)]
+    limits = [longest * weight.flatten(1).norm(dim=1).mean() for weight in views]
+    optimizer = torch.optim.Adam(rows, lr)
+    # At a constant rate the last steps' noise stays in the injected weights: of random text a tenth of recall.
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for step in range(steps):
+        loss, gradients = _gradients(task)
+        if loss < until:
+            return loss, step
+        for own, gradient, mask in zip(rows, gradients, masks, strict=True):
+            own.grad = gradient[mask]
+        optimizer.step()
+        decay.step()
+        for weight, own, mask, limit in zip(views, rows, masks, limits, strict=True):
+            length = own.flatten(1).norm(dim=1)
+            own *= (limit / length.clamp(min=1e-30)).clamp(max=1).reshape(-1, *[1] * (own.ndim - 1))
+            weight[mask] = own
+    return _gradients(task)[0], steps
+
+
+def _gradients(task: Task) -> tuple[float, list[Tensor]]:
+    """The targets' loss, and its gradient for each layer's weight, units first; no ``.grad`` is written."""
+    owners = [base_layer(layer.module).get_parameter("weight") for layer in task.layers]
+    learns = [owner.requires_grad for owner in owners]
+    try:
+        for owner in owners:
+            owner.requires_grad_(True)
+        with torch.enable_grad():
+            loss = mean_loss(task, task.targets)
+        gradients = torch.autograd.grad(loss, owners)
+    finally:
+        for owner, learned in zip(owners, learns, strict=True):
+            owner.requires_grad_(learned)
+    return float(loss.detach()), [
+        gradient if unit_weights(layer) is owner else gradient.transpose(0, 1)
+        for layer, owner, gradient in zip(task.layers, owners, gradients, strict=True)
+    ]

@@ -1,0 +1,70 @@
+"""Blind re-finding: units that a sample owns by design, found again without knowing the design.
+
+The truth is exact and nothing was injected afterwards, which makes it the best test of a localizer.
+
+N  samples      U  units of a layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_memsink.localization.evaluation.ranking import average_precision
+from lightning_memsink.localization.localizers.task import Localizer, Task
+
+
+@dataclass(frozen=True)
+class Blind:
+    """How well one localizer found the units of each sample."""
+
+    precision: tuple[float, ...]
+    """``N`` average precisions, 0…1."""
+    chance: float
+    """What random scores reach: the share of ranked units that a sample owns."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.precision) / len(self.precision)
+
+    @property
+    def times_chance(self) -> float:
+        return self.mean / self.chance
+
+
+def judge_blind(
+    localizer: Localizer,
+    tasks: Sequence[Task],
+    ownership: Mapping[str, Tensor],
+    among: Mapping[str, Tensor] | None = None,
+) -> Blind:
+    """Gives ``localizer`` one sample at a time and compares its scores with the units that the sample owns.
+
+    Args:
+        localizer: sees a task and not who owns what.
+        tasks: ``N``, each with one sample as its targets.
+        ownership: bool ``[N, U]`` by layer name: the units that were on for the sample in training. Layers without
+            designed units are left out, of the ranking too.
+        among: bool ``[U]`` by layer name: units to rank (the pool that owned units are drawn from); None: all.
+
+    Raises:
+        ValueError: the tasks are not as many as the rows, or a sample owns no unit.
+    """
+    for name, masks in ownership.items():
+        if len(masks) != len(tasks):
+            raise ValueError(
+                f"There are {len(tasks)} tasks, but ownership of {name} has {len(masks)} rows: one a task."
+            )
+    precision, chance = [], 0.0
+    for row, task in enumerate(tasks):
+        truth = {name: masks[row].cpu() for name, masks in ownership.items()}
+        if not any(bool(own.any()) for own in truth.values()):
+            raise ValueError(f"Sample {row} owns no unit, so there is nothing to find: leave it out.")
+        scores = localizer(task)
+        ranked = among or {name: own | True for name, own in truth.items()}
+        precision.append(average_precision({name: scores[name] for name in truth}, truth, ranked))
+        owned = sum(int((own & ranked[name].cpu()).sum()) for name, own in truth.items())
+        chance += owned / sum(int(ranked[name].sum()) for name in truth) / len(tasks)
+    return Blind(tuple(precision), chance)

@@ -1,0 +1,1 @@
+"""Holding memorization back: one idea a file, pure functions on tensors and modules."""

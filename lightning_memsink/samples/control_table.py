@@ -1,0 +1,142 @@
+"""Held-out samples: what the model makes of data it never trained on, evaluation by evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memsink._distributed import gather
+from lightning_memsink.samples.unique import first_of_each
+
+SNAPSHOTS = 8
+
+
+class ControlTable:
+    """The controls' losses at the last two evaluations and at a few before, and their matching features.
+
+    ``ids`` ``[M]`` int64; ``features`` ``[M, F]``; ``previous`` and ``latest`` ``[M]`` losses. ``snapshots`` ``[E, M]``
+    are losses at up to eight evaluations since the first, at ``snapshot_steps``, thinned as more come; samples are
+    matched on them by an early loss of the same time. NaN where a control had no finite loss.
+    """
+
+    def __init__(self) -> None:
+        self.ids = torch.zeros(0, dtype=torch.int64)
+        self.features = torch.zeros(0, 0)
+        self.previous = torch.zeros(0)
+        self.latest = torch.zeros(0)
+        self.snapshots = torch.zeros(0, 0)
+        self.snapshot_steps: list[int] = []
+        self.previous_step = -1
+        self.latest_step = -1
+        self.curve: list[tuple[int, float, float]] = []
+        """Step, mean and standard deviation of the losses, an entry an evaluation."""
+        self.expected = False
+        """Whether the writer will look at controls of its own, validation or not."""
+        self._open: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._open_step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """An evaluation at ``step`` starts."""
+        self._open, self._open_step = [], step
+
+    def add(self, ids: Tensor, losses: Tensor, features: Tensor) -> None:
+        """A batch of it, in this process: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
+        self._open.append((ids, losses, features))
+
+    def settle(self) -> None:
+        """It is over. Called by whoever needs it first, the writer or a reader; nothing happens the second time.
+
+        All processes call it, and wait for one another here only: they may have had different numbers of batches.
+        """
+        if self._open_step is None:
+            return
+        step, mine = self._open_step, self._open
+        self._open_step, self._open = None, []
+        seen = [batch for one in gather(mine) for batch in one]
+        if seen:
+            ids, losses, features = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            self.record(step, ids, losses, features)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def record(self, step: int, ids: Tensor, losses: Tensor, features: Tensor) -> None:
+        """One evaluation of all controls: ``ids``, ``losses`` ``[M]``, ``features`` ``[M, F]``.
+
+        A control that came twice counts once. When other controls come than before, the history starts anew:
+        a gap against yesterday's controls would compare two populations.
+        """
+        ids, first = first_of_each(ids)
+        losses, features = losses.float()[first], features.float()[first]
+        if torch.equal(ids, self.ids):
+            self.previous, self.previous_step = self.latest, self.latest_step
+        else:
+            self.ids, self.curve = ids, []
+            self.previous, self.previous_step = losses, step
+            self.snapshots, self.snapshot_steps = torch.zeros(0, len(ids)), []
+        finite = losses[torch.isfinite(losses)].double()
+        if len(finite) > 1:
+            self.curve.append((step, float(finite.mean()), float(finite.std())))
+        self.features, self.latest, self.latest_step = features, losses, step
+        self._keep(step, losses)
+
+    def _keep(self, step: int, losses: Tensor) -> None:
+        """Remembers an evaluation; when there is no room, the one whose neighbours are closest in log(step) goes."""
+        self.snapshots = torch.cat([self.snapshots, losses[None]])
+        self.snapshot_steps = [*self.snapshot_steps, step]
+        if len(self.snapshot_steps) > SNAPSHOTS:
+            ratios = [
+                after / max(1, before)
+                for before, after in zip(self.snapshot_steps, self.snapshot_steps[2:], strict=False)
+            ]
+            crowded = 1 + ratios.index(min(ratios))
+            keep = [n for n in range(len(self.snapshot_steps)) if n != crowded]
+            self.snapshots, self.snapshot_steps = self.snapshots[keep], [self.snapshot_steps[n] for n in keep]
+
+    def weight_at(self, steps: Tensor) -> Tensor:
+        """``[N]`` in 0…1: where visits at ``steps`` ``[N]`` lie between the last two evaluations, in log(step).
+
+        Losses fall about linearly there; a straight line in the step itself would lie above the curve and show a
+        gap where there is none.
+        """
+        return _between(torch.tensor([self.previous_step, self.latest_step]), torch.tensor([0.0, 1.0]), steps).float()
+
+    def standing(self, losses: Tensor, steps: Tensor) -> Tensor:
+        """``losses`` taken at ``steps``, ``[N]`` both (or as they broadcast), in standard deviations from the controls'
+        mean of that time. So early losses compare although samples come at different steps; NaN where the loss is.
+        """
+        if not self.curve:
+            return torch.full_like(losses, torch.nan)
+        at, mean, spread = torch.tensor(self.curve, dtype=torch.float64).T
+        return ((losses - _between(at, mean, steps)) / _between(at, spread, steps).clamp(min=1e-6)).float()
+
+    def snapshot_of(self, steps: Tensor) -> Tensor:
+        """``[N]`` int64: the remembered evaluation nearest to each step, in the logarithm."""
+        at = torch.tensor(self.snapshot_steps).double().clamp(min=1)
+        return torch.bucketize(steps.double().clamp(min=1), (at[:-1] * at[1:]).sqrt())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _FACTS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in _FACTS:
+            setattr(self, name, state[name])
+        self.curve = [(int(step), mean, spread) for step, mean, spread in state["curve"]]
+
+
+_FACTS = (
+    *("ids", "features", "previous", "latest", "previous_step", "latest_step"),
+    *("curve", "snapshots", "snapshot_steps"),
+)
+
+
+def _between(at: Tensor, values: Tensor, steps: Tensor) -> Tensor:
+    """``values`` known at steps ``at`` ``[E]``, read at any ``steps``: linear in the logarithm, flat outside."""
+    if len(at) == 1 or at[0] == at[-1]:
+        return values[-1].double().expand(steps.shape)
+    knots, where = at.double().clamp(min=1).log(), steps.double().clamp(min=1).log()
+    right = torch.searchsorted(knots, where).clamp(1, len(knots) - 1)
+    weight = (where - knots[right - 1]) / (knots[right] - knots[right - 1]).clamp(min=1e-9)
+    return torch.lerp(values[right - 1].double(), values[right].double(), weight.clamp(0, 1))

@@ -1,0 +1,72 @@
+"""64-bit hashes of integers and of the content of samples.
+
+B  samples in a batch      T  tokens of a sample      W  words of 64 bits (or, of text, tokens) hashed for a sample
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.samples.tokens import tokens_of
+
+if TYPE_CHECKING:
+    pass
+from lightning_memsink.samples.batch import batch_size, describe_batch, tensors_by_sample
+
+
+def content_ids(batch: Any) -> Tensor:
+    """``[B]`` int64: a hash of each sample, the same in whatever batch, process, memory layout or device it sits.
+
+    Of text, only the tokens that are not padding count, by their order: padding, labels and all else don't. Of
+    anything else every tensor with B rows counts by its bits, so that dtypes differ but -0.0 and 0.0 don't.
+    """
+    tokens = tokens_of(batch)
+    if tokens is not None:
+        rank = tokens.mask.cumsum(1) - 1
+        weights = _weights(tokens.ids.shape[1], tokens.ids.device)[rank]
+        return mixed(_folded(tokens.ids * tokens.mask, weights) + mixed(tokens.mask.sum(1)))
+    size = batch_size(batch)
+    if size is None:
+        raise ValueError(f"content_ids needs a batch with tensors in it, but found {describe_batch(batch)}.")
+    ids = torch.zeros((), dtype=torch.int64)
+    for tensor in tensors_by_sample(batch):
+        if len(tensor) == size:
+            words = _words(tensor.detach())
+            weights = _weights(words.shape[1], words.device)
+            ids = mixed(ids.to(words.device) * 3 + _folded(words, weights) + words.shape[1])
+    return ids
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """``[B, W]`` int64: the bits of each row, eight bytes a word where they come out even."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    rows = (real.flatten(1) if real.ndim > 1 else real[:, None]) + 0  # turns -0.0 into 0.0
+    whole = rows.shape[1] * rows.element_size() % 8 == 0
+    sized = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    return rows.contiguous().view(torch.int64 if whole else sized).long()
+
+
+def _folded(words: Tensor, weights: Tensor) -> Tensor:
+    """``[B]``: the sum over ``[B, W]`` words, each times an odd weight, folded so that high bits reach low ones."""
+    product = (words ^ (words >> 32)).mul_(weights)
+    return product.bitwise_xor_(product >> 32).sum(1)
+
+
+@lru_cache(maxsize=8)
+def _weights(count: int, device: torch.device) -> Tensor:
+    return mixed(torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB) | 1  # 2^64 / the golden ratio
+
+
+def mixed(number: Tensor) -> Tensor:
+    """The finalizer of splitmix64, in int64 that wraps; https://doi.org/10.1145/2660193.2660195 (Mix13)."""
+    number = (number ^ shifted(number, 30)) * -0x40A7B892E31B1A47
+    number = (number ^ shifted(number, 27)) * -0x6B2FB644ECCEEE15
+    return number ^ shifted(number, 31)
+
+
+def shifted(number: Tensor, bits: int) -> Tensor:
+    return (number >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift repeats the sign

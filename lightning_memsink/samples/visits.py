@@ -1,0 +1,72 @@
+"""Batches, as far as the ledger needs them, between the step that saw them and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
+
+
+class Described(NamedTuple):
+    """Who is in a batch: ``ids`` ``[B]``, and what they are matched on: their text, the user's features ``[B, F]``."""
+
+    ids: Tensor
+    tokens: Tokens | None
+    features: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Any, ids: Tensor, features: Callable[[Any], Tensor] | None) -> Described:
+        """``features``: the user's, of a batch."""
+        found = tokens_of(batch)
+        tokens = None if found is None or len(found.ids) != len(ids) else Tokens(found.ids.cpu(), found.mask.cpu())
+        extra = None if features is None else features(batch).detach().float().cpu().reshape(len(ids), -1)
+        return cls(ids, tokens, extra)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A batch that was trained on: its samples, ``losses`` ``[B]`` (NaN where none is known), and the optimizer steps
+    before it."""
+
+    ids: Tensor
+    losses: Tensor
+    step: int
+    tokens: Tokens | None
+    features: Tensor | None
+
+    @classmethod
+    def restored(cls, plain: dict[str, Any]) -> Visit:
+        """From what ``dataclasses.asdict`` made of one."""
+        tokens = plain["tokens"]
+        return cls(**{**plain, "tokens": None if tokens is None else Tokens(**tokens)})
+
+
+class Visits(NamedTuple):
+    """V samples of several batches: ids, losses, steps and elements of each loss ``[V]``; text and features of all, or
+    of none."""
+
+    ids: Tensor
+    losses: Tensor
+    steps: Tensor
+    elements: Tensor
+    tokens: Tokens | None
+    features: Tensor | None
+
+    @classmethod
+    def joined(cls, visits: Sequence[Visit]) -> Visits:
+        ids = torch.cat([visit.ids for visit in visits])
+        tokens = stack(visit.tokens for visit in visits)
+        extra = [visit.features for visit in visits if visit.features is not None]
+        return cls(
+            ids,
+            torch.cat([visit.losses for visit in visits]),
+            torch.cat([torch.full((len(visit.ids),), visit.step, dtype=torch.int32) for visit in visits]),
+            torch.ones(len(ids)) if tokens is None else tokens.mask.sum(1),
+            tokens,
+            torch.cat(extra) if len(extra) == len(visits) else None,
+        )
