@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting import environment
+from benchmarks.common.criteria import environment
 
 PARTS = {
     "tracking": ("Watching", ("overhead", "--tracking")),

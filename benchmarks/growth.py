@@ -22,12 +22,12 @@ from lightning.pytorch import seed_everything
 from rich.table import Table
 from torch.utils.data import Dataset
 
-from benchmarks.interleaving import SETTLING, Turn, in_turns, ratio, typical
-from benchmarks.memory import MEBIBYTE, forget_peak, keep_freed, resident, told_by_fork
-from benchmarks.overhead import PLAIN, run
-from benchmarks.reporting import Criterion, Report, arguments, fresh_seeds, settle_down
-from benchmarks.twin_runs import Sequences, TextModel
-from benchmarks.workloads import VOCABULARY, Workload
+from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.common.interleaving import SETTLING, Turn, in_turns, ratio, typical
+from benchmarks.common.memory import MEBIBYTE, forget_peak, keep_freed, resident, told_by_fork
+from benchmarks.common.training import Sequences, TextModel
+from benchmarks.common.workloads import VOCABULARY, Workload
+from benchmarks.overhead.runs import PLAIN, run
 from lightning_memsink import memsink
 
 RATIO = 1.05

@@ -17,7 +17,7 @@ from lightning_memsink.extraction.audit.model_loading import load
 from lightning_memsink.extraction.audit.texts import read_texts
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.reporting.parquet import detect, read_ledger
-from tests.small_runs import TinyLM, fit
+from tests.support.small_runs import TinyLM, fit
 
 PACKAGE = Path(lightning_memsink.__file__).parent
 

@@ -17,7 +17,7 @@ from lightning_memsink._files import written_whole
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.reporting.parquet import read_ledger, write_ledger
-from tests.small_runs import fit, watch
+from tests.support.small_runs import fit, watch
 
 PACKAGE = Path(lightning_memsink.__file__).parent
 
@@ -70,9 +70,9 @@ def test_every_file_of_the_package_is_written_whole():
                 if call.func.attr in writes or opened:
                     found.setdefault(source.relative_to(PACKAGE).as_posix(), []).append(ast.unparse(call.func))
     assert found == {
-        "auditing/answers_file.py": ["self.path.open"],
+        "extraction/audit/answer_cache.py": ["self.path.open"],
         "callbacks/run_report.py": ["ledger.sinks.save"],  # Sinks.save writes whole
-        "cli/auditing.py": ["found.located.sinks.save"],
+        "cli/audit.py": ["found.located.sinks.save"],
         "reporting/figures.py": ["figure.savefig"],  # into memory
     }
 

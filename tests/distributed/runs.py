@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.resumable import ByEpoch
+from benchmarks.common.resumable import ByEpoch
 from lightning_memsink import (
     ExtractionProbe,
     Goldfish,
@@ -30,7 +30,7 @@ from lightning_memsink import (
     SinkLocalizer,
 )
 from lightning_memsink.ledger import Ledger
-from tests.small_runs import CANARIES, CONTROLS, TRAIN, VOCABULARY, Rows, fit
+from tests.support.small_runs import CANARIES, CONTROLS, TRAIN, VOCABULARY, Rows, fit
 
 GLOBAL_BATCH = 12  # divides by one, two and three processes
 ONCE = torch.cat([TRAIN[:196], CANARIES])

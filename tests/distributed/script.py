@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_memsink import RunReport
 from lightning_memsink.ledger import Ledger
 from tests.distributed.runs import crew, train
-from tests.small_runs import CONTROLS, TRAIN, Rows
+from tests.support.small_runs import CONTROLS, TRAIN, Rows
 
 
 def main(folder: Path, strategy: str, processes: int) -> None:

@@ -19,7 +19,7 @@ from lightning_memsink import LossTracker, MemorizationDetector, SampleGradientM
 from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import Failed, forked, together
 from tests.distributed.runs import VISITS, DeepLM, crew, differences, ranks, train
-from tests.small_runs import CANARIES, CONTROLS, TRAIN, Rows
+from tests.support.small_runs import CANARIES, CONTROLS, TRAIN, Rows
 
 TWO = {"strategy": "ddp_fork", "devices": 2}
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.launching import launched
 from tests.distributed.runs import differences, ranks
-from tests.small_runs import TRAIN
+from tests.support.small_runs import TRAIN
 
 SCRIPT = str(Path(__file__).with_name("script.py"))
 RECIPES = Path(__file__).parents[2] / "recipes" / "distributed"

@@ -1,0 +1,7 @@
+"""``python -m benchmarks.detection``."""
+
+import sys
+
+from benchmarks.detection.benchmark import main
+
+sys.exit(main())

@@ -1,0 +1,7 @@
+"""``python -m benchmarks.findings``."""
+
+import sys
+
+from benchmarks.findings.benchmark import main
+
+sys.exit(main())

@@ -1,0 +1,248 @@
+"""Five claims on memorization, tested on real text; writes FINDINGS.md.
+
+It sets in early and before anything can be extracted; what is repeated, and what nothing else resembles, is at risk; it
+leans on few units; the model goes on generalizing meanwhile; and training longer reinforces it, if repetition goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, in_processes, settle_down, spread
+from benchmarks.findings.figure import draw
+from benchmarks.findings.runs import GOES_ON, STOPS, Run, Sizes, run
+from lightning_memsink.localization.concentration import Concentration
+
+QUICK = Sizes(background=1536, per_rung=8, canaries=4, easy=4, controls=96)
+BEFORE, EARLY, DOSE, SIGNIFICANT = 0.8, 0.5, 0.5, 0.05
+SUPPORTED, NOT = "supported", "not supported at this scale"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``criteria``: all have to hold for the claim to stand. ``words``: what was measured, a sentence each."""
+
+    claim: str
+    criteria: list[Criterion]
+    words: list[str]
+
+    @property
+    def verdict(self) -> str:
+        return SUPPORTED if all(each.holds for each in self.criteria) else NOT
+
+
+def early(runs: Sequence[Run]) -> Finding:
+    """Of what was shown most: was it flagged before it came word for word, and how far into training?"""
+    before, extracted, onsets = 0, 0, []
+    for one in runs:
+        flags = torch.cat([one.flagged[name] for name in most(one)])
+        exact = torch.cat([first_exact(one, name) for name in most(one)])
+        said = exact >= 0
+        extracted += int(said.sum())
+        before += int(((flags >= 0) & (flags < exact))[said].sum())
+        seen = flags[(flags >= 0) & (flags <= one.turn)]
+        onsets.append(float(seen.double().median()) / one.turn if len(seen) else float("nan"))
+    low, high = wilson(before, extracted)
+    return Finding(
+        "Memorization sets in early, and before extraction",
+        [
+            Criterion("flagged before extracted, share, lower end of 95 %", low, ">=", BEFORE),
+            Criterion("median flag, as share of the repetition, worst seed", max(onsets), "<=", EARLY),
+        ],
+        [
+            f"{before} of {extracted} extracted sequences were flagged first (95 % interval {low:.2f} to {high:.2f}).",
+            f"Half of the flags had come after {spread(onsets)} of the steps with repetition.",
+        ],
+    )
+
+
+def at_risk(runs: Sequence[Run]) -> Finding:
+    """Does memorization grow with repetition, and at equal repetition with rarity?"""
+    doses, rarities = [], []
+    for one in runs:
+        look = one.at_turn()
+        ladder = [(repeats, one.gap(look, kind, repeats)) for kind, repeats in one.rungs.values() if kind == "natural"]
+        times = torch.cat([torch.full((len(gaps),), float(repeats)) for repeats, gaps in ladder])
+        doses.append(spearman(times, torch.cat([gaps for _, gaps in ladder])))
+        highest = max(repeats for kind, repeats in one.rungs.values() if kind == "easy")
+        rare, common = one.gap(look, "canary", highest), one.gap(look, "easy", highest)
+        rarities.append(float(rare.mean() - common.mean()))
+    return Finding(
+        "What is repeated is at risk, and of that most what nothing else resembles",
+        [
+            Criterion("rank correlation of gap and repeats, worst seed", min(doses), ">=", DOSE),
+            Criterion(
+                "gap of random less that of easy text, repeated as often, nats, worst seed", min(rarities), ">=", 1.0
+            ),
+        ],
+        [
+            f"Rank correlation of a passage's gap with its number of repeats: {spread(doses)}.",
+            f"Repeated as often, random text is memorized by {spread(rarities)} nats more than text easy to foretell.",
+        ],
+    )
+
+
+def localizes(runs: Sequence[Run]) -> Finding:
+    """Do memorized samples lean on the same few units, more than matched others?"""
+    tested = [found for found in (last_concentration(one) for one in runs) if found is not None]
+    worst = max((each.p for each in tested), default=float("nan"))
+    shares = [f"{each.gini:.2f} against {each.null_gini:.2f}" for each in tested]
+    moved = [layer_movement(one) for one in runs]
+    return Finding(
+        "Memorization localizes",
+        [Criterion("p of a permutation test of concentration, worst seed", worst, "<=", SIGNIFICANT)],
+        [
+            f"Concentration of memorized samples' attribution on units (Gini) against that of blindly picked others: "
+            f"{'; '.join(shares) or 'too few memorized samples to test'}.",
+            f"Between the first and the last look, {spread(moved)} of memorized samples' attribution moved to another "
+            "layer.",
+        ],
+    )
+
+
+def coexists(runs: Sequence[Run]) -> Finding:
+    """From the first memorized sample on: does held-out loss go on falling?"""
+    improved, grown = [], []
+    for one in runs:
+        since = [look for look in one.looks if look.memorized and look.step <= one.turn]
+        improved.append(since[0].held_out - since[-1].held_out if since else float("nan"))
+        grown.append(float(since[-1].memorized - since[0].memorized) if since else float("nan"))
+    return Finding(
+        "Generalization and memorization coexist",
+        [
+            Criterion(
+                "held-out loss fell since the first memorized sample, nats, worst seed", min(improved), ">=", 0.0
+            ),
+            Criterion("memorized samples more since then, worst seed", min(grown), ">=", 1.0),
+        ],
+        [
+            f"While the memorized set grew by {spread(grown)} samples, held-out loss fell by {spread(improved)} nats.",
+        ],
+    )
+
+
+def reinforces(going: Sequence[Run], stopped: Sequence[Run]) -> Finding:
+    """What becomes of the gap if repetition goes on, and if it stops?"""
+    grown, faded, left = [], [], []
+    for on, off in zip(going, stopped, strict=True):
+        repeats = max(repeats for kind, repeats in on.rungs.values() if kind == "natural")
+        at, end, after = (
+            float(one.gap(look, "natural", repeats).mean())
+            for one, look in ((on, on.at_turn()), (on, on.looks[-1]), (off, off.looks[-1]))
+        )
+        grown.append(end - at)
+        faded.append(at - after)
+        left.append(after / at)
+    return Finding(
+        "Training longer reinforces it while repetition goes on; afterwards it fades",
+        [
+            Criterion("gap grown by the second half with repetition, nats, worst seed", min(grown), ">=", 0.0),
+            Criterion("gap lost in the second half without it, nats, worst seed", min(faded), ">=", 0.0),
+        ],
+        [
+            f"With repetition the gap grew by {spread(grown)} nats in the second half; without, it fell by "
+            f"{spread(faded)} nats, and {spread(left)} of it was left.",
+        ],
+    )
+
+
+def most(one: Run) -> list[str]:
+    """Names of the rungs shown most, whose text is not easy anyway."""
+    hard = {name: repeats for name, (kind, repeats) in one.rungs.items() if kind != "easy"}
+    return [name for name, repeats in hard.items() if repeats == max(hard.values())]
+
+
+def first_exact(one: Run, name: str) -> Tensor:
+    """``[n]`` the first step at which each sequence of a rung came word for word, -1 if never."""
+    first = torch.full((len(one.flagged[name]),), -1)
+    for look in reversed(one.looks):
+        first[look.exact[name]] = look.step
+    return first
+
+
+def last_concentration(one: Run) -> Concentration | None:
+    return next((each.concentration for each in reversed(one.spreads) if each.concentration is not None), None)
+
+
+def layer_movement(one: Run) -> float:
+    """Share of memorized samples' attribution in another layer at the end than at the beginning."""
+    rows = [torch.tensor(each.shares["memorized"]) for each in one.spreads if "memorized" in each.shares]
+    return float((rows[-1] - rows[0]).abs().sum() / 2) if rows else float("nan")
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    return float(spearman_corrcoef(one.float(), other.float()))
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.96, hits / of
+    centre, reach = share + z * z / (2 * of), z * sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return (centre - reach) / (1 + z * z / of), (centre + reach) / (1 + z * z / of)
+
+
+def find(going: Sequence[Run], stopped: Sequence[Run]) -> list[Finding]:
+    return [early(going), at_risk(going), localizes(going), coexists(going), reinforces(going, stopped)]
+
+
+def report(findings: Sequence[Finding], seeds: Sequence[int], seconds: float) -> Report:
+    rows = Table("claim", "verdict", title="Five findings")
+    for each in findings:
+        rows.add_row(each.claim, each.verdict)
+    stands = sum(each.verdict == SUPPORTED for each in findings)
+    figure = f"findings: {stands} of {len(findings)} supported; {len(seeds)} seeds, {seconds:.0f} s"
+    told = {each.claim: {"verdict": each.verdict, "words": each.words} for each in findings}
+    criteria = [criterion for each in findings for criterion in each.criteria]
+    return Report("findings", [rows], criteria, figure, {"seeds": list(seeds), "findings": told})
+
+
+def page(findings: Sequence[Finding], seeds: Sequence[int], command: str, figure: str | None) -> str:
+    """FINDINGS.md."""
+    lines = [
+        "# Findings",
+        "",
+        f"Written by `{command}`: GPTs of 0.93 million parameters on Python's documentation, seeds "
+        f"{', '.join(map(str, seeds))}. Ranges are over seeds: mean [least, most].",
+        "",
+        *["| claim | verdict |", "| --- | --- |", *(f"| {each.claim} | **{each.verdict}** |" for each in findings)],
+    ]
+    for number, each in enumerate(findings, 1):
+        lines += ["", f"## {number}. {each.claim}: {each.verdict}", "", *(f"- {words}" for words in each.words), ""]
+        lines += [f"- Asked for: {' '.join(str(criterion).split())}" for criterion in each.criteria]
+    if figure is not None:
+        lines += ["", f"![What was measured, a panel a claim]({figure})"]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("findings", "The five findings, tested; writes a page.", seeds=3)
+    parser.add_argument("--page", type=Path, default=Path("FINDINGS.md"), metavar="FILE", help="where to write it")
+    parser.add_argument("--figure", type=Path, default=Path("docs/findings.png"), metavar="FILE", help="and its figure")
+    options = parser.parse_args(arguments_given)
+    seeds, start = fresh_seeds(options), time.perf_counter()
+    settle_down()
+    sizes = QUICK if options.quick else Sizes()
+    runs = in_processes(run, [(then, seed, sizes) for seed in seeds for then in (GOES_ON, STOPS)])
+    going, stopped = ([one for one in runs if one.then == then] for then in (GOES_ON, STOPS))
+    findings = find(going, stopped)
+    draw(going, stopped, options.figure)
+    command = f"python -m benchmarks.findings --seeds {len(seeds)}" + (" --quick" if options.quick else "")
+    options.page.write_text(page(findings, seeds, command, str(options.figure)), encoding="utf-8")
+    return report(findings, seeds, time.perf_counter() - start).tell(options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""What mitigations take from memorization and what they cost, on real text, beside what others would do.
+
+E1: sequences repeated in a domain that everything else covers, too. E2: the only source code there is, shown over
+and over. E3: fine-tuning on texts and on made-up people's numbers. Every arm of an experiment sees the same text in
+the same order from the same first weights, in E3 from those of one pretrained model; ours are driven by our own
+detector and controls.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.common.planted_text import Sizes
+from benchmarks.mitigation import fine_tuning
+from benchmarks.mitigation.arms import ASKED, EVERY_SEED, HOLD, HOLD_HIGH, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
+from benchmarks.mitigation.figure import draw
+from benchmarks.mitigation.fine_tuning import Tuned, pretrain, tune
+from benchmarks.mitigation.runs import Result, run
+from benchmarks.mitigation.tables import fine_tuning_table, table
+
+WORKERS = 2
+EXPERIMENTS = ("E1", "E2", "E3")
+Extent = Literal["few", "usual", "all"]
+QUICK = Sizes(background=640, natural=4, twice=12, domain=32, canaries=4, easy=4, controls=96, twins=32, unseen=128)
+QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
+QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_HIGH, "deduplicated (oracle)")
+NAN = float("nan")
+
+
+@dataclass
+class Found:
+    """All that was measured; by experiment, arm and seed."""
+
+    results: dict[tuple[str, str, int], Result] = field(default_factory=dict)
+    tuned: dict[tuple[str, int], Tuned] = field(default_factory=dict)
+
+    def of(self, experiment: str, arm: str) -> list[Result]:
+        return [each for (where, name, _), each in self.results.items() if (where, name) == (experiment, arm)]
+
+    def worst(self, experiment: str, arm: str, measure: Callable[[Result, Result], float], sense: str) -> float:
+        """Of all seeds. ``measure`` takes the arm's result and standard's of that seed; NaN where one is missing."""
+        values = [
+            measure(each, self.results[experiment, STANDARD, each.seed])
+            for each in self.of(experiment, arm)
+            if (experiment, STANDARD, each.seed) in self.results
+        ]
+        return _worst(values, sense)
+
+    def worst_tuned(self, arm: str, measure: Callable[[Tuned, Tuned], float], sense: str) -> float:
+        values = [
+            measure(each, self.tuned[STANDARD, seed])
+            for (name, seed), each in self.tuned.items()
+            if name == arm and (STANDARD, seed) in self.tuned
+        ]
+        return _worst(values, sense)
+
+
+def _worst(values: Sequence[float], sense: str) -> float:
+    if not values or any(value != value for value in values):
+        return NAN
+    return max(values) if sense == "<=" else min(values)
+
+
+def criteria(found: Found) -> list[Criterion]:
+    """Issue by issue of the worst seed."""
+    domain = "domain"
+    runs: list[tuple[str, str, str, Callable[[Result, Result], float], Any, float]] = [
+        ("canaries said", "E1", STANDARD, lambda own, _: own.kinds["canary"].exact, ">=", 0.9),
+        ("canaries said", "E1", MEMSINKS, lambda own, _: own.kinds["canary"].exact, "<=", 0.05),
+        ("validation against standard, nats", "E1", MEMSINKS, _dearer, "<=", 0.0),
+        ("gap closed, natural", "E1", MEMSINKS, lambda own, std: own.closed(std, "natural"), ">=", 0.65),
+        ("gap closed, canaries", "E1", MEMSINKS, lambda own, std: own.closed(std, "canary"), ">=", 0.45),
+        ("gap closed, natural", "E1", SKIP, lambda own, std: own.closed(std, "natural"), ">=", 0.8),
+        ("validation against standard, nats", "E1", SKIP, _dearer, "<=", 0.0),
+        ("false flags among all that is not memorized", "E1", SKIP, lambda own, _: own.false_flags, "<=", 0.03),
+        ("validation against standard, nats", "E2", HOLD, _dearer, "<=", 0.0),
+        ("unseen text of the domain against standard, nats", "E2", HOLD,
+         lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
+        ("gap of the domain cut by", "E2", HOLD, lambda own, std: 1 - own.gap / std.gap, ">=", 0.55),
+        ("canaries said", "E2", HOLD, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
+    ]  # fmt: skip
+    tuned: list[tuple[str, str, Callable[[Tuned, Tuned], float], Any, float]] = [
+        ("numbers said at the end", STANDARD, lambda own, _: own.last.total / own.sentences, ">=", 0.6),
+        ("numbers said at any epoch", HOLD_HIGH, lambda own, _: max(each.total for each in own.epochs), "<=", 0),
+        ("held-out at the end against the best of standard, nats", HOLD_HIGH,
+         lambda own, std: own.last.held_out - std.best.held_out, "<=", 0.25),
+        ("held-out at its best against the best of standard, nats", HOLD_HIGH,
+         lambda own, std: own.best.held_out - std.best.held_out, "<=", 0.03),
+    ]  # fmt: skip
+    said = [
+        Criterion(f"{where}, {arm}: {name}", found.worst(where, arm, measure, sense), sense, bound)
+        for name, where, arm, measure, sense, bound in runs
+    ]
+    ratios = [
+        each.kinds["natural"].shown / untied.kinds["natural"].shown
+        for each in found.of("E1", MEMSINKS)
+        for untied in found.of("E1", UNTIED)
+        if each.seed == untied.seed
+    ]
+    said.append(Criterion("E1, MemSinks: loss on repeated text, tied by untied", _worst(ratios, ">="), ">=", 3.0))
+    said += [
+        Criterion(f"E3, {arm}: {name}", found.worst_tuned(arm, measure, sense), sense, bound)
+        for name, arm, measure, sense, bound in tuned
+    ]
+    return said
+
+
+def _dearer(own: Result, standard: Result) -> float:
+    return own.validation - standard.validation
+
+
+def arms_of(experiment: str, first: bool, quick: bool, extent: Extent = "usual") -> list[str]:
+    """What is run on a seed. Only the first has the rivals and the sweep, unless few are wanted; and when it must be
+    quick, the fine-tuning."""
+    if quick and experiment == "E3" and not first:
+        return []
+    names = ONCE[experiment] if first and extent != "few" else EVERY_SEED[experiment]
+    names = (*names, *ASKED[experiment]) if first and extent == "all" else names
+    return [name for name in names if name in QUICK_ARMS] if quick else list(names)
+
+
+def find_out(
+    seeds: Sequence[int],
+    quick: bool,
+    model: Path | None,
+    only: Sequence[str] = EXPERIMENTS,
+    extent: Extent = "usual",
+) -> Found:
+    """Runs everything in two processes of one thread each; what others wait for comes first, the longest next.
+
+    ``only``: these experiments. ``extent``: which arms.
+    """
+    sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
+    todo = [
+        (where, name, seed)
+        for where in ("E2", "E1")
+        if where in only
+        for seed in seeds
+        for name in arms_of(where, seed == seeds[0], quick, extent)
+    ]
+    guides = [job for job in todo if job == ("E2", HOLD, seeds[0])]
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(WORKERS, mp_context=context, initializer=settle_down) as pool,
+    ):
+        pretrained = model or Path(folder)
+        pretraining = [(pretrain, pretrained, seeds[0], tuning)] if model is None and "E3" in only else []
+        first = _done(pool, [*pretraining, *((run, *job, sizes) for job in guides)])
+        guide = next((each for each in first if each is not None), None)
+        like = guide and {kind: guide.kinds[kind].trained for kind in (guide.repeated, "canary")}
+        tuning_jobs = [
+            (tune, pretrained, name, seed, tuning)
+            for seed in seeds
+            if "E3" in only
+            for name in arms_of("E3", seed == seeds[0], quick, extent)
+        ]
+        jobs = [
+            (run, *job, sizes, *([like] if job[1] in TOLD else []))
+            for job in todo
+            if job not in guides and (like or job[1] not in TOLD)
+        ]
+        ended = [*first, *_done(pool, [*tuning_jobs, *jobs])]
+    results = {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
+    tuned = [each for each in ended if isinstance(each, Tuned)]
+    return Found(results, {(each.arm, each.seed): each for each in tuned})
+
+
+def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What each function with its arguments gives. One that fails is told and left out: an hour of others stays."""
+    start = time.perf_counter()
+    waiting = {pool.submit(*job): job for job in jobs}
+    given = []
+    for future in as_completed(waiting):
+        function, *about = waiting[future]
+        fault = future.exception()
+        words = [function.__name__, *(str(each) for each in about if isinstance(each, (str, int)))]
+        end = f"after {time.perf_counter() - start:.0f} s" if fault is None else f"failed: {fault!r}"
+        print(*words, end, file=sys.stderr, flush=True)
+        if fault is None:
+            given.append(future.result())
+    return given
+
+
+def report(found: Found, seeds: Sequence[int], seconds: float, only: Sequence[str] = EXPERIMENTS) -> Report:
+    tables = [table(found.results, where) for where in ("E1", "E2") if where in only]
+    tables += [fine_tuning_table(found.tuned)] if "E3" in only else []
+    said = [each for each in criteria(found) if each.name[:2] in only]
+    holding = [each for each in found.of("E2", HOLD) if ("E2", STANDARD, each.seed) in found.results]
+    cheaper = [each.validation - found.results["E2", STANDARD, each.seed].validation for each in holding]
+    held = f"{HOLD} in E2: validation {sum(cheaper) / len(cheaper):+.3f} nats against standard, " if cheaper else ""
+    holds = sum(each.holds for each in said)
+    figure = f"mitigation: {held}{holds} of {len(said)} criteria hold; {len(seeds)} seeds, {seconds:.0f} s"
+    measured = {"/".join(map(str, key)): each.plain() for key, each in found.results.items()}
+    measured |= {f"E3/{arm}/{seed}": each.plain() for (arm, seed), each in found.tuned.items()}
+    settings = {"seeds": list(seeds), "measured": measured}
+    return Report("mitigation", tables, said, figure, settings)
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("runs/mitigation.png"),
+        metavar="FILE",
+        help="where memorization left is drawn against validation loss",
+    )
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="these experiments")
+    parser.add_argument(
+        "--arms", choices=get_args(Extent), default="usual", help="few: those that a criterion stands on"
+    )
+    options = parser.parse_args(arguments_given)
+    seeds, start = fresh_seeds(options), time.perf_counter()
+    settle_down()
+    found = find_out(seeds, options.quick, options.model, options.only, options.arms)
+    code = report(found, seeds, time.perf_counter() - start, options.only).tell(options.json)
+    if found.results:
+        draw(found.results, options.figure)
+        print(f"figure: {options.figure}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

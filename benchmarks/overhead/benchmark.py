@@ -1,0 +1,99 @@
+"""What watching costs: the same fit with and without, a step in turn; and whether it changes a single weight.
+
+Time is processor time of a training step, the first ones left out: validations, the detector's evaluations and logging
+lie within, imports, set-up and reports lie without. All fits validate alike, and memory that was freed is kept.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+
+from rich.table import Table
+
+from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.common.interleaving import Turn, in_turns, ratio, typical
+from benchmarks.common.memory import keep_freed
+from benchmarks.common.workloads import WORKLOADS, Workload
+from benchmarks.overhead.runs import AGAIN, PLAIN, WATCHED, fit
+
+RATIO = 1.03
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One workload: by way, seconds of each step of each fit; and the largest change of a weight."""
+
+    name: str
+    seconds: Mapping[str, Sequence[Sequence[float]]]
+    change: float
+
+    @property
+    def ratio(self) -> float:
+        """Of a watched step to a plain one."""
+        return ratio(self.seconds[WATCHED], self.seconds[PLAIN], self.seconds[AGAIN])
+
+    @property
+    def noise(self) -> float:
+        """What a ratio can be off by: that of a plain fit to another."""
+        return ratio(self.seconds[AGAIN], self.seconds[PLAIN])
+
+
+def compare(workload: Workload, seeds: Sequence[int]) -> Comparison:
+    """Two fits alone, for their weights, and to have imported all; then, for each seed, three in turns."""
+    ways = {PLAIN: False, AGAIN: False, WATCHED: True}
+    with redirect_stdout(io.StringIO()):  # the report's own words would bury the table
+        weights = [fit(workload, seeds[0], watch, Turn()) for watch in (False, True)]
+        fits = [{name: partial(fit, workload, seed, watch) for name, watch in ways.items()} for seed in seeds]
+        blocks = [in_turns(block, seed) for block, seed in zip(fits, seeds, strict=True)]
+    change = max(float((before - after).abs().max()) for before, after in zip(*weights, strict=True))
+    return Comparison(workload.name, {name: [block[name] for block in blocks] for name in ways}, change)
+
+
+def report(compared: Sequence[Comparison], seeds: Sequence[int]) -> Report:
+    table = Table("workload", "plain ms/step", "watched ms/step", "ratio", "plain against plain", "largest change")
+    for each in compared:
+        milliseconds = (f"{1000 * typical(each.seconds[way]):.2f}" for way in (PLAIN, WATCHED))
+        table.add_row(each.name, *milliseconds, f"{each.ratio:.3f}", f"{each.noise:.3f}", f"{each.change:g}")
+    typically = statistics.median(each.ratio for each in compared)
+    return Report(
+        name="overhead",
+        tables=[table],
+        criteria=[
+            Criterion("time per step against plain, median of workloads", typically, "<=", RATIO),
+            Criterion("largest change of any weight", max(each.change for each in compared), "<=", 0),
+        ],
+        figure=f"overhead: {typically:.3f}x plain, {len(seeds)} seeds for each of {len(compared)} workloads",
+        settings={"seeds": list(seeds), "ratios": {each.name: each.ratio for each in compared}},
+    )
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("overhead", "Cost of watching, and whether it changes training.", seeds=3)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
+    what.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
+    what.add_argument("--mitigation", action="store_true", help="each mitigation against none")
+    options = parser.parse_args(arguments_given)
+    if options.attribution:
+        from benchmarks.overhead import attribution as attribution_cost
+
+        return attribution_cost.run(options)
+    if options.mitigation:
+        from benchmarks.overhead import mitigation as mitigation_cost
+
+        return mitigation_cost.measure_all(options)
+    seeds = fresh_seeds(options)
+    settle_down()
+    keep_freed()
+    workloads = [replace(each, steps=each.steps // 5) for each in WORKLOADS] if options.quick else WORKLOADS
+    return report([compare(each, seeds) for each in workloads], seeds).tell(options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What each mitigation adds to a training step: whole fits, plain and with each of them, a step of each in turn.
+
+A mitigation runs with those callbacks that it needs and no others: their time is part of its price. Time is processor
+time of a whole step, hooks of all callbacks within, clipping and AdamW too; validations lie within, and memory that was
+freed is kept. Every mitigation has something to do, and whether it did is a table: what has nothing to act on costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import nan
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.common.interleaving import SETTLING, Turn, in_turns, ratio, typical
+from benchmarks.common.memory import keep_freed
+from benchmarks.common.workloads import WORKLOADS, Workload, images
+from benchmarks.overhead.runs import AGAIN, PLAIN, run
+from lightning_memsink.attribution.hidden_layers import find_hidden_layers
+from lightning_memsink.callbacks.goldfish import Goldfish
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.callbacks.memsinks import MemSinks
+from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
+from lightning_memsink.callbacks.sink_dropout import SinkDropout
+from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
+from lightning_memsink.ledger import Ledger
+from lightning_memsink.localization.sinks import Sinks
+
+SAMPLES = 512
+"""Few enough that each comes often, for a first visit is held by nobody; and enough for epochs of 16 steps and more."""
+SHORTER, CLIP, EVALUATIONS = 2 / 3, 1.0, 2
+"""As many steps between two evaluations as in `benchmarks.overhead --tracking`."""
+FRACTION = 0.01
+"""Of all units: as many sinks as SinkLocalizer names."""
+ACTED = 0.05
+"""Share of visits that a mitigation must have acted on, for its time to be that of acting."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A mitigation, made for a module that is about to train, or none; ``bound`` of its time against the plain run.
+
+    ``watchers``: as many of LossTracker and MemorizationDetector, in this order, as it reads from.
+    """
+
+    name: str
+    make: Callable[[LightningModule], Callback] | None
+    watchers: int
+    bound: float | None = None
+    texts_only: bool = False
+
+
+def some_sinks(module: LightningModule) -> Sinks:
+    """``FRACTION`` of all units at random, spread over all layers."""
+    layers, generator = find_hidden_layers(module), torch.Generator().manual_seed(0)
+    units = {
+        layer.name: torch.randperm(layer.units, generator=generator)[: max(1, round(FRACTION * layer.units))]
+        for layer in layers
+    }
+    scores = {name: torch.ones(len(chosen)) for name, chosen in units.items()}
+    return Sinks(units, scores, {layer.name: layer.units for layer in layers}, "at random")
+
+
+WAYS = (
+    Way("MemSinks", lambda module: MemSinks(), 1, 1.05),
+    Way("SampleGradientMask, hold", lambda module: SampleGradientMask("hold", at=0.0), 2, 1.03),
+    Way("SinkGradientMask", lambda module: SinkGradientMask(sinks=some_sinks(module)), 0, 1.05),
+    Way("SinkDropout", lambda module: SinkDropout(who="all", sinks=some_sinks(module)), 0),
+    Way("Goldfish", lambda module: Goldfish(k=4), 0, texts_only=True),
+)
+WATCHED = "LossTracker and MemorizationDetector alone"
+BASES = (Way(PLAIN, None, 0), Way(AGAIN, None, 0), Way(WATCHED, None, 2))
+
+
+@dataclass
+class Measured:
+    """One workload: by way, seconds of each step of its fits, one a seed; and the share of visits it acted on."""
+
+    name: str
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    acted: dict[str, float] = field(default_factory=dict)
+
+    def ratio(self, way: str) -> float:
+        """To plain; NaN if the way does not apply. Of plain again: to the first plain, which is what noise does."""
+        plain = [self.seconds[each] for each in (PLAIN, AGAIN) if each != way]
+        return ratio(self.seconds[way], *plain) if way in self.seconds else nan
+
+
+def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Measured:
+    """For each seed, a fit of every way, in turns."""
+    fitting = [*BASES, *(way for way in ways if not (way.texts_only and is_of_images(workload)))]
+    found = Measured(workload.name)
+    for way in fitting:  # imports and the first allocations
+        fit(replace(workload, steps=2 * SETTLING), seeds[0], way, {}, Turn())
+    for seed in seeds:
+        fits = {way.name: partial(fit, workload, seed, way, found.acted) for way in fitting}
+        for name, seconds in in_turns(fits, seed).items():
+            found.seconds.setdefault(name, []).append(seconds)
+    return found
+
+
+def fit(workload: Workload, seed: int, way: Way, acted: dict[str, float], turn: Turn) -> None:
+    """Adds to ``acted`` the share of visits that the way acted on, if it is one that acts."""
+    seed_everything(seed, verbose=False)
+    module = workload.module()
+    watching: list[Any] = [LossTracker(features=brightness if is_of_images(workload) else None), MemorizationDetector()]
+    callbacks = [turn, *watching[: way.watchers]]
+    if way.make is not None:
+        callbacks.append(way.make(module))
+    trainer = run(module, workload, seed, callbacks, samples=SAMPLES, evaluations=EVALUATIONS, gradient_clip_val=CLIP)
+    for actions in Ledger.of(trainer).actions.values():
+        acted[way.name] = actions.total("acted") / max(1.0, actions.total("visits"))
+
+
+def is_of_images(workload: Workload) -> bool:
+    return workload.data is images
+
+
+def brightness(batch: tuple[Tensor, Tensor]) -> Tensor:
+    """``[B, 1]`` what images are matched on."""
+    return batch[0].flatten(1).mean(1, keepdim=True)
+
+
+def report(found: Sequence[Measured], seeds: Sequence[int], ways: Sequence[Way]) -> Report:
+    workloads = [each.name for each in found]
+    times, acted = (Table("", *workloads, title=title) for title in TITLES)
+    for name in (AGAIN, WATCHED, *(way.name for way in ways)):
+        times.add_row(name, *(_cell(each.ratio(name)) for each in found))
+    times.add_row("plain, ms a step", *(f"{1000 * typical(each.seconds[PLAIN]):.2f}" for each in found))
+    for way in ways:
+        acted.add_row(way.name, *(_cell(each.acted.get(way.name, nan)) for each in found))
+    usual = {way.name: _median([each.ratio(way.name) for each in found]) for way in ways}
+    criteria = [
+        Criterion(f"{way.name}, time per step against plain, median of workloads", usual[way.name], "<=", way.bound)
+        for way in ways
+        if way.bound is not None
+    ]
+    least = min(each.acted.get(way.name, 1.0) for each in found for way in ways)
+    criteria.append(Criterion("share of visits acted on, least of all ways and workloads", least, ">=", ACTED))
+    figure = "mitigation against plain: " + ", ".join(f"{name} {factor:.3f}x" for name, factor in usual.items())
+    settings = {"seeds": list(seeds), "ratios": {each.name: _ratios(each, ways) for each in found}}
+    return Report("mitigation_cost", [times, acted], criteria, figure, settings)
+
+
+TITLES = ("time of a training step against a plain one, with the callbacks that it needs", "share of visits acted on")
+
+
+def _cell(value: float) -> str:
+    return "" if value != value else f"{value:.3f}"
+
+
+def _ratios(measured: Measured, ways: Sequence[Way]) -> dict[str, float]:
+    return {way.name: measured.ratio(way.name) for way in ways if way.name in measured.seconds}
+
+
+def _median(ratios: Sequence[float]) -> float:
+    return statistics.median(ratio for ratio in ratios if ratio == ratio)
+
+
+def measure_all(options: argparse.Namespace) -> int:
+    seeds = fresh_seeds(options)
+    settle_down()
+    keep_freed()
+    workloads = [replace(each, steps=round(each.steps * (0.2 if options.quick else SHORTER))) for each in WORKLOADS]
+    return report([measure(each, seeds, WAYS) for each in workloads], seeds, WAYS).tell(options.json)
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    parser = arguments("mitigation_cost", "Cost of each mitigation.", seeds=3)
+    return measure_all(parser.parse_args(arguments_given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""``python -m benchmarks.scale``."""
+
+import sys
+
+from benchmarks.scale.benchmark import main
+
+sys.exit(main())

@@ -1,0 +1,170 @@
+"""Growth of cost, and the page that tells all costs."""
+
+import json
+import math
+import os
+import resource
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from benchmarks import all as everything
+from benchmarks import growth
+from benchmarks.common.interleaving import SETTLING, in_turns, ratio, typical
+from benchmarks.common.memory import keep_freed, told_by_fork
+from benchmarks.growth import PLAIN, WAYS, Cost, Point, in_a_fork, slope
+
+
+def cost(plain, factor):
+    steps = [99.0] * SETTLING + [plain] * 2
+    return Cost(
+        {way: [[second * (1 if way == PLAIN else factor) for second in steps]] * 3 for way in WAYS},
+        dict.fromkeys(WAYS, 1.0),
+    )
+
+
+def test_slopes_are_powers():
+    assert slope([1, 2, 4, 8], [5, 10, 20, 40]) == 1.0
+    assert slope([1, 2, 4], [3, 3, 3]) == 0.0
+    assert math.isnan(slope([1, 2], [0.1, -0.1]))
+
+
+def test_a_fork_tells_what_it_measured_and_leaves_this_process_alone():
+    before = os.getcwd()
+    assert in_a_fork(partial(pair, 3.0)) == [3.0, 1.0]
+    assert os.getcwd() == before
+    with pytest.raises(RuntimeError, match="A fit failed"):
+        in_a_fork(partial(pair, None))
+
+
+def pair(value):
+    os.chdir("/")
+    return value + 0.0, 1.0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_small_point_is_really_measured():
+    found = growth.measure(Point(batch=4, sequence=8, width=32, depth=1, samples=64), [0, 1], 10)
+    assert set(found.seconds) == set(found.memory) == set(WAYS)
+    assert all([len(fit) for fit in fits] == [10, 10] for fits in found.seconds.values())
+    assert all(found.ratio(way) > 0 and found.memory[way] > 0 for way in WAYS)
+
+
+class Walk(LightningModule):
+    """Says whose step it is."""
+
+    def __init__(self, name, steps):
+        super().__init__()
+        self.name, self.steps, self.weight = name, steps, torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.steps.append((self.name, batch_idx))
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def walk(name, steps, length, turn):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_steps=length, enable_model_summary=False, callbacks=[turn], **options)
+    trainer.fit(Walk(name, steps), DataLoader(range(10)))
+
+
+def test_fits_take_their_steps_in_turn_and_a_shorter_one_leaves():
+    steps = []
+    fits = {name: partial(walk, name, steps, length) for name, length in (("a", 4), ("b", 4), ("c", 2))}
+    seconds = in_turns(fits, seed=0)
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 4, "b": 4, "c": 2}
+    assert all(second > 0 for each in seconds.values() for second in each)
+    rounds = [step for _, step in steps]
+    assert rounds == sorted(rounds) and len({name for name, _ in steps[:3]}) == 3
+    assert steps != sorted(steps, key=lambda each: (each[1], each[0])), "the order changes from round to round"
+
+
+def test_a_fit_that_fails_says_so():
+    with pytest.raises(ZeroDivisionError):
+        in_turns({"a": lambda turn: 1 / 0}, seed=0)
+
+
+def test_a_hiccup_does_not_count_and_what_every_fit_has_does():
+    quiet, evaluating = [9.0] * SETTLING + [1.0, 1.0, 1.0], [9.0] * SETTLING + [1.0, 4.0, 1.0]
+    hiccup = [9.0] * SETTLING + [1.0, 4.0, 70.0]
+    assert typical([quiet] * 3) == 1.0
+    assert ratio([evaluating, hiccup, evaluating], [quiet] * 3) == 2.0
+
+
+def test_growth_is_told_with_slopes(capsys):
+    told = growth.report({"batch": {size: cost(size, 1.02) for size in (8, 16)}}, [1])
+    assert [each.holds for each in told.criteria] == [True]
+    assert told.criteria[0].value == pytest.approx(1.02)
+    told.tell()
+    printed = capsys.readouterr().out
+    assert "1.00" in printed and "batch: time of a step against plain" in printed
+
+
+def test_the_page_has_every_part_and_what_failed(tmp_path, monkeypatch, capsys):
+    def ran(title, words, quick):
+        fine = {"criteria": [{"holds": True}, {"holds": words[0] != "growth"}]}
+        return everything.Part(title, "python -m " + words[0], "a table", {} if words[0] == "scale" else fine, 60.0)
+
+    monkeypatch.setattr(everything, "run_part", ran)
+    assert everything.main(["--to", str(tmp_path / "page.md")]) == 1
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("a table") == len(everything.PARTS)
+    assert "| [Watching](#watching) | 2 of 2 | 1.0 |" in page
+    assert "| 1 of 2 | 1.0 |" in page and "**it failed**" in page
+    assert everything.page(everything.sections_of(page)) == page
+
+
+def test_parts_that_are_not_run_anew_stay_as_they_were(tmp_path, monkeypatch):
+    printed = iter(["first", "second", "third"])
+    versions = iter(["1", "2", "3"])
+
+    def run(title, words, quick):
+        told = {"criteria": [{"holds": True}], "environment": {"torch": next(versions), "seeds": [5]}}
+        return everything.Part(title, "it", next(printed), told, 60.0)
+
+    monkeypatch.setattr(everything, "run_part", run)
+    page = tmp_path / "page.md"
+    assert everything.main(["--to", str(page), "--only", "mitigation", "tracking"]) == 0
+    assert everything.main(["--to", str(page), "--only", "tracking"]) == 0
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if line in ("first", "second", "third")] == ["third", "second"]
+    assert [line for line in lines if line.startswith("torch")] == ["torch 3, seeds [5]", "torch 2, seeds [5]"]
+
+
+def test_a_part_is_run_and_what_it_says_kept(monkeypatch):
+    class Ran:
+        stdout, stderr = "table\n", "why"
+
+    def run(command, **options):
+        file = command[-1]
+        if "growth" in command[2]:
+            with open(file, "w") as told:
+                json.dump({"criteria": [{"holds": True}]}, told)
+        return Ran
+
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    part = everything.run_part("Growth", ("growth",), quick=True)
+    assert part.holds and part.printed == "table\n" and part.command == "python -m benchmarks.growth --quick"
+    failed = everything.run_part("Scale", ("scale",), quick=False)
+    assert not failed.holds and failed.printed.endswith("why")
+
+
+def test_memory_that_is_kept_is_not_taken_anew():
+    """64 MiB: so large a piece glibc takes from the system each time."""
+
+    def faults(keep):
+        if keep:
+            keep_freed()
+        for n in range(20):
+            if n == 10:  # by now the heap has room
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.zeros(1 << 24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert told_by_fork(partial(faults, True)) < 0.05 * told_by_fork(partial(faults, False))

@@ -1,0 +1,283 @@
+"""What a run meets in the wild: a clear error at the start or one warning, and training goes on."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.detection.verdicts import Verdict
+from lightning_memsink.ledger import Ledger
+from lightning_memsink.samples.hashing import content_ids
+from tests.support.small_runs import (
+    CONTROLS,
+    TRAIN,
+    Rows,
+    TinyLM,
+    chain,
+    control_loader,
+    fit,
+    noise,
+    train_loader,
+    watch,
+)
+
+
+class Sabotaged(TinyLM):
+    """Its third step has a loss that is no number; the optimizer is spared, as a careful user would."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        return loss * torch.tensor(self.bad) if self.global_step == 2 else loss
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        for parameter in self.parameters():
+            parameter.grad.nan_to_num_(0, 0, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_costs_one_visit(bad):
+    run, _ = fit(watch(), Sabotaged(bad), max_epochs=2)
+    table = Ledger.of(run).losses
+    assert torch.isfinite(table.last_loss).all()
+    assert int(table.exposures.sum()) == 2 * len(TRAIN)
+
+
+def test_a_model_gone_to_nan_is_undecided_not_memorized():
+    class Diverged(TinyLM):
+        def loss(self, batch):
+            return super().loss(batch) * float("nan")
+
+    with pytest.warns(UserWarning, match="0 controls for"):
+        run, _ = fit(watch(), Diverged())
+    counts = Ledger.of(run).flags.counts()
+    assert counts["memorized"] == counts["learned"] == counts["hard"] == 0
+    assert counts["undecided"] > 0.9 * sum(counts.values())  # the first batch had a loss, once: it stays unseen
+
+
+def test_controls_with_infinite_losses_are_left_out():
+    class Odd(TinyLM):
+        def validation_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            return loss if batch_idx else loss * float("inf")
+
+    run, _ = fit(watch(), Odd())
+    assert Ledger.of(run).flags.evaluations[-1].controls in (len(CONTROLS), len(CONTROLS) - 40)
+
+
+def test_empty_and_ragged_batches_pass():
+    """A collate function that pads to the longest of the batch, and one that leaves everything out."""
+
+    def collate(rows):
+        if len(rows) == 16 and int(rows[0]["input_ids"][0]) % 7 == 0:
+            return {"input_ids": torch.zeros(0, 12, dtype=torch.int64)}
+        lengths = [6 + int(row["input_ids"][0]) % 7 for row in rows]
+        width = max(lengths)
+        tokens = torch.stack(
+            [F.pad(row["input_ids"][:n], (0, width - n)) for row, n in zip(rows, lengths, strict=True)]
+        )
+        mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+        return {"input_ids": tokens, "attention_mask": mask.long()}
+
+    class Masked(TinyLM):
+        def loss(self, batch):
+            tokens = batch["input_ids"]
+            if not len(tokens):
+                return self.embed.weight.sum() * 0
+            logits = self.logits(tokens)
+            targets = tokens[:, 2:].masked_fill(batch["attention_mask"][:, 2:] == 0, -100)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    run, _ = fit(
+        watch(),
+        Masked(),
+        train=train_loader(collate_fn=collate),
+        controls=DataLoader(Rows(CONTROLS), 40, collate_fn=collate),
+    )
+    ledger = Ledger.of(run)
+    assert torch.isfinite(ledger.losses.last_loss).all() and len(ledger.losses) > 150
+    assert set(ledger.losses.elements.tolist()) <= set(range(6, 13))
+
+
+def test_a_sequence_without_a_counted_token_has_no_loss_and_no_verdict():
+    class Ignoring(TinyLM):
+        def loss(self, batch):
+            tokens = batch["input_ids"]
+            logits = self.logits(tokens)
+            targets = tokens[:, 2:].masked_fill((tokens == CANARY).all(1, keepdim=True), -100)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    CANARY = TRAIN[-1]
+    run, _ = fit(watch(), Ignoring())
+    ledger = Ledger.of(run)
+    row = ledger.losses.index.find(content_ids({"input_ids": CANARY[None]}))
+    assert Verdict(int(ledger.flags.verdict[row])).reason == "no finite loss"
+    assert int(torch.isnan(ledger.losses.last_loss).sum()) == 1
+
+
+class Keyed(Rows):
+    """Ids of the user's own: the row divided by two, and negative."""
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "sample_id": -(index // 2)}
+
+
+def test_duplicate_and_negative_ids_are_samples_like_any_other():
+    loader = DataLoader(Keyed(TRAIN), 16, shuffle=True)
+    run, _ = fit([LossTracker(), MemorizationDetector()], train=loader, controls=DataLoader(Keyed(CONTROLS), 40))
+    table = Ledger.of(run).losses
+    assert sorted(table.ids.tolist()) == sorted({-(row // 2) for row in range(len(TRAIN))})
+    assert set(table.exposures.tolist()) == {6}
+
+
+def test_missing_ids_are_an_error_at_the_first_batch():
+    with pytest.raises(
+        RuntimeError, match=r"reads batch\['sample_id'\], but the batch is a dict with keys 'input_ids'"
+    ):
+        fit([LossTracker(identity="key"), MemorizationDetector()])
+
+
+def test_an_unknown_identity_is_refused_with_a_hint():
+    with pytest.raises(ValueError, match=r"knows no identity='contents'. Did you mean 'content'\?"):
+        LossTracker(identity="contents")
+
+
+def test_without_a_validation_set_losses_are_kept_and_a_warning_says_what_is_missing():
+    with pytest.warns(UserWarning, match=r"has no controls: this Trainer runs no validation.*Pass held-out data"):
+        run, _ = fit(watch(), controls="none")
+    ledger = Ledger.of(run)
+    assert len(ledger.losses) == 204
+    assert ledger.flags.evaluations == [] and ledger.onset is None
+
+
+@pytest.mark.parametrize("many", [1, 7])
+def test_too_few_controls_support_no_verdict_and_are_counted(many):
+    expected = rf"{many} controls for .* samples.*Fewer than 16 controls support no verdict"
+    with pytest.warns(UserWarning, match=expected):
+        run, _ = fit(watch(), controls=control_loader(CONTROLS[:many]))
+    reasons = {Verdict(code).reason for code in Ledger.of(run).flags.verdict.tolist()}
+    assert reasons == {"too few controls"}
+
+
+def test_controls_of_another_kind_give_no_verdict():
+    """Trained on text with canaries, compared with constant sequences only: nobody has fellows there."""
+    other = torch.arange(32)[:, None].repeat(3, 12)
+    other[:, 0] = torch.arange(96) // 3 % 32
+    run, _ = fit(watch(), controls=control_loader(other), max_epochs=4)
+    flags = Ledger.of(run).flags
+    assert flags.counts()["memorized"] == 0
+    assert flags.counts()["undecided"] > 0.9 * len(flags.verdict)
+
+
+class OneClass(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.layer(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.5)
+
+
+def test_one_class_is_learned_and_nothing_is_memorized():
+    """Inputs that are no tokens, labels all alike: matched on the early loss alone."""
+    inputs = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(inputs, torch.zeros(120, dtype=torch.int64))
+    train, held_out = torch.utils.data.random_split(data, [80, 40], torch.Generator().manual_seed(1))
+    run, _ = fit(
+        [LossTracker(), MemorizationDetector()], OneClass(), max_epochs=5, val_check_interval=1.0,
+        train=DataLoader(train, 8, shuffle=True), controls=DataLoader(held_out, 20),
+    )  # fmt: skip
+    counts = Ledger.of(run).flags.counts()
+    assert counts["memorized"] == 0 and counts["learned"] + counts["hard"] >= 76
+
+
+def test_a_data_set_that_changed_before_a_resume_is_noticed(tmp_path):
+    def crew():
+        keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        return [LossTracker(identity="index"), MemorizationDetector(), keep]
+
+    fit(crew(), max_epochs=1, enable_checkpointing=True)
+    again = {"max_epochs": 2, "ckpt_path": str(tmp_path / "epoch=0.ckpt"), "enable_checkpointing": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*LeafSpec|.*many workers|.*logging interval|.*Checkpoint directory")
+        fit(crew(), **again)
+    with pytest.warns(UserWarning, match=r"The data set changed since the checkpoint: the same sample ids now name"):
+        fit(crew(), **again, train=train_loader(torch.cat([chain(100, seed=7), noise(228, seed=8)])))
+
+
+def test_a_ledger_of_an_older_version_is_refused_at_the_start(tmp_path):
+    path = tmp_path / "old.ckpt"
+    run, _ = fit(watch(), max_epochs=1)
+    run.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"]["LossTracker"]["table"]["schema"] = 0
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"holds a memsink ledger of schema 0; this version reads schema 1"):
+        fit(watch(), max_epochs=2, ckpt_path=str(path))
+
+
+def test_a_loss_that_cannot_be_split_is_said_once_and_training_goes_on():
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad * ctx.saved_tensors[0]
+
+    class Custom(TinyLM):
+        def loss(self, batch):
+            return Fused.apply(self.embed(batch["input_ids"]))
+
+    with pytest.warns(UserWarning) as caught:
+        run, _ = fit(watch(), Custom())
+    said = [str(warning.message) for warning in caught if "Custom.training_step" in str(warning.message)]
+    assert len(said) == 1 and said[0].endswith("End Custom.training_step with `return per_sample(losses, ids)`.")
+    assert run.global_step == 63
+
+
+def test_a_message_that_counts_the_batch_is_said_once_whatever_its_size():
+    """Rows picked by a mask: another number of them in every batch."""
+
+    class Picked(TinyLM):
+        def loss(self, batch):
+            tokens = batch["input_ids"]
+            picked = self.embed(tokens).masked_select((tokens % 3 == 0)[..., None])
+            return F.mse_loss(picked, torch.zeros_like(picked))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([LossTracker(identity="content")], Picked(), controls="none", max_epochs=1)
+    said = [str(warning.message) for warning in caught if "Picked.training_step" in str(warning.message)]
+    assert len(said) == 1 and "mse_loss was computed on" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"controls": [], "control_fraction": 0.1}, r"takes controls=loader or control_fraction=share, not both"),
+        ({"control_fraction": 1.5}, r"share of the training set between 0 and 1, but it is 1.5"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossTracker(**options)

@@ -1,0 +1,178 @@
+"""Asking for texts in whole runs: nothing is disturbed, and what is told is what the model would say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_memsink import memsink
+from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
+from lightning_memsink.extraction.history import Extracted
+from lightning_memsink.extraction.probe import Scheme, ask, logits_of
+from lightning_memsink.ledger import Ledger
+from tests.support.small_runs import CANARIES, LENGTH, VOCABULARY, TinyLM, fit, noise, watch
+
+
+class SmallGPT(TinyLM):
+    """What transformers makes, with dropout: a look must not draw from its random state."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        )  # fmt: skip
+        self.gpt = GPT2LMHeadModel(config)
+
+    def loss(self, batch):
+        return self.gpt(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+TEXTS = {"canaries": CANARIES, "never trained": noise(8, seed=9)}
+
+
+def probe(**options):
+    return ExtractionProbe(**{"texts": TEXTS, "prefix": 4, "n": 10} | options)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return fit([*watch(), probe()], SmallGPT(), max_epochs=6)
+
+
+def test_looking_changes_no_weight(run):
+    plain = fit(watch(), SmallGPT(), max_epochs=6)[1].state_dict()
+    assert all(torch.equal(weight, plain[name]) for name, weight in run[1].state_dict().items())
+
+
+def test_what_is_told_is_what_generate_says(run):
+    trainer, module = run
+    extracted = Ledger.of(trainer).extraction
+    last = extracted.rows[-1]
+    module.eval()
+    for group, tokens in TEXTS.items():
+        said = module.gpt.generate(
+            tokens[:, :4], attention_mask=torch.ones(len(tokens), 4, dtype=torch.int64), do_sample=False,
+            min_new_tokens=LENGTH - 4, max_new_tokens=LENGTH - 4, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        # The last look was before the last steps, when no fewer came than never.
+        assert set(extracted.first[group][(said == tokens).all(1)].tolist()) - {-1} or group == "never trained"
+    assert last["canaries/exact"] == 1
+    assert last["canaries/discoverable"] == 1
+    assert last["never trained/exact"] == last["never trained/discoverable"] == 0
+    assert last["never trained/longest_run"] < 0.5
+    assert extracted.rows[0]["canaries/exact"] == 0
+    assert len(extracted.rows) == len(Ledger.of(trainer).flags.evaluations)
+
+
+def test_curves_and_report_tell_it(tmp_path):
+    callbacks = [*memsink(identity="content", k=4, path=tmp_path / "report.md"), probe()]
+    trainer, _ = fit(callbacks, SmallGPT(), max_epochs=6)
+    row = Ledger.of(trainer).history[-1]
+    assert row["extraction/canaries/exact"] == 1
+    assert row["extraction/never_trained/exact"] == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "## What can be extracted" in report
+    assert "canaries: 4 of 4 come word for word after 4 tokens, the first at step" in report
+    assert "never trained: 0 of 8 come word for word" in report
+
+
+def test_resuming_goes_on_with_what_was_found(tmp_path):
+    whole, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=3)
+    first, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=2)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    expected, found = Ledger.of(whole).extraction, Ledger.of(resumed).extraction
+    assert found.rows == expected.rows
+    assert all(torch.equal(found.first[group], expected.first[group]) for group in TEXTS)
+
+
+def tiny_logits(model):
+    def logits(tokens, mask):
+        seen = model.embed(tokens)
+        after_two = model.mlp(torch.cat([seen[:, :-1], seen[:, 1:]], -1))
+        return F.pad(after_two, (0, 0, 1, 0))
+
+    return logits
+
+
+def test_any_model_can_be_asked_by_saying_how():
+    model = TinyLM()
+    trainer, _ = fit([*watch(), probe(logits=tiny_logits(model))], model, max_epochs=8)
+    assert Ledger.of(trainer).extraction.rows[-1]["canaries/longest_run"] > 0.5
+
+
+def test_a_model_without_logits_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"One causal language model .* found: none\. Say how to get logits"):
+        fit([*watch(), probe()])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"texts": None}, "there is none"),
+        ({"texts": {}}, "there is none"),
+        ({"prefix": LENGTH}, f"the longest has {LENGTH} tokens"),
+        ({"texts": {"one": torch.zeros(5, dtype=torch.int64)}}, r"token ids \[N, T\] of each group, and not {'one'"),
+    ],
+)
+def test_nothing_to_ask_for_is_said_at_the_start(options, words):
+    with pytest.raises(ValueError, match=words):
+        fit([*watch(), probe(**options)], SmallGPT())
+
+
+@pytest.mark.parametrize("options", [{"prefix": 0}, {"n": 0}, {"p": 1.0}, {"temperature": 0.0}, {"top_p": 0.0}])
+def test_what_no_text_can_be_asked_with_is_refused(options):
+    with pytest.raises(ValueError, match=r"not (prefix|temperature)="):
+        probe(**options)
+
+
+def test_a_look_that_fails_does_not_end_the_run():
+    def broken(tokens, mask):
+        raise RuntimeError("no memory left")
+
+    with pytest.warns(match="could not ask the model; training goes on. no memory left"):
+        trainer, _ = fit([*watch(), probe(logits=broken)], SmallGPT(), max_epochs=1)
+    assert not Ledger.of(trainer).extraction.rows
+    assert not trainer.interrupted
+
+
+def test_shorter_texts_are_padded_and_those_without_suffix_are_not_counted():
+    tokens = CANARIES.clone()
+    tokens[0, 4:], tokens[1, 6:] = -1, -1
+    texts = {"canaries": tokens, "short": tokens[:1]}
+
+    def logits(seen, mask):
+        return F.one_hot(seen.roll(-1, 1).clamp(min=0), VOCABULARY) * 20.0
+
+    told = ask(logits, tokens, tokens != -1, Scheme(prefix=4), batch_size=3)
+    assert told.suffix.tolist() == [0, 2, LENGTH - 4, LENGTH - 4]
+    assert told.exact.tolist() == [False, True, True, True]
+    extracted = Extracted(Scheme(prefix=4))
+    extracted.add(1, {name: ask(logits, each, each != -1, Scheme(prefix=4)) for name, each in texts.items()})
+    assert extracted.rows[-1]["canaries/exact"] == 1
+    assert extracted.words()[1] == "short: no text is longer than the prefix of 4 tokens."
+
+
+def test_the_outermost_language_model_is_asked():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = SmallGPT().gpt
+
+    tokens = CANARIES[:, :5]
+    mask = torch.ones_like(tokens)
+    wrapper = Wrapper().eval()
+    assert logits_of(wrapper)(tokens, mask).shape == (4, 5, VOCABULARY)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, GPT2LMHeadModel"):
+        logits_of(nn.ModuleList([Wrapper(), Wrapper()]))
+
+
+def test_the_default_set_takes_it_and_asks_for_what_was_planted():
+    assert [type(each).__name__ for each in memsink(extract=True, prefix=8)][-1] == "ExtractionProbe"
+    with pytest.raises(TypeError, match="prefix"):
+        memsink(prefix=8)

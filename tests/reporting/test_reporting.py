@@ -1,0 +1,155 @@
+"""What curves, figures and the summary say of a made-up ledger."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.callbacks.progress import standing
+from lightning_memsink.callbacks.run_report import write_report
+from lightning_memsink.detection.verdicts import WORDS, Flags
+from lightning_memsink.reporting.provenance import settings_of
+from lightning_memsink.reporting.run_summary import Findings, markdown, summary
+from lightning_memsink.reporting.scalars import top_memorized
+from lightning_memsink.samples.loss_table import LossTable
+from tests.support.made_up import HASHED, ONSET, RUNGS, TOKENS, made_up, told_otherwise
+
+
+def test_a_row_holds_every_finite_number_of_the_evaluation():
+    made = made_up()
+    row, last = made.row([]), made.flags.evaluations[-1]
+    assert {name: row[name] for name in ("step", "gap", "null_low", "null_high", "threshold", "p_floor")} == {
+        "step": 40, "gap": last.gap, "null_low": -0.4, "null_high": 0.4, "threshold": 1.0, "p_floor": 1 / 21,
+    }  # fmt: skip
+    assert [row[f"verdict/{word}"] for word in WORDS] == [1, 19, 0, 3, 1]
+    assert (row["onset_step"], row["onset_step_low"], row["onset_exposures_high"]) == (40, 20, 6)
+    assert row["flagged_fraction"] == 3 / 24
+    first = made_up(evaluations=1).row([])
+    assert not {"onset_step", "gap_memorized"} & set(first), "what is not known is absent, not NaN"
+
+
+def test_a_rung_is_the_mean_of_its_samples_and_a_twin_set_of_its_controls():
+    made = made_up()
+    row = made.row(RUNGS)
+    loss = dict(zip(made.table.ids.tolist(), made.table.last_loss.tolist(), strict=True))
+    for rung, name in zip(RUNGS, ("natural/x2", "natural/x4", "canary/x4"), strict=True):
+        mean = sum(loss[id] for id in rung.ids.tolist()) / 4
+        assert row[f"loss/{name}"] == pytest.approx(mean)
+    assert row["loss/natural/twins"] == pytest.approx(float(made.controls.latest[:4].mean()))
+    assert row["loss/canary/twins"] == pytest.approx(float(made.controls.latest[4:8].mean()))
+    assert (row["share/natural/x2"], row["share/natural/x4"], row["share/canary/x4"]) == (0, 0.75, 0)
+    assert (row["share/natural/twins"], row["share/canary/twins"]) == (0, 0.25), "one control passes the threshold"
+
+
+def test_without_rungs_samples_are_grouped_by_exposures():
+    row = made_up().row([])
+    assert {name for name in row if name.startswith("loss/")} == {
+        "loss/exposures/2-3", "loss/exposures/4-7", "loss/exposures/controls",
+    }  # fmt: skip
+    assert row["share/exposures/4-7"] == 3 / 20
+    assert row["loss/exposures/controls"] == row["control_loss"]
+
+
+def test_samples_that_came_after_the_last_evaluation_change_nothing_but_losses():
+    made = made_up()
+    made.table.record(torch.tensor([77]), torch.tensor([1.0]), torch.tensor([50]), torch.tensor([TOKENS]))
+    assert made.row([])["share/exposures/1"] == 0
+    assert "3 of 24 samples" in summary(made.findings())
+
+
+def test_the_list_of_memorized_samples_starts_with_the_largest_gap():
+    made = made_up(memorized=4)
+    samples = top_memorized(made.table, made.flags, 40, top=3)
+    assert [sample.id for sample in samples] == [HASHED, 6, 5]
+    first = samples[0]
+    assert first.hash == f"{HASHED % 2**64:016x}"
+    assert first.control_loss == pytest.approx(first.loss + first.gap)
+    assert first.bits == pytest.approx(first.gap * TOKENS / math.log(2))
+    assert (first.verdict, first.onset_step, first.exposures) == ("memorized", 40, 4)
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "set in at step 40 (95 % interval 20 to 60), at exposure 4 (3 to 6)",
+        "3 of 24 samples memorized (12 %); 1 unseen, 19 learned, 1 undecided",
+        "Undecided because: 1 no finite loss",
+        "natural x4 (75 %)",
+        "Sample 6: seen 4 times",
+        "false-discovery rate of 5 %",
+        "at least 1.00 nats per token (1.44 bits per token)",
+        "20 controls took part; the smallest p-value they allow is 0.048",
+        "1 of 20 lie that far below their fellows",
+        "0 % of natural, 25 % of canary",
+        "What this does not show",
+    ],
+)
+def test_the_summary_says(words):
+    assert words in summary(made_up().findings())
+
+
+def test_the_summary_of_a_run_that_memorized_nothing():
+    text = summary(made_up(memorized=0).findings())
+    assert "Not in this run: up to step 40 no sample stands as memorized." in text
+    assert "0 of 24 samples memorized (0 %)" in text
+    assert "Memorized most" not in text and "Sample" not in text.split("What this does not show")[0].split("Which")[1]
+
+
+def test_the_summary_without_any_evaluation_says_what_to_pass():
+    text = summary(Findings(LossTable(), Flags(), None, []))
+    assert "judged none" in text and "trainer.fit(model, train_loader, control_loader)" in text
+
+
+def test_the_summary_without_controls_claims_nothing():
+    nothing = {name: math.nan for name in ("gap", "gap_memorized", "null_low", "null_high", "null_sd", "threshold")}
+    text = summary(told_otherwise(made_up(memorized=0), controls=0, tail="none", **nothing))
+    assert "no usable controls" in text and "That can't be said" in text
+    assert "nan" not in text
+
+
+def test_a_fitted_tail_is_called_an_estimate():
+    assert "take p-values as estimates" in summary(told_otherwise(made_up(), tail="normal"))
+
+
+def test_samples_without_tokens_are_not_measured_per_token():
+    made = made_up()
+    made.table.elements.fill_(1)
+    assert "per token" not in summary(made.findings())
+
+
+def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
+    write_report(made_up().findings(), tmp_path / "deep" / "told.md", ["W&B run: somewhere"], {})
+    text = (tmp_path / "deep" / "told.md").read_text()
+    assert "| 6 | 4 |" in text and "W&B run: somewhere" in text
+    files = {file.name for file in (tmp_path / "deep" / "told_files").iterdir()}
+    stems = ("loss_by_rung", "gap_distribution", "verdict_map")
+    assert files == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    assert all(f"(told_files/{stem}.png)" in text for stem in stems)
+
+
+def test_the_report_without_figures_links_none():
+    assert "![" not in markdown(made_up().findings(), None)
+
+
+# The bar --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_says_nothing_until_something_was_measured():
+    assert standing(Flags()) == ""
+    assert standing(made_up().flags) == "memorized 3 · gap 0.20 nats"
+    assert standing(told_otherwise(made_up(), gap=math.nan).flags) == "memorized 3"
+
+
+def test_settings_are_the_arguments_and_nothing_found_in_training():
+    detector = MemorizationDetector(alpha=0.01, k=4)
+    detector.onset = ONSET
+    found = settings_of([detector, LossTracker(), object()])
+    assert found["MemorizationDetector"] == {
+        "alpha": 0.01, "k": 4, "method": "knn", "min_gap": 1.0, "null_sds": 4.0, "consecutive": 2, "reach": 2.0,
+    }  # fmt: skip
+    assert found["LossTracker"]["flush_every"] == 50
