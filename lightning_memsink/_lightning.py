@@ -1,9 +1,16 @@
-"""`lightning.pytorch` and `pytorch_lightning`: the same classes twice, and no instance of one is one of the other."""
+"""What every part of this package needs of Lightning: both of its namespaces, and warnings that come once.
+
+`lightning.pytorch` and `pytorch_lightning` hold the same classes twice, and no instance of one is one of the other.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TypeGuard, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 
 T = TypeVar("T")
 
@@ -12,3 +19,15 @@ def is_a(thing: object, kind: type[T]) -> TypeGuard[T]:
     """``isinstance`` of a class of `lightning.pytorch`, or of its twin if the run has imported that."""
     module = sys.modules.get(kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1))
     return isinstance(thing, (kind, getattr(module, kind.__name__, kind)))
+
+
+def warn_once(seen: WarningCache, message: str, key: str | None = None, category: type[Warning] = UserWarning) -> None:
+    """Warns on rank 0, unless ``seen`` has the ``key`` of this warning.
+
+    By default the key is the message without its digits: a batch of another size or a loss of another value is the
+    same warning. Give a key where a number is part of a name.
+    """
+    key = key or re.sub(r"\d+", "", message)
+    if key not in seen:
+        seen.add(key)
+        rank_zero_warn(message, category=category)

@@ -10,8 +10,8 @@ So callbacks may be listed in any order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from weakref import WeakKeyDictionary, WeakMethod
 
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -19,15 +19,17 @@ from lightning_memsink._lightning import is_a
 from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning.pytorch import Trainer
     from torch import Tensor
 
     from lightning_memsink.detection.verdicts import Flags, Onset
-    from lightning_memsink.extraction.history import Extracted
-    from lightning_memsink.localization.history import Attribution
+    from lightning_memsink.extraction.history import ExtractionHistory
+    from lightning_memsink.localization.history import LocalizationHistory
     from lightning_memsink.localization.sinks import Sinks
     from lightning_memsink.mitigation.certificate import Certificate
-    from lightning_memsink.mitigation.intervention_log import Actions
+    from lightning_memsink.mitigation.intervention_log import InterventionLog
     from lightning_memsink.samples.control_table import ControlTable
     from lightning_memsink.samples.loss_table import LossTable
 
@@ -54,7 +56,7 @@ class Slot(Generic[T]):
             return self
         if self.name not in ledger._facts:
             raise RuntimeError(
-                ledger._elsewhere()
+                ledger._trained_elsewhere()
                 or f"No callback of this Trainer writes `{self.name}`. "
                 f"Add {self.writer}() to Trainer(callbacks=[...]), at any position."
             )
@@ -65,15 +67,15 @@ class Slot(Generic[T]):
 
 
 @dataclass
-class BatchInHand:
-    """The training batch that is passing: known from its start on, until the next begins."""
+class CurrentBatch:
+    """The training batch that is being trained on: known from its start until the next begins."""
 
     ids: Tensor | None = None
-    """``[B]`` int64; None where nobody can tell whose it is."""
+    """``[B]`` int64; None where its samples can't be identified."""
     _searched: tuple[Tensor, LossNodes] | None = None
 
     def loss_nodes(self, loss: Tensor) -> LossNodes:
-        """What `find_loss_nodes` says of ``loss``, before its backward; looked for once, whoever asks."""
+        """What `find_loss_nodes` says of ``loss``, before its backward; searched once for all callers."""
         if self._searched is None or self._searched[0] is not loss:
             self._searched = loss, find_loss_nodes(loss)
         return self._searched[1]
@@ -88,32 +90,53 @@ class Ledger:
 
     losses: Slot[LossTable] = Slot("LossTracker")
     controls: Slot[ControlTable] = Slot("LossTracker")
-    batch: Slot[BatchInHand] = Slot("LossTracker")
+    batch: Slot[CurrentBatch] = Slot("LossTracker")
     flags: Slot[Flags] = Slot("MemorizationDetector")
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
-    attribution: Slot[Attribution] = Slot("SinkLocalizer")
+    attribution: Slot[LocalizationHistory] = Slot("SinkLocalizer")
     sinks: Slot[Sinks | None] = Slot("SinkLocalizer")
-    extraction: Slot[Extracted] = Slot("ExtractionProbe")
+    extraction: Slot[ExtractionHistory] = Slot("ExtractionProbe")
     history: Slot[list[dict[str, float]]] = Slot("LiveCurves")
     certificate: Slot[Certificate | None] = Slot("MemSinks")
 
     def __init__(self) -> None:
         self._facts: dict[str, object] = {}
-        self.actions: dict[str, Actions] = {}
+        self._closing: dict[str, WeakMethod[Callable[[Ledger], None]]] = {}
+        self.interventions: dict[str, InterventionLog] = {}
         """By name of the mitigation, each written by that one and read by logs and reports."""
 
-    def has(self, slot: str) -> bool:
-        """Whether anybody writes a slot that a reader can do without."""
-        return slot in self._facts
+    def get(self, slot: Slot[T]) -> T | None:
+        """The fact of a slot that a reader can do without, ``ledger.get(Ledger.sinks)``; None if nothing writes it."""
+        return self._facts.get(slot.name)  # type: ignore[return-value]
 
-    def samples_in_hand(self, otherwise: int | None) -> int:
-        """B of the training batch that is passing: as many as it has ids. Where nobody knows them ``otherwise``: as
-        many as its first tensor has rows, say, though in a batch of graphs those are the nodes of all."""
-        ids = self.batch.ids if self.has("batch") else None
-        return (otherwise or 0) if ids is None else len(ids)
+    def require(self, *slots: Slot[Any]) -> None:
+        """Raises RuntimeError, naming the callback to add, if nothing writes one of the ``slots``."""
+        for slot in slots:
+            slot.__get__(self, Ledger)
 
-    def _elsewhere(self) -> str | None:
-        """What to say where nothing is known because other processes, which are gone, did the training."""
+    def close_with(self, slot: Slot[Any], close: Callable[[Ledger], None]) -> None:
+        """The writer of a slot that collects during an evaluation names its method that ends the collecting."""
+        self._closing[slot.name] = WeakMethod(close)
+
+    def close(self, slot: Slot[Any]) -> None:
+        """Has the writer end its evaluation before a reader in the same hook reads the slot.
+
+        Lightning promises no order of callbacks within a hook, so the reader may come first. Every process calls this
+        in the same hook, since the writer may gather. A second call changes nothing.
+        """
+        closing = self._closing.get(slot.name)
+        close = None if closing is None else closing()
+        if close is not None:
+            close(self)
+
+    def current_batch_size(self, otherwise: int | None) -> int:
+        """B of the current training batch: its number of ids. Without ids ``otherwise``: the rows of its first tensor,
+        say, though in a batch of graphs those are the nodes of all graphs."""
+        batch = self.get(Ledger.batch)
+        return (otherwise or 0) if batch is None or batch.ids is None else len(batch.ids)
+
+    def _trained_elsewhere(self) -> str | None:
+        """The error message where the ledger is empty because other processes, which have ended, did the training."""
         trainer = next((trainer for trainer, ledger in _LEDGERS.items() if ledger is self), None)
         launcher = None if trainer is None else trainer.strategy.launcher
         if not is_a(launcher, _MultiProcessingLauncher) or not launcher._already_fit:

@@ -58,7 +58,7 @@ LOADERS = {
     "detector over a ledger": lambda path: detect(as_ledger(path)),
     "answers": lambda path: AnswersFile(path, {}),
     "texts": read_texts,
-    "report": reports.read,
+    "report": reports.read_document,
     "model": lambda path: load(as_model(path), None),
     "model of torch": lambda path: load(as_torch_model(path), None),
     "quantized model": lambda path: load(path.rename(path.with_suffix(".gguf")), None),

@@ -22,7 +22,7 @@ from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds
 from benchmarks.common.training import Schedule
 from benchmarks.detection.population import Sizes
 from benchmarks.detection.runs import FAMILIES, NEGATIVE, POSITIVE, Findings, investigate
-from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.matched_controls import DetectionRule
 
 AUROC, ADVANTAGE, TPR, FPR, FDR, EARLY, TWINS = 0.97, 0.05, 0.90, 0.03, 0.05, 0.95, 0.01
 UNLIKE = tuple(kind for kind in FAMILIES if kind != "template")
@@ -40,7 +40,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     sizes = QUICK if options.quick else Sizes()
     settle_down()
     torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
-    found = [investigate(sizes, SCHEDULE, Rule(), seed, options.save) for seed in seeds]
+    found = [investigate(sizes, SCHEDULE, DetectionRule(), seed, options.save) for seed in seeds]
     return report(found, seeds, time.perf_counter() - start).tell(options.json)
 
 

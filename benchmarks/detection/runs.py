@@ -19,7 +19,13 @@ from benchmarks.detection.population import Population, Sizes, populate
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.detection.evaluate import known_controls, samples_of
-from lightning_memsink.detection.matched_controls import Controls, Measurement, Rule, Samples, measure
+from lightning_memsink.detection.matched_controls import (
+    Controls,
+    DetectionRule,
+    Measurement,
+    SampleFeatures,
+    measure_gaps,
+)
 from lightning_memsink.detection.ngram_features import compressed_bits
 from lightning_memsink.examples.corpora import python_docs, tokenized
 from lightning_memsink.ledger import Ledger
@@ -88,7 +94,7 @@ class Verdicts(Callback):
         self.memorized.append(torch.isin(self.rows, ledger.losses.ids[ledger.flags.memorized]))
 
 
-def investigate(sizes: Sizes, schedule: Schedule, rule: Rule, seed: int, save: Path | None = None) -> Findings:
+def investigate(sizes: Sizes, schedule: Schedule, rule: DetectionRule, seed: int, save: Path | None = None) -> Findings:
     """Trains both runs of one seed and holds what was said of the samples against what is true."""
     corpus = tokenized(python_docs(), seed=seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
@@ -117,7 +123,7 @@ def investigate(sizes: Sizes, schedule: Schedule, rule: Rule, seed: int, save: P
         memorization=memorization,
         scores=_all_scores(people, main, texts, nll, after, rule, schedule),
         flagged=verdicts.memorized[-1],
-        flagged_after=measure(*after, rule).flagged,
+        flagged_after=measure_gaps(*after, rule).flagged,
         bereft={kind: _without(kind, people, main.ledger, rule) for kind in FAMILIES},
         twins=_judge_twins(main.ledger, rule),
         flag_at=scores.first_time(torch.stack(verdicts.memorized)),
@@ -145,7 +151,9 @@ def _describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
     tracker.matching.describe(tracker.table, rows, torch.ones_like(rows, dtype=torch.bool), tokens, None)
 
 
-def _measure_after(people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor) -> tuple[Samples, Controls]:
+def _measure_after(
+    people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor
+) -> tuple[SampleFeatures, Controls]:
     """What there is to measure by losses ``[N]`` and ``[M]`` taken after training."""
     rows = ledger.losses.index.find(people.tested)
     last = replace(samples_of(ledger.losses, ledger.controls, rows), losses=losses, weight=torch.ones(len(rows)))
@@ -158,8 +166,8 @@ def _all_scores(
     main: Run,
     texts: Tensor,
     nll: Tensor,
-    after: tuple[Samples, Controls],
-    rule: Rule,
+    after: tuple[SampleFeatures, Controls],
+    rule: DetectionRule,
     schedule: Schedule,
 ) -> dict[str, Tensor]:
     """Every rival is measured by a forward at the end of the run; the detector so, and live."""
@@ -167,9 +175,9 @@ def _all_scores(
     rows = ledger.losses.index.find(people.tested)
     confidence, variability = scores.cartography(main.visit_id, main.visit_probability, len(people.tokens))
     return {
-        "knn gap": measure(*after, rule).gap,
+        "knn gap": measure_gaps(*after, rule).gap,
         "knn gap, live": ledger.flags.gap[rows].float(),
-        "ridge gap": measure(*after, replace(rule, method="ridge")).gap,
+        "ridge gap": measure_gaps(*after, replace(rule, method="ridge")).gap,
         "final loss": scores.final_loss(nll),
         "loss drop": scores.loss_drop(nll, ledger.losses.first_loss[rows]),
         "compressed size": scores.compressed_ratio(nll, compressed_bits(texts, torch.ones_like(texts).bool())),
@@ -181,21 +189,21 @@ def _all_scores(
     }
 
 
-def _measure_again(ids: Tensor, keep: Tensor, ledger: Ledger, rule: Rule) -> Measurement:
+def _measure_again(ids: Tensor, keep: Tensor, ledger: Ledger, rule: DetectionRule) -> Measurement:
     """What the end of the run says of samples ``ids``, by the controls in ``keep`` ``[M]``."""
     rows = ledger.losses.index.find(ids)
     samples = samples_of(ledger.losses, ledger.controls, rows)
-    return measure(samples, known_controls(ledger.controls).only(keep), rule)
+    return measure_gaps(samples, known_controls(ledger.controls).only(keep), rule)
 
 
-def _without(kind: str, people: Population, ledger: Ledger, rule: Rule) -> tuple[Tensor, Measurement]:
+def _without(kind: str, people: Population, ledger: Ledger, rule: DetectionRule) -> tuple[Tensor, Measurement]:
     """Takes a kind's controls away: who has lost them, bool ``[N]``, and a new measurement."""
     gone = people.controls_of(kind)
     losers = torch.tensor([bool(people.controls_of(each)[gone].any()) for each in people.kind])
     return losers, _measure_again(people.tested, ~gone[ledger.controls.ids], ledger, rule)
 
 
-def _judge_twins(ledger: Ledger, rule: Rule) -> Tensor:
+def _judge_twins(ledger: Ledger, rule: DetectionRule) -> Tensor:
     """Each half of the controls as if it were trained on, by the other half."""
     known = known_controls(ledger.controls)
     even = torch.arange(len(known.after)) % 2 == 0
@@ -203,8 +211,10 @@ def _judge_twins(ledger: Ledger, rule: Rule) -> Tensor:
     for half in (even, ~even):
         count = int(half.sum())
         first = torch.zeros(count, dtype=torch.int64)
-        samples = Samples(known.after[half], torch.ones(count), known.features[half], known.early[0, half], first)
-        flagged[half] = measure(samples, known.only(~half), rule).flagged
+        samples = SampleFeatures(
+            known.after[half], torch.ones(count), known.features[half], known.early[0, half], first
+        )
+        flagged[half] = measure_gaps(samples, known.only(~half), rule).flagged
     return flagged
 
 

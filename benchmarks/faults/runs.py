@@ -151,7 +151,11 @@ def train(folder: Path, data: Path, aim: str | None = None) -> None:
         "weights": module.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
     }
-    about = {"moments": dict(watch.seen), "held": mask.actions.total("acted"), "seconds": time.monotonic() - began}
+    about = {
+        "moments": dict(watch.seen),
+        "held": mask.interventions.total("acted"),
+        "seconds": time.monotonic() - began,
+    }
     torch.save({"facts": facts, **about}, folder / "end.part")
     os.replace(folder / "end.part", folder / "end.pt")
 

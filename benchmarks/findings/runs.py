@@ -19,12 +19,12 @@ from lightning_memsink._evaluation import without_trace
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
-from lightning_memsink.extraction.canaries import Rung, plant_canaries
-from lightning_memsink.extraction.probe import Answers, Scheme, ask, logits_of
+from lightning_memsink.extraction.canaries import CanaryGroup, plant_canaries
+from lightning_memsink.extraction.probe import ExtractionResults, ProbeConfig, logits_of, probe
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.localization.history import Spread
+from lightning_memsink.localization.history import EvaluationProfile
 
-SCHEME = Scheme(prefix=16, n=1000, p=0.5)
+SCHEME = ProbeConfig(prefix=16, n=1000, p=0.5)
 GOES_ON, STOPS = "goes on", "stops"
 """What becomes of the repetition in the second half."""
 
@@ -69,7 +69,7 @@ class Run:
     """Kind and repeats by name."""
     looks: list[Look]
     flagged: dict[str, Tensor]
-    spreads: list[Spread]
+    spreads: list[EvaluationProfile]
 
     def at_turn(self) -> Look:
         """The last look of the first half."""
@@ -84,7 +84,7 @@ class Run:
 class Onlooker(Callback):
     """Asks for all planted sequences and their twins at every validation's end."""
 
-    def __init__(self, rungs: tuple[Rung, ...], held_out: Tensor) -> None:
+    def __init__(self, rungs: tuple[CanaryGroup, ...], held_out: Tensor) -> None:
         self.rungs, self.held_out = rungs, held_out
         self.looks: list[Look] = []
 
@@ -99,8 +99,8 @@ class Onlooker(Callback):
         self.looks.append(Look(trainer.global_step, losses, twins, exact, held_out, memorized))
 
     @staticmethod
-    def _ask(module: Any, tokens: Tensor) -> Answers:
-        return ask(logits_of(module), tokens, torch.ones_like(tokens), SCHEME, 128)
+    def _ask(module: Any, tokens: Tensor) -> ExtractionResults:
+        return probe(logits_of(module), tokens, torch.ones_like(tokens), SCHEME, 128)
 
 
 def run(then: str, seed: int, sizes: Sizes) -> Run:

@@ -19,19 +19,19 @@ from lightning_memsink.examples.corpora import apart, python_docs, tokenized, un
 from lightning_memsink.extraction.canaries import plant_canaries
 from lightning_memsink.localization.ablation import ablated
 from lightning_memsink.localization.evaluation import (
-    Blind,
+    AblationTest,
     Curve,
-    Deletion,
     Groups,
     Injection,
+    OwnershipRecovery,
     ablation_curve,
+    evaluate_ablation,
+    evaluate_injection,
+    evaluate_ownership,
     injected,
-    judge_blind,
-    judge_deletion,
-    judge_injection,
-    prefix_stress,
+    perturb_prompts,
 )
-from lightning_memsink.localization.localizers import DEFAULT, METHODS, Samples, Scores, Task
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Batch, Scores, Task
 from lightning_memsink.localization.locate import masks_of, top_units
 from lightning_memsink.mitigation.designed_sinks import Pool, masked
 from lightning_memsink.samples.hashing import content_ids
@@ -109,17 +109,17 @@ class Found:
     recalls: dict[str, list[float]]
     """By method."""
     injections: list[Injection]
-    sets: dict[str, tuple[int, Deletion]]
+    sets: dict[str, tuple[int, AblationTest]]
     """By kind: how many sequences together, and what zeroing their units did."""
-    blind: dict[str, Blind]
+    blind: dict[str, OwnershipRecovery]
     """By method, the slow ones left out: designed sinks, found again."""
 
     def of(self, method: str, *kinds: str) -> list[Attempt]:
         return [each for each in self.attempts if each.method == method and each.kind in (kinds or KINDS)]
 
 
-def batches(tokens: Tensor) -> list[Samples]:
-    return [Samples(part, len(part)) for part in tokens.split(64)] if len(tokens) else []
+def batches(tokens: Tensor) -> list[Batch]:
+    return [Batch(part, len(part)) for part in tokens.split(64)] if len(tokens) else []
 
 
 def learn(sizes: Sizes, seed: int, *callbacks: Callback) -> Subject:
@@ -168,7 +168,10 @@ def investigate(sizes: Sizes, seed: int) -> Found:
     for kind, targets in subject.memorized.items():
         if len(targets) > 1:
             task = subject.task(kind, targets)
-            sets[kind] = len(targets), judge_deletion(task, METHODS[DEFAULT](task), _groups(subject, kind, None), exact)
+            sets[kind] = (
+                len(targets),
+                evaluate_ablation(task, METHODS[DEFAULT](task), _groups(subject, kind, None), exact),
+            )
     return Found(attempts, recalls, injections, sets, _blind(sizes, seed))
 
 
@@ -194,11 +197,11 @@ def _zero(subject: Subject, kind: str, row: int, method: str, scores: Scores, se
     returns = float("nan")
     if method == DEFAULT:
         with ablated(subject.layers, mask):
-            returns = prefix_stress(exact, target, PROMPT, subject.vocab_size).returns
+            returns = perturb_prompts(exact, target, PROMPT, subject.vocab_size).returns
     return Attempt(method, kind, seconds, curve, returns)
 
 
-def _blind(sizes: Sizes, seed: int) -> dict[str, Blind]:
+def _blind(sizes: Sizes, seed: int) -> dict[str, OwnershipRecovery]:
     """Trains once more, each sequence with pool units of its own, and asks for them with the whole pool on."""
     subject = learn(sizes, seed, MemSinks(DESIGN.pool_fraction, DESIGN.active_fraction, certify=0))
     planted = torch.cat(list(subject.planted.values()))
@@ -208,7 +211,7 @@ def _blind(sizes: Sizes, seed: int) -> dict[str, Blind]:
     tasks = [subject.task(kind, row[None]) for kind, rows in subject.planted.items() for row in rows]
     with masked(subject.layers, lambda units: DESIGN.without(ids[:0], units)):
         return {
-            method: judge_blind(localizer, tasks, ownership, pool)
+            method: evaluate_ownership(localizer, tasks, ownership, pool)
             for method, localizer in METHODS.items()
             if method not in SLOW
         }
@@ -234,5 +237,5 @@ def _injections(subject: Subject, sizes: Sizes, seed: int) -> tuple[dict[str, li
                 done.append(injection)
                 for method, localizer in METHODS.items():
                     if row == 0 or method not in SLOW:
-                        recalls[method].append(judge_injection(localizer, task, injection).recall)
+                        recalls[method].append(evaluate_injection(localizer, task, injection).recall)
     return recalls, done

@@ -216,8 +216,8 @@ def tune(folder: Path, name: str, seed: int, sizes: Sizes) -> Tuned:
         epochs=sizes.epochs, every=EVERY,
     )  # fmt: skip
     ledger = Ledger.of(trainer)
-    certificate = ledger.certificate if ledger.has("certificate") else None
-    acted = [one.total("acted") / max(1.0, one.total("visits")) for one in ledger.actions.values()]
+    certificate = ledger.get(Ledger.certificate)
+    acted = [one.total("acted") / max(1.0, one.total("visits")) for one in ledger.interventions.values()]
     return Tuned(
         name, seed, len(REPEATS) * sizes.sentences, tuple(recall.epochs), max(acted, default=float("nan")),
         "" if certificate is None else certificate.verdict, time.perf_counter() - start,

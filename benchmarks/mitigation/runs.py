@@ -278,7 +278,7 @@ def run(experiment: str, name: str, seed: int, sizes: Sizes, like: Mapping[str, 
     crew = [*watching(acting), *acting, *([flagged] if acting else []), counter, examiner]
     controls = Visits(world.controls, torch.arange(len(world.controls))) if acting else None
     trainer = fit(module, Visits(seen.tokens, seen.rows, seed=seed), crew, seed, controls)
-    actions = list(Ledger.of(trainer).actions.values())
+    actions = list(Ledger.of(trainer).interventions.values())
     kinds = {}
     for kind in world.kinds:
         ids = world.ids(kind.name)

@@ -120,7 +120,7 @@ def fit(workload: Workload, seed: int, way: Way, acted: dict[str, float], turn: 
     if way.make is not None:
         callbacks.append(way.make(module))
     trainer = run(module, workload, seed, callbacks, samples=SAMPLES, evaluations=EVALUATIONS, gradient_clip_val=CLIP)
-    for actions in Ledger.of(trainer).actions.values():
+    for actions in Ledger.of(trainer).interventions.values():
         acted[way.name] = actions.total("acted") / max(1.0, actions.total("visits"))
 
 

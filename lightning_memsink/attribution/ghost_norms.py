@@ -61,7 +61,7 @@ class Outer:
 
 
 @dataclass(frozen=True)
-class Rows:
+class EmbeddingRows:
     """The gradient of a ``[V, I]`` table: ``gradients`` ``[B, T, I]`` added to the rows of ``ids`` ``[B, T]``."""
 
     ids: Tensor
@@ -70,8 +70,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tied:
-    """An `Outer` that will meet one `Rows` of known ids, without its large ``left``: its squared ``norm`` ``[B]``, of
-    ``left`` what the table's rows will need, ``picked`` ``[B, S, T]``, and ``right`` ``[B, S, I]``."""
+    """An `Outer` that is paired with one `EmbeddingRows` of known ids, without its large ``left``: its squared ``norm``
+    ``[B]``, the part of ``left`` that the table's rows need, ``picked`` ``[B, S, T]``, and ``right`` ``[B, S, I]``."""
 
     norm: Tensor
     picked: Tensor
@@ -91,14 +91,14 @@ class Convolved:
     how: Convolution
 
 
-Contribution = Dense | Outer | Rows | Tied | Convolved
+Contribution = Dense | Outer | EmbeddingRows | Tied | Convolved
 
 
 def squared_norm(parts: Sequence[Contribution], shape: torch.Size) -> Tensor:
     """``[B]``, of the sum of ``parts``, which are contributions to one parameter of this ``shape``.
 
     Raises:
-        ValueError: a `Tied` is among other parts than its `Rows`.
+        ValueError: a `Tied` is among other parts than its `EmbeddingRows`.
     """
     match parts:
         case [Dense(gradient)]:
@@ -107,12 +107,14 @@ def squared_norm(parts: Sequence[Contribution], shape: torch.Size) -> Tensor:
             return convolution_weight_squared_norm(given, gradient, weight, how)
         case [Tied(norm)]:
             return norm
-        case [Tied(norm, picked, right), Rows(ids, gradients)]:
+        case [Tied(norm, picked, right), EmbeddingRows(ids, gradients)]:
             return norm + rows_squared_norm(ids, gradients) + 2 * _dot_(torch.bmm(right, gradients.mT), picked)
     if all(isinstance(part, Outer) for part in parts):
         return outer_squared_norm(*_joined([(part.left, part.right) for part in parts if isinstance(part, Outer)]))
-    if all(isinstance(part, Rows) for part in parts):
-        return rows_squared_norm(*_joined([(part.ids, part.gradients) for part in parts if isinstance(part, Rows)]))
+    if all(isinstance(part, EmbeddingRows) for part in parts):
+        return rows_squared_norm(
+            *_joined([(part.ids, part.gradients) for part in parts if isinstance(part, EmbeddingRows)])
+        )
     return _square(torch.stack([dense(part, shape) for part in parts]).sum(0))
 
 
@@ -127,7 +129,7 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def samples_of(part: Contribution) -> int:
     """B."""
     match part:
-        case Dense(gradient) | Convolved(_, gradient) | Rows(_, gradient):
+        case Dense(gradient) | Convolved(_, gradient) | EmbeddingRows(_, gradient):
             return len(gradient)
         case Outer(left):
             return len(left)
@@ -148,7 +150,7 @@ def dense(part: Contribution, shape: torch.Size) -> Tensor:
             return gradient
         case Outer(left, right):
             return (left.mT @ right).flatten(1)
-        case Rows(ids, gradients):
+        case EmbeddingRows(ids, gradients):
             table = gradients.new_zeros(len(ids), *shape)
             return table.scatter_add_(1, ids[..., None].expand_as(gradients), gradients).flatten(1)
         case Convolved(given, gradient, weight, how):

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from lightning_memsink.attribution.broadcast_gradients import Broadcasts, picked_rows
 from lightning_memsink.attribution.ghost_norms import Contribution, Outer, Tied, samples_of, squared_norm, tie
-from lightning_memsink.attribution.gradient_rules import FEATURES_FIRST, Rule, rule_of, samples_first, wants_gradient
+from lightning_memsink.attribution.gradient_rules import (
+    FEATURES_FIRST,
+    GradientRule,
+    rule_of,
+    samples_first,
+    wants_gradient,
+)
 from lightning_memsink.attribution.module_hooks import ModuleCalls
 
 
@@ -40,7 +46,7 @@ class GradientNorms:
 
     def __init__(self, model: nn.Module, batch_axis: int = 0) -> None:
         self.batch_axis = batch_axis
-        self._rules: dict[str, Rule] = {}
+        self._rules: dict[str, GradientRule] = {}
         self._modules: dict[str, nn.Module] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._keys: dict[str, dict[str, int]] = {}  # of a module by local name: FSDP2 puts others in their place
@@ -58,7 +64,7 @@ class GradientNorms:
             else:
                 self._modules[name], self._rules[name] = module, rule
         self._broadcasts = Broadcasts(batch_axis)
-        self._calls = ModuleCalls(self._modules, "output", self._meet)
+        self._calls = ModuleCalls(self._modules, "output", self._on_pair)
         self._handles = [
             module.register_forward_pre_hook(self._before(name, module), with_kwargs=True)
             for name, module in self._modules.items()
@@ -175,7 +181,7 @@ class GradientNorms:
 
         return leave
 
-    def _meet(self, name: str, given: Tensor, gradient: Tensor) -> None:
+    def _on_pair(self, name: str, given: Tensor, gradient: Tensor) -> None:
         # A backward within autocast would take these products in half precision.
         if torch.is_autocast_enabled(gradient.device.type):
             with torch.autocast(gradient.device.type, enabled=False):
@@ -234,7 +240,7 @@ def _per_own_loss(norm: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights == 0, 0.0, norm / weights.square())
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | str]]:
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, GradientRule | str]]:
     """Modules that have a trainable parameter themselves, by name, each with its rule or the reason it has none."""
     opaque = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     within = {part for module in opaque for part in module.modules()}

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import TypeIs
 
-from lightning_memsink.attribution.ghost_norms import Contribution, Convolution, Convolved, Dense, Outer, Rows
+from lightning_memsink.attribution.ghost_norms import Contribution, Convolution, Convolved, Dense, EmbeddingRows, Outer
 
 Contributions = dict[str, Contribution]
-Rule = Callable[[nn.Module, Tensor, Tensor], Contributions]
+GradientRule = Callable[[nn.Module, Tensor, Tensor], Contributions]
 """From a module, its input and its output's gradient, samples first, to a contribution for each parameter by name."""
 
 
-def rule_of(module: nn.Module) -> Rule | str:
+def rule_of(module: nn.Module) -> GradientRule | str:
     """How to read the parameters that ``module`` itself has, or why they can't be read."""
     own = {name for name, weight in module._parameters.items() if weight is not None}
     kind = type(module)
@@ -91,7 +91,7 @@ def _embedding(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributi
     padding = cast(nn.Embedding, module).padding_idx
     if padding is not None:  # its row gets none
         gradients = gradients.masked_fill((ids == padding)[..., None], 0.0)
-    return {"weight": Rows(ids, gradients)}
+    return {"weight": EmbeddingRows(ids, gradients)}
 
 
 def _layer_norm(module: nn.Module, given: Tensor, gradient: Tensor) -> Contributions:
@@ -139,7 +139,7 @@ def _convolution(module: nn.Module, given: Tensor, gradient: Tensor) -> Contribu
     )
 
 
-RULES: dict[type[nn.Module], Rule] = {
+RULES: dict[type[nn.Module], GradientRule] = {
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
@@ -149,7 +149,7 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 FEATURES_FIRST = (nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Whose samples come first whatever the model's batch axis."""
-OUTERS: dict[Rule, Callable[[Tensor, Tensor], Outer]] = {_linear: _outer, _transposed_linear: _transposed_outer}
+OUTERS: dict[GradientRule, Callable[[Tensor, Tensor], Outer]] = {_linear: _outer, _transposed_linear: _transposed_outer}
 
 
 def outer_of(module: nn.Module) -> Callable[[Tensor, Tensor], Outer] | None:

@@ -69,7 +69,7 @@ class GradientSketches:
                 self._home[name] = homes.setdefault(id(module._parameters["weight"]), name)
         self._projections: dict[tuple[str, Literal["left", "right"]], Tensor] = {}
         self._sketches: dict[str, Tensor] = {}
-        self._calls = ModuleCalls(self._modules, "output", self._meet)
+        self._calls = ModuleCalls(self._modules, "output", self._on_pair)
 
     @property
     def layers(self) -> list[str]:
@@ -109,7 +109,7 @@ class GradientSketches:
         self._calls.remove()
         self._sketches.clear()
 
-    def _meet(self, name: str, given: Tensor, gradient: Tensor) -> None:
+    def _on_pair(self, name: str, given: Tensor, gradient: Tensor) -> None:
         outer = outer_of(self._modules[name])
         if outer is None:
             return

@@ -32,7 +32,7 @@ class UnitRecorder:
         self._handles = [
             layer.module.register_forward_pre_hook(self._keep(layer), with_kwargs=True) for layer in layers
         ]
-        self._calls = ModuleCalls({layer.name: layer.module for layer in layers}, "input", self._meet)
+        self._calls = ModuleCalls({layer.name: layer.module for layer in layers}, "input", self._on_pair)
 
     def open(self) -> None:
         """From the next forward on; what was recorded and not finished is dropped."""
@@ -85,12 +85,12 @@ class UnitRecorder:
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if self._calls.is_open and given is not None and given.requires_grad and _is_let_go(given, weight):
+            if self._calls.is_open and given is not None and given.requires_grad and _is_detached(given, weight):
                 self._kept.setdefault(layer.name, []).append(given)
 
         return keep
 
-    def _meet(self, name: str, hidden: Tensor, gradient: Tensor) -> None:
+    def _on_pair(self, name: str, hidden: Tensor, gradient: Tensor) -> None:
         layer = self._layers[name]
         spare = layer.unit_axis % hidden.ndim == layer.batch_axis % hidden.ndim
         if spare or hidden.shape[layer.unit_axis] != layer.units:
@@ -111,7 +111,7 @@ def _per_own_loss(effect: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights == 0, 0.0, effect / weights)
 
 
-def _is_let_go(given: Tensor, weight: Tensor) -> bool:
+def _is_detached(given: Tensor, weight: Tensor) -> bool:
     """True if the module's backward does without its input itself."""
     device = given.device.type
     is_copied = torch.is_autocast_enabled(device) and given.dtype != torch.get_autocast_dtype(device)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 MOST_ENTRIES = 1 << 16
 
 
-class Movement:
+class UpdateNorms:
     """Norm of one optimizer step of each block. Of a large tensor every n-th entry stands for the rest.
 
     Looks at the weights only: a copy of at most 65,536 entries of each, for the length of a step. Where weights are

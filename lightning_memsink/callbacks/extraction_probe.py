@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_memsink._evaluation import without_trace
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.strategies import require_support
-from lightning_memsink.extraction.canaries import Rung
-from lightning_memsink.extraction.history import Extracted
-from lightning_memsink.extraction.probe import Answers, Logits, Scheme, ask, logits_of
+from lightning_memsink.extraction.canaries import CanaryGroup
+from lightning_memsink.extraction.history import ExtractionHistory
+from lightning_memsink.extraction.probe import ExtractionResults, Logits, ProbeConfig, logits_of, probe
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.reporting.scalars import HasRungs
 
@@ -52,12 +53,12 @@ class ExtractionProbe(Callback):
         batch_size: int = 64,
         logits: Logits | None = None,
     ) -> None:
-        self.scheme = Scheme(prefix, n, p, temperature, top_k, top_p)
+        self.scheme = ProbeConfig(prefix, n, p, temperature, top_k, top_p)
         self.texts, self.padding, self.batch_size, self.logits = texts, padding, batch_size, logits
-        self.extracted = Extracted(self.scheme)
+        self.extracted = ExtractionHistory(self.scheme)
         self._texts: dict[str, Tensor] = {}
         self._ask: Logits | None = None
-        self._said = False
+        self._warnings = WarningCache()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -88,9 +89,7 @@ class ExtractionProbe(Callback):
                 answers = {group: self._answers(tokens, pl_module.device) for group, tokens in self._texts.items()}
             self.extracted.add(trainer.global_step, answers)
         except Exception as error:  # no look is worth the training
-            if not self._said:
-                self._said = True
-                rank_zero_warn(f"ExtractionProbe could not ask the model; training goes on. {error}")
+            warn_once(self._warnings, f"ExtractionProbe failed on this model; training goes on. {error}", key="failed")
 
     def state_dict(self) -> dict[str, Any]:
         return self.extracted.state_dict()
@@ -98,14 +97,14 @@ class ExtractionProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.extracted.load_state_dict(state_dict)
 
-    def _answers(self, tokens: Tensor, device: torch.device) -> Answers:
+    def _answers(self, tokens: Tensor, device: torch.device) -> ExtractionResults:
         assert self._ask is not None
         mask = torch.ones_like(tokens, dtype=torch.bool) if self.padding is None else tokens != self.padding
-        return ask(self._ask, tokens.to(device), mask.to(device), self.scheme, self.batch_size)
+        return probe(self._ask, tokens.to(device), mask.to(device), self.scheme, self.batch_size)
 
 
 def _planted(source: Any) -> dict[str, Tensor]:
     """Planted sequences by rung, and the twins of each kind."""
-    rungs = [rung for rung in source.rungs() if isinstance(rung, Rung)] if isinstance(source, HasRungs) else []
+    rungs = [rung for rung in source.rungs() if isinstance(rung, CanaryGroup)] if isinstance(source, HasRungs) else []
     texts = {rung.name: rung.sequences for rung in rungs}
     return texts | {f"{rung.kind} never trained": rung.twins for rung in rungs}

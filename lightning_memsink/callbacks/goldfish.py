@@ -14,7 +14,7 @@ from lightning_memsink.losses.per_sample import samples_by_offset
 from lightning_memsink.losses.reweighting import OpenCall, OpenLoss, Unweighable
 from lightning_memsink.losses.saved_tensors import NEGATIVE_LIKELIHOOD, signed
 from lightning_memsink.mitigation.goldfish import dropped
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 
 
 class Goldfish(LossWeighing):
@@ -37,7 +37,9 @@ class Goldfish(LossWeighing):
             raise ValueError(f"context is a number of tokens, at least 1, but it is {context}.")
         super().__init__()
         self.k, self.context, self.seed = k, context, seed
-        self.actions = Actions(f"leaves one in {k} target tokens out of the gradient, by their context", "tokens")
+        self.interventions = InterventionLog(
+            f"leaves one in {k} target tokens out of the gradient, by their context", "tokens"
+        )
         self._counts: tuple[int, Tensor] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -53,7 +55,7 @@ class Goldfish(LossWeighing):
         if self._counts is not None:
             visits, counts = self._counts
             acted, removed = counts.tolist()
-            self.actions.add(visits, int(acted), removed)
+            self.interventions.add(visits, int(acted), removed)
 
     def drop(self, opened: OpenLoss) -> Tensor:
         """Weighs the targets, and returns ``[2]``: samples that lost one, and the share of coefficients dropped."""

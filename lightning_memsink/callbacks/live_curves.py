@@ -7,12 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 
-from lightning_memsink._lightning import is_a
+from lightning_memsink._lightning import is_a, warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.localization.history import Spread
+from lightning_memsink.localization.history import EvaluationProfile
 from lightning_memsink.reporting.localization_summary import series
 from lightning_memsink.reporting.loggers.wandb_run import WandbRun
 from lightning_memsink.reporting.mitigation_summary import action_series, side_by_side
@@ -54,14 +54,14 @@ class LiveCurves(Callback):
         self._runs: dict[int, WandbRun] = {}
         self._config: dict[str, Any] = {}
         self._announced = False
-        self._said: set[str] = set()
+        self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).history = self.history
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
-        _ = ledger.losses, ledger.controls, ledger.flags, ledger.onset  # raises if nobody writes them
+        ledger.require(Ledger.losses, Ledger.controls, Ledger.flags, Ledger.onset)
         rungs = self.rungs
         source = trainer.datamodule  # type: ignore[attr-defined]
         if rungs is None and isinstance(source, HasRungs):
@@ -85,7 +85,7 @@ class LiveCurves(Callback):
             return
         ledger = Ledger.of(trainer)
         row, onset = self.history[-1], ledger.onset
-        certificate = ledger.certificate if ledger.has("certificate") else None
+        certificate = ledger.get(Ledger.certificate)
 
         def end(logger: Logger) -> None:
             run = self._wandb_run(logger)
@@ -93,7 +93,7 @@ class LiveCurves(Callback):
                 run.end(row, onset)
                 if certificate is not None:
                     run.certificate(certificate)
-                if ledger.has("attribution") and ledger.attribution.rows:
+                if ledger.get(Ledger.attribution) is not None and ledger.attribution.rows:
                     run.heat_map(ledger.attribution)
 
         self._tell(trainer, end)
@@ -113,11 +113,12 @@ class LiveCurves(Callback):
         if not flags.evaluations or (self.history and flags.evaluations[-1].step <= self.history[-1]["step"]):
             return
         row = scalars(ledger.losses, ledger.controls, flags, ledger.onset, self._planted)
-        done = action_series(ledger.actions, int(row["step"]))
+        done = action_series(ledger.interventions, int(row["step"]))
         if done:
             row |= done | side_by_side(row)
-        if ledger.has("extraction"):
+        if ledger.get(Ledger.extraction) is not None:
             row |= ledger.extraction.series(int(row["step"]))
+        ledger.close(Ledger.attribution)
         spread = _spread(ledger)
         if spread is not None:
             row |= series(spread)
@@ -125,9 +126,10 @@ class LiveCurves(Callback):
         if not trainer.is_global_zero:
             return
         if self._planted and not rungs_found(ledger.losses, self._planted):
-            self._warn_once(
+            warn_once(
+                self._warnings,
                 "LiveCurves was given rungs, but none of their ids was seen in training. Ids of planted sequences are "
-                "ids of their content: use LossTracker(identity='content')."
+                "ids of their content: use LossTracker(identity='content').",
             )
         step = int(row["step"])
         onset = None if self._announced else ledger.onset
@@ -162,22 +164,17 @@ class LiveCurves(Callback):
             try:
                 message(logger)
             except Exception as error:  # a full disk, a lost network: no logger is worth the training
-                self._warn_once(
+                warn_once(
+                    self._warnings,
                     f"{type(logger).__name__} failed to log what memsink found. Training goes on, and later "
-                    "evaluations try again without saying so.",
-                    f" {type(error).__name__}: {error}",
+                    f"evaluations try again without a warning. {type(error).__name__}: {error}",
+                    key=type(logger).__name__,
                 )
 
-    def _warn_once(self, message: str, detail: str = "") -> None:
-        if message not in self._said:
-            self._said.add(message)
-            rank_zero_warn(message + detail)
 
-
-def _spread(ledger: Ledger) -> Spread | None:
+def _spread(ledger: Ledger) -> EvaluationProfile | None:
     """What the last evaluation found of layers, if anybody localizes."""
-    if not ledger.has("attribution"):
+    if not ledger.get(Ledger.attribution) is not None:
         return None
-    ledger.attribution.settle(ledger.losses, ledger.flags)
     rows = ledger.attribution.rows
     return rows[-1] if rows and rows[-1].step == ledger.flags.evaluations[-1].step else None

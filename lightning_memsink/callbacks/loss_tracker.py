@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict
@@ -10,24 +9,25 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_memsink._distributed import gather, is_first
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.detection.difficulty import Matching
-from lightning_memsink.ledger import BatchInHand, Ledger
+from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.losses.capture import EvaluationCapture, StepCapture, reported_ids
 from lightning_memsink.losses.per_sample import NotCaptured
-from lightning_memsink.samples.content_check import Witnesses
+from lightning_memsink.samples.content_check import ContentCheck
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.visits import Described, Visit, Visits
+from lightning_memsink.samples.visits import DescribedBatch, Visit, Visits
 
 
 class LossTracker(Callback):
@@ -75,14 +75,14 @@ class LossTracker(Callback):
         self.table = LossTable(depth)
         self.controls = ControlTable()
         self.matching = Matching()
-        self.witnesses = Witnesses()
+        self.content_check = ContentCheck()
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
-        self.batch = BatchInHand()
+        self.batch = CurrentBatch()
         self._visits: list[Visit] = []
-        self._current: Described | None = None
+        self._current: DescribedBatch | None = None
         self._step = 0
-        self._said: set[str] = set()
+        self._warnings = WarningCache()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -97,12 +97,13 @@ class LossTracker(Callback):
         Ledger.of(trainer).losses = self.table
         Ledger.of(trainer).controls = self.controls
         Ledger.of(trainer).batch = self.batch
+        Ledger.of(trainer).close_with(Ledger.controls, self._close_evaluation)
         self.controls.expected = self.probe.wanted
 
     # Training -------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._current = self._look_at(batch, "train")
+        self._current = self._identify(batch, "train")
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
         self.batch.ids = None
         if self._current is not None:
@@ -123,7 +124,7 @@ class LossTracker(Callback):
             ids = reported_ids(outputs, ids)
             captured = self.capture.finish(outputs, len(ids))
             if isinstance(captured, NotCaptured):
-                self._say_once(captured.reason)
+                warn_once(self._warnings, captured.reason)
                 losses = torch.full((len(ids),), torch.nan)
             else:
                 self._self_check(captured.explained)
@@ -132,13 +133,13 @@ class LossTracker(Callback):
         if trainer.world_size > 1 or len(self._visits) >= self.flush_every:
             self._flush()
         if self.probe.is_due(trainer.global_step, self.controls.latest_step):
-            self._look_at_controls(trainer, pl_module)
+            self._evaluate_controls(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sample_ids.clear("train")
         self._flush()
         if self.probe.wanted and self.controls.latest_step < trainer.global_step:
-            self._look_at_controls(trainer, pl_module)
+            self._evaluate_controls(trainer, pl_module)
 
     # Controls -------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class LossTracker(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         counts = self._validation_counts(trainer) or trainer.sanity_checking
-        self._current = self._look_at(batch, "validate") if counts else None
+        self._current = self._identify(batch, "validate") if counts else None
         if self._current is not None and not trainer.sanity_checking:
             self.control_capture.begin()
 
@@ -171,7 +172,7 @@ class LossTracker(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sample_ids.clear("validate")
         if self._validation_counts(trainer):
-            self._settle()
+            self._close_evaluation(Ledger.of(trainer))
 
     # The end --------------------------------------------------------------------------------------------------
 
@@ -179,10 +180,10 @@ class LossTracker(Callback):
         self._flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
@@ -191,7 +192,7 @@ class LossTracker(Callback):
             "visits": [asdict(visit) for visit in self._visits],
             "controls": self.controls.state_dict(),
             "counts": self.matching.counts.state_dict(),
-            "witnesses": self.witnesses.state_dict(),
+            "witnesses": self.content_check.state_dict(),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -205,39 +206,43 @@ class LossTracker(Callback):
             self._visits = [*map(Visit.restored, waiting)]
             self.controls.load_state_dict(state_dict["controls"])
             self.matching.counts.load_state_dict(state_dict["counts"])
-            self.witnesses.load_state_dict(state_dict["witnesses"])
+            self.content_check.load_state_dict(state_dict["witnesses"])
 
     # Ours alone -----------------------------------------------------------------------------------------------
 
-    def _look_at(self, batch: Any, stage: Literal["train", "validate"]) -> Described | None:
+    def _identify(self, batch: Any, stage: Literal["train", "validate"]) -> DescribedBatch | None:
         """None if nobody can tell whose the batch is."""
         ids = self.sample_ids.take(batch, stage)
         if ids is None or not len(ids):
             return None
-        return Described.of(batch, ids, self.features)
+        return DescribedBatch.of(batch, ids, self.features)
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the validation loop that runs now shows controls."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.wanted
 
-    def _add_controls(self, found: Described | None, outputs: Any) -> None:
+    def _add_controls(self, found: DescribedBatch | None, outputs: Any) -> None:
         if found is None:
             return
         ids, tokens, features = found
         ids = reported_ids(outputs, ids)
         captured = self.control_capture.finish(outputs, len(ids))
         if isinstance(captured, NotCaptured):
-            self._say_once(captured.reason)
+            warn_once(self._warnings, captured.reason)
         else:
             losses = captured.losses.detach().float().cpu()
             self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features))
 
-    def _settle(self) -> None:
-        self.controls.settle()
+    def _close_evaluation(self, ledger: Ledger) -> None:
+        """Gathers this evaluation's controls. Processes wait for one another here only: they may have had different
+        numbers of batches. A second call does nothing."""
+        if not self.controls.is_open:
+            return
+        self.controls.close_evaluation(gather(self.controls.collected))
         if self.table.reference_step is None and len(self.controls):
             self.table.reference_step = self.controls.latest_step
 
-    def _look_at_controls(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _evaluate_controls(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An evaluation of our own, of held-out samples that are no validation set."""
         self._flush()
         self.controls.begin(trainer.global_step)
@@ -246,16 +251,17 @@ class LossTracker(Callback):
                 for batch, rows, outputs in looks:
                     ids = self.sample_ids.of(batch, rows)
                     if ids is not None and len(ids):
-                        self._add_controls(Described.of(batch, ids, self.features), outputs)
+                        self._add_controls(DescribedBatch.of(batch, ids, self.features), outputs)
         except Exception as error:  # nothing we look at is worth the run
             self.control_capture.abandon()
             self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
-            self._say_once(
+            warn_once(
+                self._warnings,
                 f"LossTracker could not look at its controls ({type(error).__name__}: {error}). Training goes on, and "
                 "samples are judged by the evaluation before, if there was one. The controls' batches must be such as "
-                "training_step takes."
+                "training_step takes.",
             )
-        self._settle()
+        self._close_evaluation(Ledger.of(trainer))
 
     def _flush(self) -> None:
         """Reduce, then record: what all processes saw enters the table in the order of steps, then ranks."""
@@ -270,25 +276,20 @@ class LossTracker(Callback):
         known = len(self.table)
         rows = self.table.record(ids, losses, steps, elements)
         if tokens is not None:
-            self._say_once(self.witnesses.look(ids, tokens))
+            changed = self.content_check.check(ids, tokens)
+            if changed is not None:
+                warn_once(self._warnings, changed)
         self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
 
     def _self_check(self, explained: float | None) -> None:
         if explained is not None and abs(explained - 1) > 0.01:
-            self._say_once(
+            warn_once(
+                self._warnings,
                 f"The loss calls seen in training_step explain {explained:.0%} of the loss; the rest (a penalty on "
-                "the weights, say) belongs to no sample and is left out of per-sample losses."
+                "the weights, say) belongs to no sample and is left out of per-sample losses.",
             )
 
-    def _say_once(self, message: str | None) -> None:
-        if message is None:
-            return
-        kind = re.sub(r"\d+", "", message)  # a batch of another size is no news
-        if kind not in self._said:
-            self._said.add(kind)
-            rank_zero_warn(message)
-
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         self.sample_ids.detach()
         self.probe.detach()
         self.capture.abandon()

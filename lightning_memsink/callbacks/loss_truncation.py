@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_memsink._distributed import gather
 from lightning_memsink.callbacks.mitigation import LossWeighing
 from lightning_memsink.losses.reweighting import OpenLoss
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 
 
 class LossTruncation(LossWeighing):
@@ -28,7 +28,9 @@ class LossTruncation(LossWeighing):
             raise ValueError(f"window is a number of losses, at least 2, but it is {window}.")
         super().__init__()
         self.fraction, self.window = fraction, window
-        self.actions = Actions(f"leaves out the {fraction:.0%} of samples with the highest losses", "gradient")
+        self.interventions = InterventionLog(
+            f"leaves out the {fraction:.0%} of samples with the highest losses", "gradient"
+        )
         self.recent = torch.zeros(0)
         """The last losses, up to ``window``, oldest first."""
         self._found: tuple[Tensor, Tensor, float] | None = None  # losses, out, removed
@@ -50,7 +52,7 @@ class LossTruncation(LossWeighing):
     ) -> None:
         if self._found is not None:
             losses, out, removed = self._found
-            self.actions.add(len(losses), int(out.sum()), removed)
+            self.interventions.add(len(losses), int(out.sum()), removed)
         # One threshold for all processes, of what all of them saw.
         seen = torch.cat([self.recent, *gather(torch.zeros(0) if self._found is None else self._found[0])])
         self.recent = seen[torch.isfinite(seen)][-self.window :]

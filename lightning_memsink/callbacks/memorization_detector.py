@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
-from lightning_memsink.detection.evaluate import judge
-from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.evaluate import evaluate
+from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.onset import estimate_onset
 from lightning_memsink.detection.statistics import controls_for
 from lightning_memsink.detection.verdicts import Flags, Onset
@@ -45,7 +45,7 @@ class MemorizationDetector(Callback):
         consecutive: int = 2,
         reach: float = 2.0,
     ) -> None:
-        self.rule = Rule(alpha, k, method, min_gap, null_sds, reach)
+        self.rule = DetectionRule(alpha, k, method, min_gap, null_sds, reach)
         if consecutive < 1:
             raise ValueError(f"consecutive is a number of evaluations, at least 1, but it is {consecutive}.")
         self.consecutive = consecutive
@@ -61,7 +61,7 @@ class MemorizationDetector(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.onset = self.onset  # once more: FSDP2 restores after it was published
-        _ = ledger.losses, ledger.controls  # raises if nobody writes them
+        ledger.require(Ledger.losses, Ledger.controls)
         if len(self.flags.verdict) > len(ledger.losses):
             raise ValueError(
                 f"MemorizationDetector resumes with verdicts on {len(self.flags.verdict)} samples, but LossTracker "
@@ -85,7 +85,7 @@ class MemorizationDetector(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            Ledger.of(trainer).controls.settle()
+            Ledger.of(trainer).close(Ledger.controls)
             self._judge(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -103,7 +103,7 @@ class MemorizationDetector(Callback):
         if ledger.controls.latest_step <= judged:
             return
         with interrupts_deferred():
-            evaluation = judge(
+            evaluation = evaluate(
                 ledger.losses, ledger.controls, self.flags, self.rule, self.consecutive, trainer.current_epoch
             )
             self.flags.evaluations.append(evaluation)

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink._distributed import gather
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.callbacks.mitigation import Mitigation
-from lightning_memsink.callbacks.runtime.certificate_losses import Bench, copied
+from lightning_memsink.callbacks.runtime.certificate_losses import MaskedLosses, copied
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
-from lightning_memsink.ledger import BatchInHand, Ledger
+from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.losses.capture import StepCapture
 from lightning_memsink.mitigation.certificate import Certificate, certify
-from lightning_memsink.mitigation.certificate_samples import MostExposed, Seen, joined, twins_of
+from lightning_memsink.mitigation.certificate_samples import KeptBatch, MostExposed, joined, twins_of
 from lightning_memsink.mitigation.designed_sinks import Pool, apply_mask, attach, gives_way, plan
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.samples.tokens import tokens_of
 
 COLLAPSES = 0.9
@@ -72,13 +74,13 @@ class MemSinks(Mitigation):
         if certify < 0:
             raise ValueError(f"certify is a number of samples, 0 for none, but it is {certify}.")
         self.modules, self.key = modules, key
-        self.actions = Actions("ties a pool of units to each sample and drops it in evaluation", "units")
+        self.interventions = InterventionLog("ties a pool of units to each sample and drops it in evaluation", "units")
         self.certificate: Certificate | None = None
         self.layers: list[HiddenLayer] = []
         self.most_exposed = MostExposed(certify)
         self._capture = StepCapture()  # of the first step, which tells how losses are laid out
         self._module: LightningModule | None = None
-        self._batch = BatchInHand()
+        self._batch = CurrentBatch()
         self._in_hand: Any = None  # the training batch, within its step, and as it was at the start of it
         self._as_it_was: Any = None
         self._keyed: Tensor | None = None  # the ids that it holds under our key
@@ -86,7 +88,7 @@ class MemSinks(Mitigation):
         self._own: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}  # masks of this batch
         self._handles: list[RemovableHandle] = []
         self._misfits: set[str] = set()  # layers whose rows were seen not to be samples
-        self._said: set[str] = set()
+        self._warnings = WarningCache()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -112,13 +114,15 @@ class MemSinks(Mitigation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.certificate = self.certificate  # once more: FSDP2 restores after it was published
-        self._batch, _ = ledger.batch, ledger.losses  # raises if nobody writes them
+        ledger.require(Ledger.batch, Ledger.losses)
+        self._batch = ledger.batch
         if self.most_exposed.samples and not pl_module.automatic_optimization:
             rank_zero_info(
                 "MemSinks gives no certificate under manual optimization: calling training_step again would train."
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._own.clear()
         self._in_hand, self._as_it_was, self._keyed = batch, copied(batch), None
         self._within_step, self._has_kept = True, False
@@ -135,12 +139,12 @@ class MemSinks(Mitigation):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        visits = Ledger.of(trainer).samples_in_hand(0)
+        visits = Ledger.of(trainer).current_batch_size(0)
         units = sum(layer.units for layer in self.layers)
         off = sum(self.pool.size(layer.units) for layer in self.layers)
         if self._owners() is not None:
             off -= sum(self.pool.active(layer.units) for layer in self.layers)
-        self.actions.add(visits, visits, off / units)
+        self.interventions.add(visits, visits, off / units)
         if self._capturing:
             self._capturing = False
             self._capture.finish(outputs, visits)
@@ -193,18 +197,19 @@ class MemSinks(Mitigation):
         if self._within_step and self._module is not None and self._module.training:
             owners = self._owners()
             if owners is None:
-                self._say_once(self._nobodys())
+                warn_once(self._warnings, self._nobodys())
             else:
                 tokens = self._tokens() if hidden.ndim == 2 else None
                 changed = apply_mask(hidden, self._own_units(owners, layer.units, hidden), layer, tokens)
                 if changed is not None:
                     return changed
                 self._misfits.add(layer.name)
-                self._say_once(
+                warn_once(
+                    self._warnings,
                     f"{layer.name} reads {list(hidden.shape)} where the batch has samples {list(owners.shape)}, so "
                     "nobody can tell which row is whose. MemSinks drops the pool there, as in evaluation; leave the "
                     "layer out by naming others: modules=[...].",
-                    about=layer.name,
+                    key=layer.name,
                 )
         dropped = apply_mask(hidden, self.pool.dropped(layer.units), layer)
         assert dropped is not None  # a module reads as many units as it has
@@ -247,7 +252,7 @@ class MemSinks(Mitigation):
         if ids is None or owners is None or not len(ids):
             return
         # Here, where nobody writes losses: the order of callbacks must not decide what is kept.
-        self.most_exposed.see(Seen(self._as_it_was, ids, owners, ledger.losses.exposures_of(ids) + 1))
+        self.most_exposed.see(KeptBatch(self._as_it_was, ids, owners, ledger.losses.exposures_of(ids) + 1))
 
     def _certify(self, trainer: Trainer, pl_module: LightningModule) -> Certificate | None:
         mine, ledger, batches = None, Ledger.of(trainer), self.most_exposed.batches
@@ -255,11 +260,11 @@ class MemSinks(Mitigation):
         batches = batches[: min(gather(len(batches)))]
         try:
             if batches:
-                bench = Bench(trainer, pl_module, self._capture)
+                bench = MaskedLosses(trainer, pl_module, self._capture)
                 fitting = [layer for layer in self.layers if layer.name not in self._misfits]
                 mine = bench.losses(batches, self.pool, fitting)
         except Exception as error:  # nothing we look at is worth the run
-            self._say_once(f"MemSinks has no certificate. {type(error).__name__}: {error}")
+            warn_once(self._warnings, f"MemSinks has no certificate. {type(error).__name__}: {error}")
         found = joined(gather(mine))
         if found is None:
             rank_zero_info("MemSinks has no certificate: it takes samples that were seen twice or more.")
@@ -270,7 +275,7 @@ class MemSinks(Mitigation):
         rank_zero_info(certificate.words())
         return certificate
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -279,8 +284,3 @@ class MemSinks(Mitigation):
         self._capture.abandon()
         self._module = self._in_hand = self._as_it_was = self._keyed = None
         self._within_step = self._capturing = False
-
-    def _say_once(self, message: str, about: str | None = None) -> None:
-        if (about or message) not in self._said:
-            self._said.add(about or message)
-            rank_zero_warn(message)

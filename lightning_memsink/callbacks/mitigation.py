@@ -6,51 +6,62 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import Reads, require_support
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.capture import UNREADABLE
 from lightning_memsink.losses.reweighting import OpenLoss
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.samples.batch import batch_size
 
 
 class Mitigation(Callback, ABC):
     """Refuses at the start what it can't act under, publishes and saves what it did, and lets go of the model however
-    training ends. ``actions`` is made in ``__init__``."""
+    training ends. ``interventions`` is made in ``__init__``."""
 
     reads: ClassVar[Reads] = "losses"
-    actions: Actions
+    interventions: InterventionLog
 
     @abstractmethod
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         """Hooks and whatever else holds the model or a batch."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_support(trainer.strategy, type(self).__name__, self.reads)
-        self._let_go()
+        self._detach()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).actions[type(self).__name__] = self.actions
+        Ledger.of(trainer).interventions[type(self).__name__] = self.interventions
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.interventions.close_evaluation(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Controls that are no validation set were evaluated since the batch before.
+        controls = Ledger.of(trainer).get(Ledger.controls)
+        if controls is not None and controls.latest_step > self.interventions.latest_step:
+            self.interventions.close_evaluation(controls.latest_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.actions.settle(trainer.global_step)
+        self.interventions.close_evaluation(trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"actions": self.actions.state_dict()}
+        return {"actions": self.interventions.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.actions.load_state_dict(state_dict["actions"])
+        self.interventions.load_state_dict(state_dict["actions"])
 
 
 class LossWeighing(Mitigation):
@@ -59,7 +70,7 @@ class LossWeighing(Mitigation):
     def __init__(self) -> None:
         self._size: int | None = None
         self._open: OpenLoss | None = None
-        self._said: set[str] = set()
+        self._warnings = WarningCache()
 
     @abstractmethod
     def _weigh(self, opened: OpenLoss) -> None:
@@ -67,9 +78,10 @@ class LossWeighing(Mitigation):
 
     def _samples(self, ledger: Ledger) -> int:
         """Of the batch in hand; where there are none, the step is left as it is."""
-        return ledger.samples_in_hand(self._size)
+        return ledger.current_batch_size(self._size)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._size = batch_size(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -78,22 +90,22 @@ class LossWeighing(Mitigation):
         if not size:
             return
         try:
-            nodes = ledger.batch.loss_nodes(loss) if ledger.has("batch") else None
+            batch = ledger.get(Ledger.batch)
+            nodes = None if batch is None else batch.loss_nodes(loss)
             self._open = OpenLoss(loss, size, loss_scale(trainer), nodes)
             self._weigh(self._open)
         except UNREADABLE as error:
-            self._say_once("every sample of such a step", str(error))
+            self._warn("every sample of such a step", str(error))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         self._close()
 
-    def _say_once(self, whom: str, why: str) -> None:
-        if whom not in self._said:
-            self._said.add(whom)
-            rank_zero_warn(f"{type(self).__name__} leaves {whom} alone: {why}.")
+    def _warn(self, samples: str, reason: str) -> None:
+        """Once for each group of ``samples`` that is left alone."""
+        warn_once(self._warnings, f"{type(self).__name__} leaves {samples} alone: {reason}.", key=samples)
 
     def _close(self) -> None:
         if self._open is not None:

@@ -17,7 +17,7 @@ from lightning_memsink.reporting.html_page import write
 from lightning_memsink.reporting.loggers.wandb import how_to_open, keep_files
 from lightning_memsink.reporting.parquet import write_ledger
 from lightning_memsink.reporting.provenance import settings_of, versions
-from lightning_memsink.reporting.run_document import document_of
+from lightning_memsink.reporting.run_document import run_document
 from lightning_memsink.reporting.run_summary import Findings, markdown, summary
 
 if TYPE_CHECKING:
@@ -38,25 +38,25 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
-        _ = ledger.losses, ledger.controls, ledger.flags, ledger.onset, ledger.history  # raises if nobody writes them
+        ledger.require(Ledger.losses, Ledger.controls, Ledger.flags, Ledger.onset, Ledger.history)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not in on_fit_end: there the last row of the history is written.
         if stage != "fit" or not trainer.is_global_zero:
             return
         ledger = Ledger.of(trainer)
-        if not ledger.has("losses"):  # the Tuner leaves a fit before it starts, as if it had succeeded
+        if not ledger.get(Ledger.losses) is not None:  # the Tuner leaves a fit before it starts, as if it had succeeded
             return
-        attribution = ledger.attribution if ledger.has("attribution") else None
-        certificate = ledger.certificate if ledger.has("certificate") else None
-        extraction = ledger.extraction if ledger.has("extraction") else None
+        attribution = ledger.get(Ledger.attribution)
+        certificate = ledger.get(Ledger.certificate)
+        extraction = ledger.get(Ledger.extraction)
         findings = Findings(
             ledger.losses,
             ledger.flags,
             ledger.onset,
             ledger.history,
             attribution,
-            ledger.actions,
+            ledger.interventions,
             certificate,
             extraction,
         )
@@ -68,7 +68,7 @@ class RunReport(Callback):
                 beside = _beside(self.path)
                 write_ledger(beside / "ledger", ledger.losses, ledger.controls, ledger.flags)
                 written += f"\nLedger: {beside / 'ledger'} (Parquet)"
-                if ledger.has("sinks") and ledger.sinks is not None:
+                if ledger.get(Ledger.sinks) is not None and ledger.sinks is not None:
                     ledger.sinks.save(beside / "sinks.safetensors")
                     written += f"\nUnits: {beside / 'sinks.safetensors'} (lightning_memsink.Sinks.load)"
                 opening = [*opening, written]
@@ -93,7 +93,7 @@ def write_report(findings: Findings, path: Path, opening: list[str], settings: M
         pictures = save_all(drawn, figures)
     with written_whole(path) as unfinished:
         unfinished.write_text(markdown(findings, figures.name if drawn else None, opening), encoding="utf-8")
-    document = document_of(findings, settings, versions(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    document = run_document(findings, settings, versions(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
     _, page = write(document, pictures, path.parent, path.stem)
     return f"Report: {page} (for a browser), {path}"
 
@@ -119,7 +119,7 @@ def _draw(findings: Findings) -> dict[str, Figure]:
         "gap_distribution": gap_distribution(gaps[gaps.isfinite()], flags.null_gaps.float(), threshold, unit),
         "verdict_map": verdict_map(table.early_loss[:known].float(), gaps, flags.verdict, threshold, unit),
     }
-    if findings.actions:
+    if findings.interventions:
         from lightning_memsink.reporting.mitigation_figure import acting
 
         drawn["mitigation"] = acting(findings.history, unit)

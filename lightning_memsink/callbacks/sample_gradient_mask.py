@@ -19,8 +19,8 @@ from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.gradient_routing import reserved_units, routing_hook
-from lightning_memsink.mitigation.hold import Reference, held
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.hold import Reference, over_set_point
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 
@@ -97,7 +97,7 @@ class SampleGradientMask(LossWeighing):
             "attenuate": f"counts the gradient of samples by {weight:g} from the moment they are flagged",
             "route": f"leads the gradient of flagged samples to {reserved:.0%} of the hidden units",
         }
-        self.actions = Actions(what[mode], "gradient")
+        self.interventions = InterventionLog(what[mode], "gradient")
         self.latched = torch.zeros(0, dtype=torch.int64)
         """Sorted ids of samples that were ever flagged: left out, their loss rises and the flag goes."""
         self._judged = -1
@@ -119,14 +119,14 @@ class SampleGradientMask(LossWeighing):
             return
         for layer in find_hidden_layers(pl_module, self.modules):
             units = reserved_units(layer, self.reserved)
-            hook = routing_hook(layer, units, self._to_route, lambda why: self._say_once("some layers", why))
+            hook = routing_hook(layer, units, self._to_route, lambda why: self._warn("some layers", why))
             # First of all hooks: whoever records the hidden layer sees the same in any order of callbacks.
             handle = layer.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             self._handles.append(handle)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
-        _ = ledger.batch, ledger.losses, ledger.controls if self.mode == "hold" else ledger.flags
+        ledger.require(Ledger.batch, Ledger.losses, Ledger.controls if self.mode == "hold" else Ledger.flags)
         if not trainer.enable_validation and not ledger.controls.expected:
             rank_zero_warn(
                 f"SampleGradientMask(mode={self.mode!r}) has no controls: this Trainer runs no validation. Every "
@@ -134,6 +134,7 @@ class SampleGradientMask(LossWeighing):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._ledger, self._decision = Ledger.of(trainer), None
         if self._backwards:
             self._backwards_before = self._backwards
@@ -151,11 +152,11 @@ class SampleGradientMask(LossWeighing):
         ids, found = Ledger.of(trainer).batch.ids, self._decision
         if self.mode == "route" and ids is not None and len(ids):
             routed = int(_among(ids, self.latched).sum())
-            self.actions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
+            self.interventions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
         elif found is not None:
             acted, removed = found.acted()
             more = {"unmatched": found.unmatched, "unknown": found.unknown} if self.mode == "hold" else {}
-            self.actions.add(len(found.weights), acted, removed, **more)
+            self.interventions.add(len(found.weights), acted, removed, **more)
         self._ledger = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class SampleGradientMask(LossWeighing):
 
     def _samples(self, ledger: Ledger) -> int:
         """None whose gradient is led where it belongs; none without ids, for nobody could tell who is memorized."""
-        return 0 if self.mode == "route" else ledger.samples_in_hand(0)
+        return 0 if self.mode == "route" else ledger.current_batch_size(0)
 
     def _weigh(self, opened: OpenLoss) -> None:
         ledger = self._ledger
@@ -206,7 +207,7 @@ class SampleGradientMask(LossWeighing):
         self._unmatched += unmatched
         # Where a step has several backwards, each shows a part of the loss: the ledger has the whole of the last visit.
         losses = opened.losses() if self._backwards_before == 1 else table.last_loss[rows.clamp(min=0)]
-        now = held(losses, expected.to(losses.device), matched.to(losses.device), self.at)
+        now = over_set_point(losses, expected.to(losses.device), matched.to(losses.device), self.at)
         return _Decision(torch.where(now, 0.0, 1.0), opened.shares(), unmatched, unknown)
 
     def _reference_of(self, ledger: Ledger) -> Reference | None:
@@ -215,7 +216,7 @@ class SampleGradientMask(LossWeighing):
         evaluation = (controls.latest_step, len(controls))
         if evaluation != self._reference[0]:
             if 2 * self._unmatched > self._known:
-                self._say_once(
+                self._warn(
                     "samples without a matched control",
                     f"{self._unmatched} of {self._known} visits since the evaluation before. Draw the validation set "
                     "as the training set is drawn, or split it off, LossTracker(control_fraction=0.05)",
@@ -225,7 +226,7 @@ class SampleGradientMask(LossWeighing):
                 self._reference = (evaluation, Reference.of(controls.features, controls.latest, self.k))
             except ValueError as error:
                 self._reference = (evaluation, None)
-                self._say_once("every sample", str(error))
+                self._warn("every sample", str(error))
         return self._reference[1]
 
     def _latch(self, ledger: Ledger) -> None:
@@ -244,8 +245,8 @@ class SampleGradientMask(LossWeighing):
         flagged = _among(ids, self.latched)
         return flagged if bool(flagged.any()) else None
 
-    def _let_go(self) -> None:
-        super()._let_go()
+    def _detach(self) -> None:
+        super()._detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

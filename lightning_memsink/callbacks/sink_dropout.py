@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
 from lightning_memsink.localization.sinks import Sinks
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.unit_dropout import draw, rows_of, switched_off
 from lightning_memsink.samples.batch import batch_size
 
@@ -59,12 +60,14 @@ class SinkDropout(Mitigation):
         self.p, self.who, self.modules, self.seed = p, who, modules, seed
         self.given = None if sinks is None else given_sinks(sinks)
         whom = "samples that stand as memorized" if who == "flagged" else "every sample"
-        self.actions = Actions(f"drops the localized units for {whom}, each with probability {p:g}", "units")
+        self.interventions = InterventionLog(
+            f"drops the localized units for {whom}, each with probability {p:g}", "units"
+        )
         self.layers: list[HiddenLayer] = []
         self._handles: list[RemovableHandle] = []
         self._ledger = Ledger()
         self._now: _Batch | None = None
-        self._said: set[str] = set()
+        self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -79,9 +82,9 @@ class SinkDropout(Mitigation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         if self.who == "flagged":
-            _ = ledger.batch, ledger.losses, ledger.flags  # raises if nobody writes them
+            ledger.require(Ledger.batch, Ledger.losses, Ledger.flags)
         if self.given is None:
-            _ = ledger.sinks
+            ledger.require(Ledger.sinks)
             missed = [name for name in ledger.attribution.units if name not in {layer.name for layer in self.layers}]
             if missed:
                 raise ValueError(
@@ -89,6 +92,7 @@ class SinkDropout(Mitigation):
                 )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._ledger = Ledger.of(trainer)
         key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         self._now = _Batch(key, batch_size(batch) or 0, self.given or self._ledger.sinks)
@@ -101,7 +105,7 @@ class SinkDropout(Mitigation):
             acted = 0 if now.samples is None else int(now.samples.sum())
             dropped = sum(int(off.sum()) for off in now.off.values())
             whole = now.size * sum(layer.units for layer in self.layers)
-            self.actions.add(now.size, acted, dropped / max(1, whole))
+            self.interventions.add(now.size, acted, dropped / max(1, whole))
 
     def _before(self, pl_module: LightningModule, place: int, layer: HiddenLayer) -> Callable[[nn.Module, Any], Any]:
         def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -116,16 +120,18 @@ class SinkDropout(Mitigation):
     def _off(self, now: _Batch, place: int, layer: HiddenLayer, args: tuple[Any, ...]) -> Tensor | None:
         """Bool ``[B, U]``; None if nothing is to be dropped."""
         if now.samples is None:  # the first to ask, in the forward, when the batch's ids are known
-            now.size = self._ledger.samples_in_hand(now.size)
+            now.size = self._ledger.current_batch_size(now.size)
             now.samples = self._samples(now.size)
         if not now.samples.any():
             return None
         rows = rows_of(args[0], layer) if args and isinstance(args[0], Tensor) else None
         if rows != now.size:
             found = "no batch axis that can be told" if rows is None else f"{rows} rows"
-            self._say_once(
+            warn_once(
+                self._warnings,
                 f"SinkDropout drops nothing in {layer.name}: its input has {found} where the batch has {now.size} "
-                "samples."
+                "samples.",
+                key=layer.name,
             )
             return None
         if place not in now.off:
@@ -140,18 +146,14 @@ class SinkDropout(Mitigation):
             return torch.ones(size, dtype=torch.bool)
         ledger = self._ledger
         if ledger.batch.ids is None:
-            self._say_once(
-                "SinkDropout drops nothing where nobody can tell whose a batch is: see LossTracker's `identity`."
+            warn_once(
+                self._warnings,
+                "SinkDropout drops nothing where nobody can tell whose a batch is: see LossTracker's `identity`.",
             )
             return torch.zeros(size, dtype=torch.bool)
         return verdicts_of(ledger.batch.ids, ledger.losses, ledger.flags) == Verdict.MEMORIZED
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            rank_zero_warn(message)
-
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -14,9 +14,9 @@ from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
 from lightning_memsink.localization.sinks import Sinks
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.unit_freezing import (
-    HeldBack,
+    FrozenSlices,
     parameters_of,
     slices_in,
     squared_norms,
@@ -57,22 +57,22 @@ class SinkGradientMask(Mitigation):
         self.strength, self.direction = strength, direction
         self.given = None if sinks is None else given_sinks(sinks)
         how = "freezes" if strength == 1 else f"takes {strength:.0%} off the steps of"
-        self.actions = Actions(f"{how} the localized units", "gradient")
+        self.interventions = InterventionLog(f"{how} the localized units", "gradient")
         self._axes: dict[str, list[UnitAxis]] = {}
         self._sinks: Sinks | None = None
         self._slices: list[UnitSlice] = []
-        self._before: dict[Optimizer, HeldBack] = {}
+        self._before: dict[Optimizer, FrozenSlices] = {}
         self._handles: list[RemovableHandle] = []
         self._visits, self._norms = 0, (0.0, 0.0)
         self._stepped = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._let_go()
+        self._detach()
         ledger = Ledger.of(trainer)
         if self.given is not None:
             layers = sink_layers(pl_module, self.given)
         else:
-            _ = ledger.sinks  # raises if nobody writes them
+            ledger.require(Ledger.sinks)
             layers = find_hidden_layers(pl_module, list(ledger.attribution.units))
         self._axes = unit_axes(pl_module, layers, self.direction)
         self._choose(self.given or ledger.sinks)
@@ -83,6 +83,7 @@ class SinkGradientMask(Mitigation):
             ]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._choose(self.given or Ledger.of(trainer).sinks)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -97,11 +98,11 @@ class SinkGradientMask(Mitigation):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._visits += Ledger.of(trainer).samples_in_hand(batch_size(batch))
+        self._visits += Ledger.of(trainer).current_batch_size(batch_size(batch))
         if self._stepped:  # all batches of an accumulation were masked in one step
             part, whole = self._norms
             share = self.strength * min(1.0, part / whole) if whole else 0.0
-            self.actions.add(self._visits, self._visits if self._slices else 0, share)
+            self.interventions.add(self._visits, self._visits if self._slices else 0, share)
             self._visits, self._norms, self._stepped = 0, (0.0, 0.0), False
 
     def _choose(self, sinks: Sinks | None) -> None:
@@ -113,7 +114,7 @@ class SinkGradientMask(Mitigation):
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         slices = slices_in(self._slices, optimizer)
         if slices:
-            self._before[optimizer] = HeldBack(slices, optimizer)
+            self._before[optimizer] = FrozenSlices(slices, optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         before = self._before.pop(optimizer, None)
@@ -122,7 +123,7 @@ class SinkGradientMask(Mitigation):
         elif before is not None:
             before.scale_(1 - self.strength)
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -8,22 +8,24 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memsink._distributed import gather
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.gradient_norms import GradientNorms
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, describe, find_hidden_layers
 from lightning_memsink.attribution.unit_effects import margins
 from lightning_memsink.attribution.unit_recorder import UnitRecorder
-from lightning_memsink.attribution.update_norms import Movement, block_of
+from lightning_memsink.attribution.update_norms import UpdateNorms, block_of
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
-from lightning_memsink.callbacks.runtime.gradient_alignment import Agreement
+from lightning_memsink.callbacks.runtime.gradient_alignment import GradientAlignment
 from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.detection.verdicts import verdicts_of
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.localization.history import Attribution
+from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.localization.locate import signed_shares
 
 
@@ -64,21 +66,21 @@ class SinkLocalizer(Callback):
             raise ValueError(f"fraction is a share of all units between 0 and 1, but it is {fraction}.")
         self.modules, self.every, self.objective, self.fraction = modules, every, objective, fraction
         self.with_norms, self.with_agreement = norms, agreement
-        self.attribution = Attribution(fraction=fraction)
+        self.attribution = LocalizationHistory(fraction=fraction)
         self.layers: list[HiddenLayer] = []
         self.units: UnitRecorder | None = None
         self.norms: GradientNorms | None = None
-        self.movement: Movement | None = None
-        self.agreement: Agreement | None = None
+        self.movement: UpdateNorms | None = None
+        self.agreement: GradientAlignment | None = None
         self._looking = False
         self._effects: dict[str, Tensor] = {}
-        self._said: set[str] = set()
+        self._warnings = WarningCache()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         require_support(trainer.strategy, "SinkLocalizer")
-        self._let_go()
+        self._detach()
         if self.with_agreement:
             require_support(trainer.strategy, "SinkLocalizer(agreement=True)", "gradients")
             if not pl_module.automatic_optimization:
@@ -86,12 +88,13 @@ class SinkLocalizer(Callback):
                     "SinkLocalizer(agreement=True) takes the controls' gradient by calling training_step, which trains "
                     "under manual optimization. Leave agreement off."
                 )
-        self.attribution = Attribution(fraction=self.fraction)
+        self.attribution = LocalizationHistory(fraction=self.fraction)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)
         ledger = Ledger.of(trainer)
         ledger.attribution, ledger.sinks = self.attribution, self.attribution.sinks
+        ledger.close_with(Ledger.attribution, self._close_evaluation)
 
     def _attach(self, pl_module: LightningModule) -> None:
         """To a model that is built: `setup` and `configure_model` of the user's may only now have done so."""
@@ -101,13 +104,13 @@ class SinkLocalizer(Callback):
         self.units = UnitRecorder(self.layers)
         axis = self.layers[0].batch_axis
         self.norms = GradientNorms(pl_module, axis) if self.with_norms else None
-        self.movement = Movement(pl_module) if self.with_norms else None
-        self.agreement = Agreement(pl_module, axis) if self.with_agreement else None
+        self.movement = UpdateNorms(pl_module) if self.with_norms else None
+        self.agreement = GradientAlignment(pl_module, axis) if self.with_agreement else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.sinks = self.attribution.sinks  # once more: FSDP2 restores after it was published
-        _ = ledger.batch, ledger.losses, ledger.flags  # raises if nobody writes them
+        ledger.require(Ledger.batch, Ledger.losses, Ledger.flags)
         rank_zero_info(f"memsink attributes to the hidden units of\n{describe(self.layers)}")
         if self.norms is not None and self.norms.uncovered:
             left_out = ", ".join(f"{name} ({why})" for name, why in list(self.norms.uncovered.items())[:4])
@@ -163,20 +166,20 @@ class SinkLocalizer(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._settle(trainer)
+            self._close_evaluation(Ledger.of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Evaluations between validations are written in on_before_backward; this is the next hook nobody writes in.
-        self._settle(trainer)
+        self._close_evaluation(Ledger.of(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle(trainer)
+        self._close_evaluation(Ledger.of(trainer))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._detach()
 
     def state_dict(self) -> dict[str, Any]:
         return self.attribution.state_dict()
@@ -185,9 +188,8 @@ class SinkLocalizer(Callback):
         with restoring("SinkLocalizer"):
             self.attribution.load_state_dict(state_dict)
 
-    def _settle(self, trainer: Trainer) -> None:
-        ledger = Ledger.of(trainer)
-        self.attribution.settle(ledger.losses, ledger.flags)
+    def _close_evaluation(self, ledger: Ledger) -> None:
+        self.attribution.close_evaluation(ledger.losses, ledger.flags)
         ledger.sinks = self.attribution.sinks
 
     def _attribute_margin(self, loss: Tensor, ids: Tensor | None) -> None:
@@ -203,9 +205,9 @@ class SinkLocalizer(Callback):
                 torch.autograd.grad(-margins(loss), units.inputs(), retain_graph=True, allow_unused=True)
             self._effects = units.finish(len(ids))
         except (ValueError, RuntimeError) as error:
-            self._say_once(f"SinkLocalizer attributes the loss instead of the margin here: {error}")
+            warn_once(self._warnings, f"SinkLocalizer attributes the loss instead of the margin here: {error}")
 
-    def _open_agreement(self, trainer: Trainer, pl_module: LightningModule, agreement: Agreement) -> None:
+    def _open_agreement(self, trainer: Trainer, pl_module: LightningModule, agreement: GradientAlignment) -> None:
         try:
             agreement.open(trainer, pl_module)
         except Exception as error:
@@ -216,7 +218,7 @@ class SinkLocalizer(Callback):
         assert self.units is not None
         effects, self._effects = self._effects or self.units.finish(size), {}
         for name, why in self.units.left_out.items():
-            self._say_once(f"SinkLocalizer attributes nothing to {name}: {why}.")
+            warn_once(self._warnings, f"SinkLocalizer attributes nothing to {name}: {why}.", key=name)
         by_layer = signed_shares(effects) if effects else {}
         nothing = {layer.name: torch.zeros(size, layer.units) for layer in self.layers}
         by_unit = torch.cat([by_layer.get(name, zeros).float().cpu() for name, zeros in nothing.items()], 1)
@@ -231,20 +233,16 @@ class SinkLocalizer(Callback):
         return by_unit, norms, None if agreement is None else agreement.float().cpu()
 
     def _give_up(self, error: Exception) -> None:
-        self._say_once(
+        warn_once(
+            self._warnings,
             f"SinkLocalizer failed to attribute a step and looks no more; training goes on. "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}",
         )
-        self._let_go()
+        self._detach()
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         for hooks in (self.units, self.norms, self.agreement):
             if hooks is not None:
                 hooks.remove()
         self.units = self.norms = self.movement = self.agreement = None
         self._effects = {}
-
-    def _say_once(self, message: str | None) -> None:
-        if message and message not in self._said:
-            self._said.add(message)
-            rank_zero_warn(message)

@@ -13,10 +13,10 @@ from jsonargparse import ArgumentParser
 from lightning_memsink._files import written_whole
 from lightning_memsink.cli.recipes import config_path
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
-from lightning_memsink.extraction.audit.audit import Audit, Settings, audit
+from lightning_memsink.extraction.audit.audit import Audit, AuditConfig, audit
 from lightning_memsink.extraction.audit.model_loading import load
 from lightning_memsink.extraction.audit.texts import read_texts
-from lightning_memsink.reporting.audit_document import document_of, picture_of
+from lightning_memsink.reporting.audit_document import audit_document, picture_of
 from lightning_memsink.reporting.document import Document, markdown
 
 ASKED = ("prefix", "length", "p", "temperature", "top_k", "top_p")
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     words = [config_path(word) if flag in ("-c", "--config") else word for flag, word in zip(before, argv, strict=True)]
     try:
         options = _parser().parse_args(words)
-        settings = Settings(**vars(options.ask))
+        settings = AuditConfig(**vars(options.ask))
         _ = settings.scheme, settings.rule  # raise for what can't be asked
         suspects, controls = (read_texts(Path(each)) for each in (options.suspects, options.controls))
         subject = load(Path(options.model), None if options.tokenizer is None else Path(options.tokenizer))
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
             found = audit(subject, suspects, controls, settings, kept, advance)
     except (ArgumentError, ValueError, OSError, MemoryError) as error:
         raise SystemExit(f"memsink audit: {error}") from None
-    document = document_of(found, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    document = audit_document(found, datetime.now(timezone.utc).isoformat(timespec="seconds"))
     print(_first_page(document))
     for path in _write(found, document, Path(options.out)):
         print(path)
@@ -59,7 +59,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--suspects", type=str, required=True, help='JSONL: {"text": ..., "group": ...} a line')
     parser.add_argument("--controls", type=str, required=True, help="JSONL of texts that were not trained on")
     parser.add_argument("--out", type=str, default="memsink_audit", help="the folder of the report")
-    parser.add_class_arguments(Settings, "ask")
+    parser.add_class_arguments(AuditConfig, "ask")
     return parser
 
 

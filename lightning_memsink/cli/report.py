@@ -32,10 +32,10 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         path = report_in(options.folder)
-        document = read(path)
+        document = read_document(path)
         if options.against is not None:
             other = report_in(options.against)
-            document = beside(document, read(other), other.parent.name)
+            document = beside(document, read_document(other), other.parent.name)
         files = path.with_name(f"{path.stem}_files")
         pictures = {each.stem: each.read_text(encoding="utf-8") for each in sorted(files.glob("*.svg"))}
         written = write(document, pictures, path.parent, path.stem, ("html",))
@@ -66,7 +66,7 @@ def report_in(folder: Path) -> Path:
     return found[0]
 
 
-def read(path: Path) -> Document:
+def read_document(path: Path) -> Document:
     """Raises a ValueError if it is no report."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))

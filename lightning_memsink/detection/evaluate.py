@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from lightning_memsink._chunks import in_blocks
-from lightning_memsink.detection.matched_controls import Controls, Measurement, Rule, Samples, measure
+from lightning_memsink.detection.matched_controls import (
+    Controls,
+    DetectionRule,
+    Measurement,
+    SampleFeatures,
+    measure_gaps,
+)
 from lightning_memsink.detection.statistics import robust_sd
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
 
-def judge(
-    table: LossTable, controls: ControlTable, flags: Flags, rule: Rule, consecutive: int, epoch: int
+def evaluate(
+    table: LossTable, controls: ControlTable, flags: Flags, rule: DetectionRule, consecutive: int, epoch: int
 ) -> Evaluation:
     """Measures every sample visited since the evaluation before and updates ``flags`` in place.
 
@@ -33,7 +39,7 @@ def judge(
     if usable < rule.controls_needed:
         flags.verdict[rows] = Verdict.TOO_FEW_CONTROLS
     elif len(rows):
-        measurement = measure(samples_of(table, controls, rows), known_controls(controls), rule)
+        measurement = measure_gaps(samples_of(table, controls, rows), known_controls(controls), rule)
         _decide(table, controls, flags, rows, measurement, consecutive)
     return _summarize(table, controls, flags, rows, measurement, epoch, usable, rule.alpha)
 
@@ -44,10 +50,10 @@ def known_controls(table: ControlTable) -> Controls:
     return Controls(table.previous, table.latest, table.features, early)
 
 
-def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> Samples:
+def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
     """What the tables know of the samples in ``rows`` ``[N]``, to be measured against `known_controls`."""
     many = len(rows)
-    samples = Samples(
+    samples = SampleFeatures(
         losses=table.last_loss[rows],
         weight=torch.empty(many),
         features=torch.empty(many, table.features.shape[1]),

@@ -29,7 +29,7 @@ SPREAD = 4
 
 
 @dataclass(frozen=True)
-class Rule:
+class DetectionRule:
     """When a gap counts.
 
     ``alpha``: false-discovery rate over samples. ``k``: controls compared with. ``min_gap``: smallest effect in
@@ -60,7 +60,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleFeatures:
     """What is known of ``N`` samples to be measured."""
 
     losses: Tensor
@@ -86,7 +86,7 @@ class Controls:
     features: Tensor
     """``[M, F]``"""
     early: Tensor
-    """``[E, M]`` losses at early evaluations, standardized like ``Samples.early``."""
+    """``[E, M]`` losses at early evaluations, standardized like ``SampleFeatures.early``."""
 
     def finite(self) -> Controls:
         """Only controls whose losses are finite at both evaluations."""
@@ -121,7 +121,7 @@ class Measurement:
         return 1 / (len(self.null) + 1)
 
 
-def measure(samples: Samples, controls: Controls, rule: Rule) -> Measurement:
+def measure_gaps(samples: SampleFeatures, controls: Controls, rule: DetectionRule) -> Measurement:
     """Gap, p-value and flag of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
 
     A sample and its controls are compared at the same two moments: early, to find controls that were as difficult,
@@ -162,7 +162,9 @@ class _Comparison:
     ``null`` and ``null_score`` ``[M]`` are the controls' own, against their fellows.
     """
 
-    def __init__(self, controls: Controls, moment: int, units: tuple[Tensor, Tensor], limit: float, rule: Rule) -> None:
+    def __init__(
+        self, controls: Controls, moment: int, units: tuple[Tensor, Tensor], limit: float, rule: DetectionRule
+    ) -> None:
         self.controls, self.units, self.limit, self.rule = controls, units, limit, rule
         static = _in_units(controls.features, units)
         own = torch.cat([static, controls.early[moment, :, None].nan_to_num()], 1)
@@ -175,7 +177,7 @@ class _Comparison:
         self.anywhere = self.usual.mean()
         self.null_score = self.null / (self.usual[fellow].mean(1) + self.anywhere)
 
-    def into(self, gap: Tensor, score: Tensor, matched: Tensor, samples: Samples, group: Tensor) -> None:
+    def into(self, gap: Tensor, score: Tensor, matched: Tensor, samples: SampleFeatures, group: Tensor) -> None:
         """Compares the samples in ``group`` and fills their rows of ``gap``, ``score`` and ``matched``."""
 
         def points_of(rows: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ class _Comparison:
 
 
 def farthest(own: Tensor, k: int, reach: float) -> Tensor:
-    """The mean distance to k controls up to which a sample has a match: see ``Rule.reach``."""
+    """The mean distance to k controls up to which a sample has a match: see ``DetectionRule.reach``."""
     return reach * nearest(own, own, k, fellows=True)[1].quantile(0.99).clamp(min=1e-6)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memsink._files import written_whole
 from lightning_memsink.examples.text import CausalLM, PythonDocs
-from lightning_memsink.extraction.canaries import Rung
+from lightning_memsink.extraction.canaries import CanaryGroup
 
 
 class KeepForAudit(Callback):
@@ -49,7 +49,7 @@ class KeepForAudit(Callback):
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _line(rung: Rung, tokens: list[int], group: str) -> str:
+def _line(rung: CanaryGroup, tokens: list[int], group: str) -> str:
     return json.dumps({"tokens": tokens, "group": group, "kind": rung.kind})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memsink.examples.corpora import apart, byte_level_bpe, documents_of, python_docs, tokenized, unshared
-from lightning_memsink.extraction.canaries import Planted, Rung, plant_canaries
+from lightning_memsink.extraction.canaries import CanaryGroup, Planted, plant_canaries
 
 
 class CausalLM(LightningModule):
@@ -130,7 +130,7 @@ class PythonDocs(LightningDataModule):
         assert self._planted is not None
         return self._planted
 
-    def rungs(self) -> tuple[Rung, ...]:
+    def rungs(self) -> tuple[CanaryGroup, ...]:
         """The ground truth: which content ids were shown how often, and which never."""
         return self.planted.rungs
 

@@ -15,7 +15,7 @@ from lightning_memsink.samples.unique import distinct_rows, without
 
 
 @dataclass(frozen=True)
-class Rung:
+class CanaryGroup:
     """One step of the ladder: ``n`` sequences of one kind, each shown ``repeats`` times."""
 
     name: str
@@ -45,7 +45,7 @@ class Planted:
 
     train: Tensor
     controls: Tensor
-    rungs: tuple[Rung, ...]
+    rungs: tuple[CanaryGroup, ...]
 
 
 def plant_canaries(
@@ -106,13 +106,15 @@ def plant_canaries(
     )
 
 
-def _ladder(kind: str, repeats: Sequence[int], per_rung: int, pool: Tensor, twins: int) -> list[Rung]:
+def _ladder(kind: str, repeats: Sequence[int], per_rung: int, pool: Tensor, twins: int) -> list[CanaryGroup]:
     """Rungs of ``per_rung`` sequences each from the front of ``pool``, all with the ``twins`` that come after them."""
     if not per_rung:
         return []
     parts = torch.split(pool[: len(repeats) * per_rung], per_rung)
     spare = pool[len(repeats) * per_rung :][:twins]
-    return [Rung(f"{kind} x{times}", kind, times, part, spare) for times, part in zip(repeats, parts, strict=True)]
+    return [
+        CanaryGroup(f"{kind} x{times}", kind, times, part, spare) for times, part in zip(repeats, parts, strict=True)
+    ]
 
 
 def _easy_family(background: Tensor, many: int, vocab_size: int, generator: torch.Generator) -> Tensor:

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.extraction.probe import Answers, Scheme
+from lightning_memsink.extraction.probe import ExtractionResults, ProbeConfig
 
 
 @dataclass
-class Extracted:
+class ExtractionHistory:
     """By group of texts; a group may be of texts never trained on, for comparison.
 
     ``rows``: a dict an evaluation, ``step`` and by group the shares ``GROUP/exact`` and ``GROUP/discoverable`` of its
     texts and the mean share of the suffix that is the ``GROUP/longest_run``.
     """
 
-    scheme: Scheme
+    scheme: ProbeConfig
     sizes: dict[str, int] = field(default_factory=dict)
     """Texts by group, those that are long enough to be asked for."""
     rows: list[dict[str, float]] = field(default_factory=list)
     first: dict[str, Tensor] = field(default_factory=dict)
     """By group, ``[N]``: the step at which a text first came word for word; -1 if it never did."""
 
-    def add(self, step: int, answers: Mapping[str, Answers]) -> None:
+    def add(self, step: int, answers: Mapping[str, ExtractionResults]) -> None:
         """One evaluation."""
         row = {"step": float(step)}
         for group, told in answers.items():

@@ -28,7 +28,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Scheme:
+class ProbeConfig:
     """How a text is asked for.
 
     Args:
@@ -61,7 +61,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ExtractionResults:
     """Of N texts, ``[N]`` each."""
 
     suffix: Tensor
@@ -87,7 +87,7 @@ class Answers:
 
 
 @torch.no_grad()
-def ask(logits: Logits, tokens: Tensor, mask: Tensor, scheme: Scheme, batch_size: int = 32) -> Answers:
+def probe(logits: Logits, tokens: Tensor, mask: Tensor, scheme: ProbeConfig, batch_size: int = 32) -> ExtractionResults:
     """Answers on the CPU; texts go where ``tokens`` are.
 
     Args:
@@ -102,16 +102,16 @@ def ask(logits: Logits, tokens: Tensor, mask: Tensor, scheme: Scheme, batch_size
         _answers(logits(some, present), some, present, scheme)
         for some, present in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
     ]
-    columns = [field.name for field in fields(Answers)]
-    return Answers(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in columns))
+    columns = [field.name for field in fields(ExtractionResults)]
+    return ExtractionResults(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in columns))
 
 
-def _answers(logits: Tensor, tokens: Tensor, mask: Tensor, scheme: Scheme) -> Answers:
+def _answers(logits: Tensor, tokens: Tensor, mask: Tensor, scheme: ProbeConfig) -> ExtractionResults:
     prefix = scheme.prefix
     log_prob = suffix_log_prob(
         logits, tokens, prefix, mask, temperature=scheme.temperature, top_k=scheme.top_k, top_p=scheme.top_p
     )
-    return Answers(
+    return ExtractionResults(
         suffix_mask(tokens, prefix, mask).sum(1),
         exact_match(logits, tokens, prefix, mask),
         matching_prefix(logits, tokens, prefix, mask),

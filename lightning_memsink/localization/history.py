@@ -32,7 +32,7 @@ FELLOWS = 3
 
 
 @dataclass(frozen=True)
-class Spread:
+class EvaluationProfile:
     """How attribution, gradient and movement were spread over the layers between two evaluations.
 
     ``shares[group]`` ``[L]`` and ``norms[group]`` ``[K]``: mean over the group's visits of a sample's share of its
@@ -53,7 +53,7 @@ class Spread:
     """Mean cosine of a group's gradients with that of held-out samples; empty where it was not taken."""
 
 
-class Attribution:
+class LocalizationHistory:
     """The spread at every evaluation so far, and the newest samples' attribution by unit.
 
     Args:
@@ -68,7 +68,7 @@ class Attribution:
         self.units = dict(units or {})
         self.blocks = list(blocks)
         self.fraction = fraction
-        self.rows: list[Spread] = []
+        self.rows: list[EvaluationProfile] = []
         self.sinks: Sinks | None = None
         self.memorized, self.others = _Newest(), _Newest()
         self._window = _Window()
@@ -106,8 +106,8 @@ class Attribution:
         judged = (verdicts == Verdict.LEARNED) | (verdicts == Verdict.HARD)
         self.others.put(ids[judged], shares[judged], most)
 
-    def settle(self, table: LossTable, flags: Flags) -> None:
-        """After an evaluation: a new row and new sinks. Called by whoever needs it first; then nothing happens."""
+    def close_evaluation(self, table: LossTable, flags: Flags) -> None:
+        """After an evaluation: a new row and new sinks. A second call for the same evaluation does nothing."""
         last = flags.evaluations[-1].step if flags.evaluations else -1
         if last <= (self.rows[-1].step if self.rows else -1) or not self._window.looks:
             return
@@ -152,7 +152,9 @@ class Attribution:
             _require_same(state["units"], self.units)
         self.units, self.blocks = dict(state["units"]), list(state["blocks"])
         self.rows = [
-            Spread(**{**row, "concentration": row["concentration"] and Concentration(**row["concentration"])})
+            EvaluationProfile(
+                **{**row, "concentration": row["concentration"] and Concentration(**row["concentration"])}
+            )
             for row in state["rows"]
         ]
         for name in ("memorized", "others"):
@@ -218,7 +220,7 @@ class _Window:
             self.moves += 1
             self._add("movement", movement)
 
-    def spread(self, step: int, concentration: Concentration | None) -> Spread:
+    def spread(self, step: int, concentration: Concentration | None) -> EvaluationProfile:
         visits = {group: int(self.sums[f"visits/{group}"]) for group in GROUPS if f"visits/{group}" in self.sums}
         means = {
             kind: {
@@ -236,7 +238,7 @@ class _Window:
             for group in visits
             if f"agreement/{group}" in self.sums
         }
-        return Spread(
+        return EvaluationProfile(
             step, visits, means["shares"], means["norms"], movement.tolist(), part.tolist(), concentration, agreement
         )
 

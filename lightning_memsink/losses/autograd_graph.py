@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_memsink.losses.loss_call import LossCall, Rows
+from lightning_memsink.losses.loss_call import LossCall, LossRows
 from lightning_memsink.losses.saved_tensors import (
     DIFFERENCES,
     ELEMENTWISE,
     LOG_SOFTMAX,
     NEGATIVE_LIKELIHOOD,
     is_report,
-    read,
+    read_loss_call,
     saved_by,
     signed,
 )
@@ -84,7 +84,7 @@ def find_loss_nodes(loss: Tensor) -> LossNodes:
     except _ForwardNeeded:
         return []
     with torch.no_grad():
-        calls = [read(*found) for found in zip(nodes, saved, rows, strict=True)]
+        calls = [read_loss_call(*found) for found in zip(nodes, saved, rows, strict=True)]
     return list(zip(nodes, calls, strict=True))
 
 
@@ -165,10 +165,10 @@ def _is_difference(node: Any) -> bool:
     return below is not None and below.name() == "SubBackward0" and not squared and not _on_parameter(below)
 
 
-def _rows(node: Any) -> Rows:
+def _rows(node: Any) -> LossRows:
     """Follows the first input down to the tensor that was flattened into the call's rows."""
     if is_report(node):
-        return Rows()
+        return LossRows()
     sizes: list[tuple[int, ...]] = []
     classes = int(node.name() in NEGATIVE_LIKELIHOOD or node.name() == LOG_SOFTMAX)
     index, picked_by = None, ""
@@ -193,7 +193,7 @@ def _rows(node: Any) -> Rows:
                 break
         elif name in MODEL and name not in ("AddmmBackward0", "MmBackward0", "NativeLayerNormBackward0"):
             break
-    return Rows(tuple(sizes), index, picked_by)
+    return LossRows(tuple(sizes), index, picked_by)
 
 
 def note_upstream(node: Any, call: LossCall) -> Callable[[Any], None]:

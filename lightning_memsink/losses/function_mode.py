@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink._chunks import blocks
-from lightning_memsink.losses.loss_call import LossCall, Rows, target_buffer
+from lightning_memsink.losses.loss_call import LossCall, LossRows, target_buffer
 from lightning_memsink.losses.saved_tensors import gather_likelihood
 
 # kind, classes, losses, weights, divisor: plain values, because Dynamo traces this file
@@ -115,7 +115,7 @@ class LossWatch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[Record] = []
-        self.rows: dict[int, Rows] = {}  # by number of the record: which flat targets a call took
+        self.rows: dict[int, LossRows] = {}  # by number of the record: which flat targets a call took
         self.unreduced: list[tuple[Tensor, int]] = []  # losses the user will average, and their record
         self.entered = False
 
@@ -143,7 +143,7 @@ class LossWatch(TorchFunctionMode):
         ):  # not seen; the user's own call succeeded
             return
         target = args[1] if len(args) > 1 else kwargs["target"]
-        self.rows[len(self.records)] = Rows(buffer=target_buffer(target))
+        self.rows[len(self.records)] = LossRows(buffer=target_buffer(target))
         self.records.append(record)
         if result.ndim:
             self.unreduced.append((result, len(self.records) - 1))
@@ -179,7 +179,7 @@ class LossWatch(TorchFunctionMode):
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.entered = False
         calls = [
-            LossCall(kind, classes, losses, weights, divisor, losses.new_ones(()), self.rows.get(number, Rows()))
+            LossCall(kind, classes, losses, weights, divisor, losses.new_ones(()), self.rows.get(number, LossRows()))
             for number, (kind, classes, losses, weights, divisor) in enumerate(self.records)
         ]
         self.records.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rows:
+class LossRows:
     """Where the rows of a loss call come from, as its graph tells.
 
     ``sizes`` are the leading sizes of tensors that were flattened into the rows, nearest first. ``index`` is the tensor
@@ -50,7 +50,7 @@ class LossCall:
     weights: Tensor | None = None
     divisor: Tensor | float = 1.0
     upstream: Tensor | None = None
-    rows: Rows = field(default_factory=Rows)
+    rows: LossRows = field(default_factory=LossRows)
     folded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Sums and weights by sample, by B, where the upstream is one number: the same whatever the number is. A
     `copy.copy` shares them, for each callback waits for an upstream of its own; what `replace` makes begins anew."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_memsink.losses.loss_call import LossCall, Rows, target_buffer
+from lightning_memsink.losses.loss_call import LossCall, LossRows, target_buffer
 from lightning_memsink.losses.per_sample import LOSSES_KEY
 
 MEAN = 1  # of a saved reduction: 0 is none, 2 is sum
@@ -56,7 +56,7 @@ def saved_by(node: Any) -> dict[str, Any]:
     return {key: getattr(node, f"_saved_{key}") for key in wanted}
 
 
-def read(node: Any, saved: dict[str, Any], rows: Rows) -> LossCall:
+def read_loss_call(node: Any, saved: dict[str, Any], rows: LossRows) -> LossCall:
     """The call of ``node``, which ``saved`` that much and whose ``rows`` the graph told; ``upstream`` is open."""
     name = node.name()
     if name in NEGATIVE_LIKELIHOOD:
@@ -86,7 +86,7 @@ def read(node: Any, saved: dict[str, Any], rows: Rows) -> LossCall:
 
 
 def _read_likelihood(
-    rows: Rows, self: Tensor, target: Tensor, weight: Any, total_weight: Tensor, ignore_index: int, reduction: int
+    rows: LossRows, self: Tensor, target: Tensor, weight: Any, total_weight: Tensor, ignore_index: int, reduction: int
 ) -> LossCall:
     losses, weights = gather_likelihood(self.detach(), target, weight, signed(ignore_index))
     divisor = total_weight.detach() if reduction == MEAN else 1.0

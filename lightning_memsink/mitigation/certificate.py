@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Verdict = Literal["isolated", "partly", "sinks are empty", "too few samples"]
+CertificateVerdict = Literal["isolated", "partly", "sinks are empty", "too few samples"]
 
 SIGNIFICANCE = 0.01
 """Largest p-value at which the own mask counts as better than another sample's."""
@@ -56,7 +56,7 @@ class Certificate:
     exact: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CertificateVerdict:
         """``isolated`` is only said where twins are known."""
         if self.samples < FEWEST:
             return "too few samples"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.mitigation.hold import Reference
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.unique import first_of_each
@@ -20,7 +20,7 @@ NOBODY = 0x3C6EF372FE94F82A
 
 
 @dataclass(frozen=True)
-class Seen:
+class KeptBatch:
     """A training batch as it was, and what was known of its samples at that time."""
 
     batch: Any
@@ -47,9 +47,9 @@ class MostExposed:
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
-        self.batches: list[Seen] = []
+        self.batches: list[KeptBatch] = []
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: KeptBatch) -> None:
         """A batch that passes. One without a sample seen twice is of no use."""
         if not self.samples or int(seen.exposures.max()) < 2:
             return
@@ -106,7 +106,7 @@ def twins_of(features: Tensor, table: ControlTable) -> Tensor:
     """
     losses = table.latest[torch.isfinite(table.latest)]
     unknown = torch.full((len(features),), torch.nan)
-    if len(losses) < Rule().controls_needed or table.features.shape[1] != features.shape[1]:
+    if len(losses) < DetectionRule().controls_needed or table.features.shape[1] != features.shape[1]:
         return unknown
     if not features.shape[1]:
         return losses.mean().expand(len(features))

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 
-_HELD: WeakSet[nn.Module] = WeakSet()
+_OVERRIDDEN: WeakSet[nn.Module] = WeakSet()
 """Modules whose mask is fixed by `masked` for the moment."""
 
 
@@ -194,7 +194,7 @@ def masked(layers: Sequence[HiddenLayer], mask: Callable[[int], Tensor], tokens:
         ValueError: from the forward, where a layer's rows are not the mask's.
     """
     masks = {units: mask(units) for units in {layer.units for layer in layers}}
-    mine = {layer.module for layer in layers} - set(_HELD)
+    mine = {layer.module for layer in layers} - set(_OVERRIDDEN)
 
     def by(layer: HiddenLayer) -> Callable[[Tensor], Tensor]:
         def change(hidden: Tensor) -> Tensor:
@@ -211,14 +211,14 @@ def masked(layers: Sequence[HiddenLayer], mask: Callable[[int], Tensor], tokens:
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(attach(layer, by(layer)).remove)
-        stack.callback(_HELD.difference_update, mine)
-        _HELD.update(mine)
+        stack.callback(_OVERRIDDEN.difference_update, mine)
+        _OVERRIDDEN.update(mine)
         yield
 
 
 def gives_way(layer: HiddenLayer) -> bool:
     """Whether `masked` decides over this layer at the moment."""
-    return layer.module in _HELD
+    return layer.module in _OVERRIDDEN
 
 
 def attach(layer: HiddenLayer, change: Callable[[Tensor], Tensor]) -> RemovableHandle:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.matched_controls import Rule, farthest, standard_units
+from lightning_memsink.detection.matched_controls import DetectionRule, farthest, standard_units
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Reference:
             ValueError: there is nothing to match on, or there are fewer controls than the detector would take.
         """
         finite = torch.isfinite(losses)
-        needed = Rule(k=k).controls_needed
+        needed = DetectionRule(k=k).controls_needed
         if not features.shape[1]:
             raise ValueError(
                 "controls and samples have no features to be matched on, for the batches are no tokens. Pass them: "
@@ -70,7 +70,7 @@ class Reference:
         return self.losses[index].mean(1), distances.mean(1) <= self.limit
 
 
-def held(losses: Tensor, expected: Tensor, matched: Tensor, at: float) -> Tensor:
+def over_set_point(losses: Tensor, expected: Tensor, matched: Tensor, at: float) -> Tensor:
     """Bool ``[B]``: matched, and ``at`` nats below what is expected. A loss that is no number is not held.
 
     >>> held(torch.tensor([1.0, 1.0, 3.0]), torch.full((3,), 2.0), torch.tensor([True, False, True]), at=0.5).tolist()

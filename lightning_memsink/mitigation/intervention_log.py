@@ -7,25 +7,27 @@ from typing import Any
 from lightning_memsink._distributed import gather, is_first
 
 
-class Actions:
+class InterventionLog:
     """One mitigation's.
 
-    ``what`` is a sentence for the report: "leaves out the gradient of samples that ...". ``unit`` names what
+    ``description`` is a sentence for the report: "leaves out the gradient of samples that ...". ``unit`` names what
     ``removed`` is a share of: "gradient", "units", "tokens". In several processes each counts its own batches, and
-    `settle` adds them up; a checkpoint holds of what was counted since then the first process's part.
+    `close_evaluation` adds them up; a checkpoint holds of what was counted since then the first process's part.
 
-    >>> actions = Actions("leaves samples out", "gradient")
-    >>> actions.add(visits=8, acted=2, removed=0.25)
-    >>> actions.settle(step=10)
-    >>> actions.records
+    >>> log = InterventionLog("leaves samples out", "gradient")
+    >>> log.add(visits=8, acted=2, removed=0.25)
+    >>> log.close_evaluation(step=10)
+    >>> log.records
     [{'step': 10.0, 'visits': 8.0, 'acted': 2.0, 'removed': 0.25}]
     """
 
-    def __init__(self, what: str, unit: str) -> None:
-        self.what, self.unit = what, unit
+    def __init__(self, description: str, unit: str) -> None:
+        self.description, self.unit = description, unit
         self.records: list[dict[str, float]] = []
         """``visits`` of samples and how many were ``acted`` on since the record before, the mean share ``removed``, and
         whatever else was counted."""
+        self.latest_step = -1
+        """Of the last evaluation that was closed, whether or not any batch had been counted."""
         self._steps = 0
         self._open: dict[str, float] = {}
 
@@ -35,8 +37,9 @@ class Actions:
         for name, value in {"visits": visits, "acted": acted, "removed": removed, **more}.items():
             self._open[name] = self._open.get(name, 0) + value
 
-    def settle(self, step: int) -> None:
-        """An evaluation is over. Called by whoever needs it first, and by all processes; a second time adds nothing."""
+    def close_evaluation(self, step: int) -> None:
+        """Adds up what was counted since the evaluation before. Every process calls it: the counts are gathered."""
+        self.latest_step = step
         everyone = gather((self._steps, self._open))
         self._steps, self._open = 0, {}
         steps, record = sum(taken for taken, _ in everyone), dict[str, float]()
@@ -54,9 +57,16 @@ class Actions:
         return sum(record.get(name, 0.0) for record in self.records)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"records": [dict(record) for record in self.records], "steps": self._steps, "open": dict(self._open)}
+        return {
+            "records": [dict(record) for record in self.records],
+            "latest_step": self.latest_step,
+            "steps": self._steps,
+            "open": dict(self._open),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.records[:] = [dict(record) for record in state["records"]]
+        last = int(self.records[-1]["step"]) if self.records else -1
+        self.latest_step = state.get("latest_step", last)  # version 0.1.0 saved none
         if is_first():  # what it had counted, once
             self._steps, self._open = state["steps"], dict(state["open"])

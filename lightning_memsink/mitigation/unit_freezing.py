@@ -42,7 +42,7 @@ def zero_gradients_(slices: Iterable[UnitSlice]) -> None:
             each.zero_(each.parameter.grad)
 
 
-class HeldBack:
+class FrozenSlices:
     """What ``slices`` were before one step of ``optimizer``, and what its state of them was."""
 
     @torch.no_grad()

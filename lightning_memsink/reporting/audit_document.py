@@ -8,8 +8,8 @@ from math import isfinite
 from typing import Any
 
 from lightning_memsink.detection.statistics import LN2, bits
-from lightning_memsink.extraction.audit.audit import MATCHED, Asked, Audit
-from lightning_memsink.extraction.audit.top_texts import Located
+from lightning_memsink.extraction.audit.audit import MATCHED, Audit, Cohort
+from lightning_memsink.extraction.audit.top_texts import LocalizedUnits
 from lightning_memsink.localization.concentration import Concentration
 from lightning_memsink.reporting import audit_tables as tables
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
@@ -17,7 +17,7 @@ from lightning_memsink.reporting.provenance import versions
 from lightning_memsink.reporting.run_summary import many, percent
 
 
-def document_of(audit: Audit, date: str) -> Document:
+def audit_document(audit: Audit, date: str) -> Document:
     """``date``: ISO 8601."""
     sections = [
         Section("What can be extracted", _extraction_words(audit), [tables.by_group(audit)]),
@@ -84,7 +84,7 @@ def _answers(audit: Audit) -> list[Answer]:
 
 def _by_bits(audit: Audit) -> str:
     """Over all suspected texts that were matched."""
-    found = audit.standing_out(None)
+    found = audit.mean_gap(None)
     if not isfinite(found.error):
         return ""
     mean, low, high = found.bits
@@ -202,7 +202,7 @@ def _numbers(audit: Audit) -> dict[str, Any]:
 def _bits(audit: Audit) -> dict[str, Any]:
     """By group, of those that have an interval."""
     groups = dict.fromkeys(each.group for each in audit.suspects.texts)
-    found = {group or "all": audit.standing_out(group) for group in [*groups, None]}
+    found = {group or "all": audit.mean_gap(group) for group in [*groups, None]}
     return {
         group: dict(zip(("mean", "low", "high"), each.bits, strict=True))
         for group, each in found.items()
@@ -210,21 +210,21 @@ def _bits(audit: Audit) -> dict[str, Any]:
     }
 
 
-def _located(found: Located) -> dict[str, Any]:
+def _located(found: LocalizedUnits) -> dict[str, Any]:
     sinks, test = found.sinks, found.concentration
     p = test.p if isinstance(test, Concentration) else None
     return {"units": {name: len(chosen) for name, chosen in sinks.units.items()}, "concentration_p": p}
 
 
-def _extracted(asked: Asked, n: int) -> tuple[int, int, int]:
+def _extracted(asked: Cohort, n: int) -> tuple[int, int, int]:
     """Word for word, within ``n`` tries, and of how many."""
     long = asked.answers.suffix > 0
     return int(asked.answers.exact.sum()), int(asked.answers.discoverable(n)[long].sum()), int(long.sum())
 
 
-def _fingerprint(asked: Asked) -> str:
+def _fingerprint(asked: Cohort) -> str:
     return f"{len(asked.texts):,}, SHA-256 {_digest(asked)[:16]}"
 
 
-def _digest(asked: Asked) -> str:
+def _digest(asked: Cohort) -> str:
     return hashlib.sha256("\0".join(each.text for each in asked.texts).encode()).hexdigest()

@@ -60,7 +60,7 @@ def gaps(audit: Audit) -> list[Grid]:
     groups = [each.group for each in audit.suspects.texts]
     for group in [*dict.fromkeys(groups), None]:
         chosen = audit.matched(group)
-        found = audit.standing_out(group)
+        found = audit.mean_gap(group)
         (low, high), (bits_mean, bits_low, bits_high) = found.interval, found.bits
         rows.append(
             (

@@ -10,7 +10,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lightning_memsink.localization.history import GROUPS, Spread
+from lightning_memsink.localization.history import GROUPS, EvaluationProfile
 from lightning_memsink.reporting.figures import INK
 from lightning_memsink.reporting.localization_summary import short_names
 
@@ -18,7 +18,7 @@ TITLES = {"shares": "attribution, by hidden layer", "norms": "squared gradient n
 MOST_NAMES = 24
 
 
-def layer_heat_map(rows: Sequence[Spread], layers: Sequence[str], blocks: Sequence[str]) -> Figure:
+def layer_heat_map(rows: Sequence[EvaluationProfile], layers: Sequence[str], blocks: Sequence[str]) -> Figure:
     """A column of panels a group, a row of panels for attribution and one for gradient norms where they were taken.
 
     Each column of cells adds up to 1; all panels of a row share one colour scale, so that groups compare.
@@ -51,7 +51,9 @@ def layer_heat_map(rows: Sequence[Spread], layers: Sequence[str], blocks: Sequen
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Spread], kind: str, group: str, names: Sequence[str], top: float) -> QuadMesh:
+def _panel(
+    axes: Axes, rows: Sequence[EvaluationProfile], kind: str, group: str, names: Sequence[str], top: float
+) -> QuadMesh:
     # A row tells of the steps since the evaluation before, so its cells span them; no visits leave a gap.
     ends = [row.step for row in rows]
     edges = [max(0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0, *ends]

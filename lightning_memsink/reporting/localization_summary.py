@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_memsink.localization.history import Attribution, Spread
+from lightning_memsink.localization.history import EvaluationProfile, LocalizationHistory
 
 SURE = 0.05
 """Largest p-value at which clustering is called so."""
 
 
-def where(attribution: Attribution) -> list[str]:
+def where(attribution: LocalizationHistory) -> list[str]:
     """Lines of the summary; what could not be tested is said so."""
     if not attribution.rows:
         return ["That can't be said: no evaluation followed a step that was looked at."]
@@ -22,7 +22,7 @@ def where(attribution: Attribution) -> list[str]:
     return [line for part in (*parts, _clusters(attribution), _sinks(attribution)) for line in part]
 
 
-def series(row: Spread) -> dict[str, float]:
+def series(row: EvaluationProfile) -> dict[str, float]:
     """Scalars for loggers: ``depth/GROUP`` in 0…1, the mean depth of a group's attribution (0: first layer), and of the
     memorized samples' attribution ``concentration/gini``, ``/top_1_percent``, ``/p``.
     """
@@ -41,12 +41,12 @@ def series(row: Spread) -> dict[str, float]:
     return {name: value for name, value in told.items() if math.isfinite(value)}
 
 
-def _layers(row: Spread, attribution: Attribution) -> list[str]:
+def _layers(row: EvaluationProfile, attribution: LocalizationHistory) -> list[str]:
     lines = [*_of_units(row, attribution), *_of_gradients(row, attribution)]
     return [line.replace("%", " %") for line in lines]
 
 
-def _of_units(row: Spread, attribution: Attribution) -> list[str]:
+def _of_units(row: EvaluationProfile, attribution: LocalizationHistory) -> list[str]:
     names, shares = short_names(list(attribution.units)), row.shares["memorized"]
     if len(names) < 2:
         return []
@@ -67,7 +67,7 @@ def _of_units(row: Spread, attribution: Attribution) -> list[str]:
     return lines
 
 
-def _of_gradients(row: Spread, attribution: Attribution) -> list[str]:
+def _of_gradients(row: EvaluationProfile, attribution: LocalizationHistory) -> list[str]:
     if "memorized" not in row.norms or len(row.norms) < 2:
         return []
     names, own = short_names(attribution.blocks), row.norms["memorized"]
@@ -78,7 +78,7 @@ def _of_gradients(row: Spread, attribution: Attribution) -> list[str]:
     ]
 
 
-def _movement(row: Spread, attribution: Attribution) -> list[str]:
+def _movement(row: EvaluationProfile, attribution: LocalizationHistory) -> list[str]:
     if not row.movement or not row.by_memorized:
         return []
     names = short_names(attribution.blocks)
@@ -90,7 +90,7 @@ def _movement(row: Spread, attribution: Attribution) -> list[str]:
     ]
 
 
-def _agreement(row: Spread) -> list[str]:
+def _agreement(row: EvaluationProfile) -> list[str]:
     if "memorized" not in row.agreement:
         return []
     others = ", ".join(f"{group} {cosine:.2f}" for group, cosine in row.agreement.items() if group != "memorized")
@@ -100,7 +100,7 @@ def _agreement(row: Spread) -> list[str]:
     ]
 
 
-def _clusters(attribution: Attribution) -> list[str]:
+def _clusters(attribution: LocalizationHistory) -> list[str]:
     found = next((row.concentration for row in reversed(attribution.rows) if row.concentration is not None), None)
     if found is None:
         return ["Whether it clusters can't be tested: too few memorized samples were looked at."]
@@ -112,7 +112,7 @@ def _clusters(attribution: Attribution) -> list[str]:
     ]
 
 
-def _sinks(attribution: Attribution) -> list[str]:
+def _sinks(attribution: LocalizationHistory) -> list[str]:
     sinks = attribution.sinks
     if sinks is None or sinks.empty:
         return []
@@ -127,7 +127,7 @@ def _sinks(attribution: Attribution) -> list[str]:
     ]
 
 
-def _others(row: Spread, kind: str, layer: int) -> float:
+def _others(row: EvaluationProfile, kind: str, layer: int) -> float:
     groups = {group: shares for group, shares in getattr(row, kind).items() if group != "memorized"}
     visits = sum(row.visits[group] for group in groups)
     total: float = sum(row.visits[group] * shares[layer] for group, shares in groups.items())

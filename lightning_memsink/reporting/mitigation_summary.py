@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_memsink.mitigation.certificate import Certificate
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 
 PREFIX = "mitigation/"
 
 
-def action_series(actions: Mapping[str, Actions], step: int) -> dict[str, float]:
+def action_series(actions: Mapping[str, InterventionLog], step: int) -> dict[str, float]:
     """``mitigation/…`` at the evaluation of ``step``: by mitigation the share of sample visits ``acted`` on since the
     evaluation before, the share ``removed`` (of the gradient, say), and all else that was counted, as shares of visits.
     """
     series: dict[str, float] = {}
     for name, done in actions.items():
-        done.settle(step)
         if not done.records or not done.records[-1]["visits"]:
             continue
         last = done.records[-1]
@@ -31,18 +30,18 @@ def side_by_side(row: Mapping[str, float]) -> dict[str, float]:
     return {f"{PREFIX}{name}": row[source] for name, source in told.items() if source in row}
 
 
-def what_was_done(actions: Mapping[str, Actions], certificate: Certificate | None) -> list[str]:
+def what_was_done(actions: Mapping[str, InterventionLog], certificate: Certificate | None) -> list[str]:
     """A sentence or two a mitigation, and what the certificate of designed sinks says."""
     lines = []
     for name, done in actions.items():
         visits = done.total("visits")
         if not visits:
-            lines.append(f"{name} {done.what}: it saw no batch it could act on.")
+            lines.append(f"{name} {done.description}: it saw no batch it could act on.")
             continue
         acted = done.total("acted") / visits
         lines.append(
-            f"{name} {done.what}: it acted on {_percent(acted)} of {visits:,.0f} sample visits{_lately(done, acted)} "
-            f"and removed {_percent(done.total('removed'))} of the {done.unit}."
+            f"{name} {done.description}: it acted on {_percent(acted)} of {visits:,.0f} sample visits"
+            f"{_lately(done, acted)} and removed {_percent(done.total('removed'))} of the {done.unit}."
         )
         alone = done.total("unmatched") / visits
         if alone:
@@ -64,7 +63,7 @@ def acting_rows(history: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[
     return rows
 
 
-def _lately(done: Actions, overall: float) -> str:
+def _lately(done: InterventionLog, overall: float) -> str:
     """Where the end differs from the whole: a mitigation that follows memorization has more to do late."""
     last = done.records[-1]
     share = last["acted"] / last["visits"] if last["visits"] else overall

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_memsink._files import written_whole
-from lightning_memsink.detection.evaluate import judge
-from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.evaluate import evaluate
+from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import SCHEMA, LossTable
@@ -74,14 +74,14 @@ def read_ledger(folder: Path) -> tuple[LossTable, ControlTable]:
     return table, controls
 
 
-def detect(folder: Path, rule: Rule | None = None) -> tuple[Flags, Evaluation]:
+def detect(folder: Path, rule: DetectionRule | None = None) -> tuple[Flags, Evaluation]:
     """The detector over a ledger on disk: every sample judged by its last visit, at one evaluation.
 
     Live, a flag must hold at two evaluations in a row; here there is one, so flags are those of the first look.
     """
     table, controls = read_ledger(folder)
     flags = Flags()
-    return flags, judge(table, controls, flags, rule or Rule(), consecutive=1, epoch=0)
+    return flags, evaluate(table, controls, flags, rule or DetectionRule(), consecutive=1, epoch=0)
 
 
 _VECTORS = ("previous", "latest")

@@ -24,7 +24,7 @@ PLACES = {
 """The section of each figure."""
 
 
-def document_of(findings: Findings, settings: Mapping[str, Any], versions: Mapping[str, str], date: str) -> Document:
+def run_document(findings: Findings, settings: Mapping[str, Any], versions: Mapping[str, str], date: str) -> Document:
     """``settings``: arguments by callback; ``date``: ISO 8601."""
     sections = [_section(title, lines, findings) for title, lines in _parts(findings).items()]
     data = fingerprint(findings.table)
@@ -68,10 +68,10 @@ def _answers(findings: Findings) -> list[Answer]:
 
 def _suppressed(findings: Findings, memorized: int | None) -> Answer:
     question = "Was it suppressed?"
-    if not findings.actions:
+    if not findings.interventions:
         return Answer(question, "no", "Nothing acted on memorization: this run was only watched.")
-    names = ", ".join(findings.actions)
-    acted = sum(done.total("acted") for done in findings.actions.values())
+    names = ", ".join(findings.interventions)
+    acted = sum(done.total("acted") for done in findings.interventions.values())
     if not acted:
         return Answer(question, "no", f"{names} had nothing to act on.")
     if memorized is None:
@@ -150,7 +150,7 @@ def _numbers(findings: Findings, data: str, settings: Mapping[str, Any], version
     evaluations = findings.flags.evaluations
     actions = {
         name: {key: done.total(key) for key in ("visits", "acted", "removed")}
-        for name, done in findings.actions.items()
+        for name, done in findings.interventions.items()
     }
     certificate, extraction = findings.certificate, findings.extraction
     told: dict[str, Any] = _json_able(

@@ -10,10 +10,10 @@ import torch
 
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
-from lightning_memsink.extraction.history import Extracted
-from lightning_memsink.localization.history import Attribution
+from lightning_memsink.extraction.history import ExtractionHistory
+from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.mitigation.certificate import Certificate
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.reporting.localization_summary import where
 from lightning_memsink.reporting.mitigation_summary import what_was_done
 from lightning_memsink.reporting.scalars import MemorizedSample, top_memorized
@@ -37,13 +37,13 @@ class Findings:
     flags: Flags
     onset: Onset | None
     history: Sequence[Mapping[str, float]]
-    attribution: Attribution | None = None
+    attribution: LocalizationHistory | None = None
     """None where nobody localizes."""
-    actions: Mapping[str, Actions] = field(default_factory=dict)
+    interventions: Mapping[str, InterventionLog] = field(default_factory=dict)
     """By mitigation; empty where there is none."""
     certificate: Certificate | None = None
     """Of designed sinks."""
-    extraction: Extracted | None = None
+    extraction: ExtractionHistory | None = None
     """None where nobody asked."""
 
     @property
@@ -92,7 +92,7 @@ def _extracted(findings: Findings) -> dict[str, list[str]]:
 
 
 def _done(findings: Findings) -> dict[str, list[str]]:
-    lines = what_was_done(findings.actions, findings.certificate)
+    lines = what_was_done(findings.interventions, findings.certificate)
     return {"What was done": lines} if lines else {}
 
 
@@ -111,7 +111,9 @@ def markdown(findings: Findings, figures: str | None, opening: Sequence[str] = (
     if figures is not None:
         lines += ["## Figures", ""]
         for stem, caption in FIGURES.items():
-            if (stem == "layers" and findings.attribution is None) or (stem == "mitigation" and not findings.actions):
+            if (stem == "layers" and findings.attribution is None) or (
+                stem == "mitigation" and not findings.interventions
+            ):
                 continue
             lines += [f"![{caption}]({figures}/{stem}.png)", "", f"*{caption}.* [SVG]({figures}/{stem}.svg)", ""]
     if opening:

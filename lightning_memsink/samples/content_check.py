@@ -10,7 +10,7 @@ from lightning_memsink.samples.hashing import content_ids
 from lightning_memsink.samples.tokens import Tokens
 
 
-class Witnesses:
+class ContentCheck:
     """Content hashes of the first samples seen.
 
     After a resume, most of them coming back with other content means that ids now name other samples. A sample
@@ -23,7 +23,7 @@ class Witnesses:
         self._restored: dict[int, int] = {}
         self._changed = self._same = 0
 
-    def look(self, ids: Tensor, tokens: Tokens) -> str | None:
+    def check(self, ids: Tensor, tokens: Tokens) -> str | None:
         """Returns the warning that is due, once most restored witnesses have turned out changed."""
         room = len(self._content) < self.many
         if not room and not self._restored:

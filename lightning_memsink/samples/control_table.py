@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_memsink._distributed import gather
 from lightning_memsink.samples.unique import first_of_each
 
 SNAPSHOTS = 8
+
+ControlBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""``ids`` and ``losses`` ``[B]``, ``features`` ``[B, F]`` of held-out samples."""
 
 
 class ControlTable:
@@ -34,27 +37,33 @@ class ControlTable:
         """Step, mean and standard deviation of the losses, an entry an evaluation."""
         self.expected = False
         """Whether the writer will look at controls of its own, validation or not."""
-        self._open: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.collected: list[ControlBatch] = []
+        """Batches of the evaluation that is open, in this process."""
         self._open_step: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an evaluation was begun and not closed."""
+        return self._open_step is not None
 
     def begin(self, step: int) -> None:
         """An evaluation at ``step`` starts."""
-        self._open, self._open_step = [], step
+        self.collected, self._open_step = [], step
 
     def add(self, ids: Tensor, losses: Tensor, features: Tensor) -> None:
         """A batch of it, in this process: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
-        self._open.append((ids, losses, features))
+        self.collected.append((ids, losses, features))
 
-    def settle(self) -> None:
-        """It is over. Called by whoever needs it first, the writer or a reader; nothing happens the second time.
+    def close_evaluation(self, collected: Sequence[list[ControlBatch]]) -> None:
+        """It is over. ``collected``: the batches of every process, as their tables `collected` them.
 
-        All processes call it, and wait for one another here only: they may have had different numbers of batches.
+        Raises:
+            RuntimeError: if no evaluation was begun.
         """
         if self._open_step is None:
-            return
-        step, mine = self._open_step, self._open
-        self._open_step, self._open = None, []
-        seen = [batch for one in gather(mine) for batch in one]
+            raise RuntimeError("ControlTable.close_evaluation() without begin(step).")
+        step, self._open_step, self.collected = self._open_step, None, []
+        seen = [batch for process in collected for batch in process]
         if seen:
             ids, losses, features = (torch.cat(parts) for parts in zip(*seen, strict=True))
             self.record(step, ids, losses, features)

@@ -25,7 +25,7 @@ class WithoutHeldOut(Sampler[int]):
         return len(self.sampler) - len(self.held_out)
 
 
-def hold_out(loader: Any, fraction: float) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def holdout_split(loader: Any, fraction: float) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """A training loader without ``fraction`` of its samples, and a loader of just these.
 
     Who is held out depends on the data set's length alone, so a resumed run holds out the same. The user's loader

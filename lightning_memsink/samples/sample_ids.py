@@ -108,12 +108,12 @@ class SampleIds:
 
     def _tag(self, loader: Any) -> object:
         if is_taggable(loader):
-            return tagged(loader, self._hear)
+            return tagged(loader, self._on_fetch)
         if self.identity == "index":
             raise RuntimeError(self._no_index(f"got {describe_batch(loader)}"))
         return loader
 
-    def _hear(self, batches: object, ids: Tensor | None) -> None:
+    def _on_fetch(self, batches: object, ids: Tensor | None) -> None:
         """Notes the ids of a batch that a loop fetched; the user may iterate over the same loader in between."""
         for stage, arrived in self._arrived.items():
             combined = self._combined_loader(stage)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
 
 
-class Described(NamedTuple):
+class DescribedBatch(NamedTuple):
     """Who is in a batch: ``ids`` ``[B]``, and what they are matched on: their text, the user's features ``[B, F]``."""
 
     ids: Tensor
@@ -20,7 +20,7 @@ class Described(NamedTuple):
     features: Tensor | None
 
     @classmethod
-    def of(cls, batch: Any, ids: Tensor, features: Callable[[Any], Tensor] | None) -> Described:
+    def of(cls, batch: Any, ids: Tensor, features: Callable[[Any], Tensor] | None) -> DescribedBatch:
         """``features``: the user's, of a batch."""
         found = tokens_of(batch)
         tokens = None if found is None or len(found.ids) != len(ids) else Tokens(found.ids.cpu(), found.mask.cpu())

@@ -15,8 +15,8 @@ from lightning_memsink.attribution.ghost_norms import (
     Convolution,
     Convolved,
     Dense,
+    EmbeddingRows,
     Outer,
-    Rows,
     convolution_weight_gradient,
     dense,
     gram,
@@ -68,8 +68,8 @@ def test_rows_named_twice_add_up(batch, positions, width, table, seed):
 
 
 OUTER, MORE = Outer(normal(3, 5, 7), normal(3, 5, 4, seed=1)), Outer(normal(3, 2, 7, seed=2), normal(3, 2, 4, seed=3))
-ROWS = Rows(torch.tensor([[0, 6, 6], [1, 2, 3], [5, 5, 5]]), normal(3, 3, 4, seed=4))
-AGAIN = Rows(torch.tensor([[0, 1], [1, 4], [5, 6]]), normal(3, 2, 4, seed=5))
+ROWS = EmbeddingRows(torch.tensor([[0, 6, 6], [1, 2, 3], [5, 5, 5]]), normal(3, 3, 4, seed=4))
+AGAIN = EmbeddingRows(torch.tensor([[0, 1], [1, 4], [5, 6]]), normal(3, 2, 4, seed=5))
 KERNEL = Convolved(
     normal(3, 4, 9), normal(3, 7, 9, seed=6), torch.empty(7, 4, 1), Convolution((1,), (1,), (1,), groups=1)
 )

@@ -10,7 +10,7 @@ from benchmarks.findings.benchmark import NOT, SUPPORTED, find, first_exact, pag
 from benchmarks.findings.figure import draw
 from benchmarks.findings.runs import GOES_ON, STOPS, Look, Run, _among
 from lightning_memsink.localization.concentration import Concentration
-from lightning_memsink.localization.history import Spread
+from lightning_memsink.localization.history import EvaluationProfile
 
 RUNGS = {
     "natural x1": ("natural", 1),
@@ -36,8 +36,8 @@ def made_up(then, seed, *, early=True, p=0.01):
     flagged = {name: torch.full((12,), at if "64" in name and "easy" not in name else -1) for name in RUNGS}
     found = Concentration(0.6, 30, 0.2, 0.5, 0.4, 0.55, 0.3, p, 9)
     spreads = [
-        Spread(10, {}, {"memorized": [0.7, 0.3]}, {}, [], [], None, {}),
-        Spread(60, {}, {"memorized": [0.4, 0.6]}, {}, [], [], found, {}),
+        EvaluationProfile(10, {}, {"memorized": [0.7, 0.3]}, {}, [], [], None, {}),
+        EvaluationProfile(60, {}, {"memorized": [0.4, 0.6]}, {}, [], [], found, {}),
     ]
     return Run(seed, then, TURN, RUNGS, looks, flagged, spreads)
 

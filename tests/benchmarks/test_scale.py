@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.scale import benchmark as scale
 from benchmarks.scale.runs import CONTROLS, STEPS, Sized, Stepped, filled, ids_of, look_at_controls, visit_all
-from lightning_memsink.detection.evaluate import judge, known_controls, samples_of
-from lightning_memsink.detection.matched_controls import SPREAD, Rule, farthest, standardize
+from lightning_memsink.detection.evaluate import evaluate, known_controls, samples_of
+from lightning_memsink.detection.matched_controls import SPREAD, DetectionRule, farthest, standardize
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.samples.loss_table import LossTable
 
@@ -23,7 +23,7 @@ def judged():
     for step in (STEPS["then"], STEPS["last"]):
         visit_all(tracker, MANY, step)
         look_at_controls(tracker, step + 10)
-        flags.evaluations.append(judge(tracker.table, tracker.controls, flags, Rule(), 2, epoch=0))
+        flags.evaluations.append(evaluate(tracker.table, tracker.controls, flags, DetectionRule(), 2, epoch=0))
     return tracker, flags
 
 
@@ -39,7 +39,7 @@ def test_a_sample_takes_64_bytes_in_memory_and_in_the_checkpoint(judged):
 def test_the_evaluation_in_blocks_is_that_of_a_matrix_of_all_pairs(judged):
     """The definition, for the first thousand samples: all distances, sorted."""
     tracker, flags = judged
-    rule, controls = Rule(), known_controls(tracker.controls)
+    rule, controls = DetectionRule(), known_controls(tracker.controls)
     samples = samples_of(tracker.table, tracker.controls, torch.arange(1000))
     static, own_static = standardize(samples.features, controls.features)
     assert samples.snapshot.unique().numel() == 1

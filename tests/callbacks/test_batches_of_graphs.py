@@ -72,10 +72,10 @@ class OfGraphs(LightningModule):
 @pytest.mark.parametrize("tracker_first", [True, False])
 def test_samples_are_graphs(mitigation, acted, tracker_first, recwarn):
     crew = [LossTracker(), mitigation] if tracker_first else [mitigation, LossTracker()]
-    before = mitigation.actions.total("visits"), mitigation.actions.total("acted")
+    before = mitigation.interventions.total("visits"), mitigation.interventions.total("acted")
     trainer(crew, max_epochs=2, val_check_interval=None).fit(
         OfGraphs(), DataLoader(graphs(seed=0), BATCH, collate_fn=collated)
     )
-    assert mitigation.actions.total("visits") - before[0] == 2 * GRAPHS
-    assert acted(mitigation.actions.total("acted") - before[1])
+    assert mitigation.interventions.total("visits") - before[0] == 2 * GRAPHS
+    assert acted(mitigation.interventions.total("acted") - before[1])
     assert not [str(each.message) for each in recwarn if type(mitigation).__name__ in str(each.message)]

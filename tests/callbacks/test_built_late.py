@@ -55,9 +55,9 @@ def test_what_is_built_late_is_looked_into_like_any_other(where, crew):
     late_run, late = fit(theirs, Late(where))
     assert torch.equal(weights(model), weights(late))
     ledger, late_ledger = Ledger.of(run), Ledger.of(late_run)
-    for name, actions in ledger.actions.items():
-        assert actions.total("acted") > 0 and actions.total("acted") == late_ledger.actions[name].total("acted")
-    if ledger.has("attribution"):
+    for name, actions in ledger.interventions.items():
+        assert actions.total("acted") > 0 and actions.total("acted") == late_ledger.interventions[name].total("acted")
+    if ledger.get(Ledger.attribution) is not None:
         assert repr(ledger.attribution.rows) == repr(late_ledger.attribution.rows)
         assert late_ledger.attribution.rows[-1].shares and late_ledger.attribution.rows[-1].norms
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in late.modules())

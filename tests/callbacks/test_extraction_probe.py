@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_memsink import memsink
 from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
-from lightning_memsink.extraction.history import Extracted
-from lightning_memsink.extraction.probe import Scheme, ask, logits_of
+from lightning_memsink.extraction.history import ExtractionHistory
+from lightning_memsink.extraction.probe import ProbeConfig, logits_of
+from lightning_memsink.extraction.probe import probe as probe_texts
 from lightning_memsink.ledger import Ledger
 from tests.support.small_runs import CANARIES, LENGTH, VOCABULARY, TinyLM, fit, noise, watch
 
@@ -135,7 +136,7 @@ def test_a_look_that_fails_does_not_end_the_run():
     def broken(tokens, mask):
         raise RuntimeError("no memory left")
 
-    with pytest.warns(match="could not ask the model; training goes on. no memory left"):
+    with pytest.warns(match="failed on this model; training goes on. no memory left"):
         trainer, _ = fit([*watch(), probe(logits=broken)], SmallGPT(), max_epochs=1)
     assert not Ledger.of(trainer).extraction.rows
     assert not trainer.interrupted
@@ -149,11 +150,13 @@ def test_shorter_texts_are_padded_and_those_without_suffix_are_not_counted():
     def logits(seen, mask):
         return F.one_hot(seen.roll(-1, 1).clamp(min=0), VOCABULARY) * 20.0
 
-    told = ask(logits, tokens, tokens != -1, Scheme(prefix=4), batch_size=3)
+    told = probe_texts(logits, tokens, tokens != -1, ProbeConfig(prefix=4), batch_size=3)
     assert told.suffix.tolist() == [0, 2, LENGTH - 4, LENGTH - 4]
     assert told.exact.tolist() == [False, True, True, True]
-    extracted = Extracted(Scheme(prefix=4))
-    extracted.add(1, {name: ask(logits, each, each != -1, Scheme(prefix=4)) for name, each in texts.items()})
+    extracted = ExtractionHistory(ProbeConfig(prefix=4))
+    extracted.add(
+        1, {name: probe_texts(logits, each, each != -1, ProbeConfig(prefix=4)) for name, each in texts.items()}
+    )
     assert extracted.rows[-1]["canaries/exact"] == 1
     assert extracted.words()[1] == "short: no text is longer than the prefix of 4 tokens."
 

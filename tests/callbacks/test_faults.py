@@ -258,7 +258,7 @@ def test_tied_weights_and_a_model_without_a_hidden_layer_are_watched_and_held(ki
     assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), watched.parameters(), strict=True))
     crew = held()
     fit(crew, kind())
-    assert crew[-1].actions.total("acted") > 0
+    assert crew[-1].interventions.total("acted") > 0
     if kind is NoHiddenLayer:
         with pytest.raises(ValueError, match="hidden"):
             fit([*watch(), SinkLocalizer()], kind())

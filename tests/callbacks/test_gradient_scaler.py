@@ -68,5 +68,5 @@ def test_a_mitigation_holds_under_a_scaler_what_it_holds_without():
     masks = [SampleGradientMask(k=4) for _ in range(2)]
     for mask, scale in zip(masks, (1.0, 1024.0), strict=True):
         fit([*watch(), mask], **half(init_scale=scale, growth_interval=10**6))  # it never grows: no step is skipped
-    acted = [mask.actions.total("acted") for mask in masks]
+    acted = [mask.interventions.total("acted") for mask in masks]
     assert acted[0] > 50 and acted[1] == acted[0]

@@ -107,7 +107,7 @@ def test_validate_test_and_predict_are_none_of_our_business(function):
     run = Trainer(callbacks=ours(), max_epochs=1, accelerator="cpu", **QUIET)
     model = Served()
     getattr(run, function)(model, control_loader())
-    assert not Ledger.of(run).has("losses")
+    assert not Ledger.of(run).get(Ledger.losses)
     run.fit(model, train_loader(), control_loader())
     table, controls = Ledger.of(run).losses, Ledger.of(run).controls
     before = table.exposures.clone(), table.last_loss.clone(), controls.latest.clone(), len(Ledger.of(run).history)

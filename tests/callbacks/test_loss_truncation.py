@@ -44,8 +44,8 @@ def test_it_leaves_out_what_a_list_of_losses_says(fraction):
     _, model = fit([mask], max_epochs=2)
     for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(one, other)
-    assert mask.actions.total("acted") == by_hand.left_out > 0
-    assert mask.actions.total("removed") == pytest.approx(by_hand.left_out / (2 * len(TRAIN)), abs=0.01)
+    assert mask.interventions.total("acted") == by_hand.left_out > 0
+    assert mask.interventions.total("removed") == pytest.approx(by_hand.left_out / (2 * len(TRAIN)), abs=0.01)
 
 
 def test_before_the_window_is_full_nothing_is_left_out():
@@ -62,7 +62,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole = fit(crew(), max_epochs=3, enable_checkpointing=True)
     resumed = fit(crew(), max_epochs=3, ckpt_path=str(tmp_path / "epoch=0.ckpt"), enable_checkpointing=True)
     assert snapshot(*resumed) == snapshot(*whole)
-    actions = [Ledger.of(run).actions["LossTruncation"] for run, _ in (whole, resumed)]
+    actions = [Ledger.of(run).interventions["LossTruncation"] for run, _ in (whole, resumed)]
     assert actions[0].records == actions[1].records and actions[0].total("acted") > 0
 
 
@@ -74,7 +74,7 @@ class Broken(TinyLM):
 def test_losses_that_are_no_numbers_are_not_remembered():
     mask = LossTruncation(window=20)
     fit([mask], Broken(), max_epochs=1)
-    assert len(mask.recent) <= 16 and mask.actions.total("acted") == 0
+    assert len(mask.recent) <= 16 and mask.interventions.total("acted") == 0
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,11 @@ def test_callbacks_agree_in_any_order():
         crew = [*watch(), MemSinks(certify=16), SinkLocalizer(every=4)]
         run, model = fit([crew[i] for i in order], max_epochs=2)
         ledger = Ledger.of(run)
-        facts = (ledger.certificate.state(), ledger.actions["MemSinks"].state_dict(), ledger.attribution.state_dict())
+        facts = (
+            ledger.certificate.state(),
+            ledger.interventions["MemSinks"].state_dict(),
+            ledger.attribution.state_dict(),
+        )
         found.add(repr((snapshot(run, model), facts)))
     assert len(found) == 1
 
@@ -89,7 +93,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert snapshot(*resumed) == snapshot(*whole)
     first, second = Ledger.of(whole[0]), Ledger.of(resumed[0])
     assert first.certificate == second.certificate and first.certificate is not None
-    assert first.actions["MemSinks"].state_dict() == second.actions["MemSinks"].state_dict()
+    assert first.interventions["MemSinks"].state_dict() == second.interventions["MemSinks"].state_dict()
     with (
         pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
         pytest.raises(ValueError, match=r"trained with Pool\(.*seed=0\), but MemSinks was given Pool\(.*seed=1\)"),
@@ -235,12 +239,12 @@ def test_packed_documents_have_their_own_units_token_by_token():
 )
 def test_without_ids_the_pool_is_dropped_and_that_is_said_once(key, message, monkeypatch):
     if key is None:
-        monkeypatch.setattr(LossTracker, "_look_at", lambda self, batch, stage: None)
+        monkeypatch.setattr(LossTracker, "_identify", lambda self, batch, stage: None)
     model = TinyLM()
     before = model.mlp[2].weight[:, SHARED:].detach().clone()
     with pytest.warns(UserWarning, match=message) as warned:
         run, _ = fit([LossTracker(identity="content"), MemSinks(key=key)], model, controls="none", max_epochs=1)
     assert sum("drops the pool" in str(one.message) for one in warned) == 1
-    assert Ledger.of(run).actions["MemSinks"].records[-1]["removed"] == pytest.approx(0.75)
+    assert Ledger.of(run).interventions["MemSinks"].records[-1]["removed"] == pytest.approx(0.75)
     assert Ledger.of(run).certificate is None
     assert (model.mlp[2].weight[:, SHARED:] - before).abs().max() < 1e-3  # weight decay alone

@@ -59,7 +59,7 @@ def canary_ids() -> Tensor:
 
 
 def facts(run: Trainer, model: LightningModule) -> tuple[str, str]:
-    return snapshot(run, model), repr(Ledger.of(run).actions["SampleGradientMask"].state_dict())
+    return snapshot(run, model), repr(Ledger.of(run).interventions["SampleGradientMask"].state_dict())
 
 
 def test_hold_keeps_canaries_near_the_set_point_and_helps_the_rest(plain):
@@ -70,7 +70,7 @@ def test_hold_keeps_canaries_near_the_set_point_and_helps_the_rest(plain):
     assert loss_of(plain[1], CANARIES) < 0.2
     assert loss_of(model, never_seen) - loss_of(model, CANARIES) < 2.5
     assert loss_of(model, chain(60, seed=77)) < loss_of(plain[1], chain(60, seed=77))
-    totals = {name: mask.actions.total(name) for name in ("visits", "acted", "removed", "unmatched", "unknown")}
+    totals = {name: mask.interventions.total(name) for name in ("visits", "acted", "removed", "unmatched", "unknown")}
     assert totals["visits"] == 6 * len(TRAIN) and totals["unmatched"] == 0
     assert 0 < totals["acted"] < totals["visits"] and totals["removed"] == pytest.approx(
         totals["acted"] / totals["visits"], abs=0.01
@@ -169,7 +169,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options):
 
     whole = fit(crew(), max_epochs=EPOCHS, enable_checkpointing=True)
     resumed = fit(crew(), max_epochs=EPOCHS, ckpt_path=str(tmp_path / "epoch=1.ckpt"), enable_checkpointing=True)
-    assert Ledger.of(whole[0]).actions["SampleGradientMask"].total("acted") > 0
+    assert Ledger.of(whole[0]).interventions["SampleGradientMask"].total("acted") > 0
     assert facts(*resumed) == facts(*whole)
 
 
@@ -203,7 +203,7 @@ def test_a_routed_sample_moves_reserved_rows_of_the_up_projection_only():
     fit([*watch(), mask], model, train=train_loader(CANARIES, batch_size=4), max_epochs=1, val_check_interval=1)
     moved = (model.mlp[0].weight.detach() - before["mlp.0.weight"]).abs().sum(1) > 0
     assert not moved[:96].any() and moved[96:].any()
-    assert mask.actions.total("acted") == 4 and mask.actions.total("removed") == 0.75
+    assert mask.interventions.total("acted") == 4 and mask.interventions.total("removed") == 0.75
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
@@ -220,7 +220,7 @@ def test_a_step_is_searched_once_for_all_and_its_graph_is_let_go(monkeypatch):
         crew.insert(place, SampleGradientMask("hold"))
         searched.clear()
         run, _ = fit(crew, max_epochs=2)
-        assert len(searched) == run.global_step and crew[place].actions.total("acted") > 0
+        assert len(searched) == run.global_step and crew[place].interventions.total("acted") > 0
         assert Ledger.of(run).batch._searched is None
 
 
@@ -229,7 +229,7 @@ class Writes(Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        actions = trainer.callbacks[2].actions
+        actions = trainer.callbacks[2].interventions
         facts = {"snapshot": snapshot(trainer, pl_module), "acted": actions.total("acted")}
         torch.save(facts | {"loss": loss_of(pl_module, CANARIES)}, self.folder / f"rank{trainer.global_rank}.pt")
 

@@ -70,7 +70,7 @@ def test_a_missing_callback_is_named_before_the_first_step(crew, message):
 def test_hold_needs_no_detector():
     mask = SampleGradientMask()
     fit([LossTracker(identity="content"), mask])
-    assert mask.actions.total("acted") > 0
+    assert mask.interventions.total("acted") > 0
 
 
 def test_routing_a_model_without_hidden_layers_is_refused_at_the_start():
@@ -132,7 +132,7 @@ def test_the_cure_cures(mode):
     mask = SampleGradientMask(mode)
     _, plain = fit([], FusedLM(report=True), max_epochs=4)
     _, model = fit([LossTracker(identity="index"), MemorizationDetector(k=4), mask], FusedLM(report=True), max_epochs=4)
-    assert mask.actions.total("acted") > 100
+    assert mask.interventions.total("acted") > 100
     assert model.loss({"input_ids": CANARIES}).item() > 1 + plain.loss({"input_ids": CANARIES}).item()
 
 
@@ -155,8 +155,8 @@ def test_without_matched_controls_samples_are_left_alone_and_it_is_said(controls
         _, model = fit([LossTracker(identity="content"), mask], controls=loader)
     assert sum(bool(re.search(found, str(each.message))) for each in caught) == 1
     if controls != "far":
-        assert torch.equal(weights(model), weights(plain)) and mask.actions.total("acted") == 0
-    assert mask.actions.total("unmatched") > 0 or controls == "none"
+        assert torch.equal(weights(model), weights(plain)) and mask.interventions.total("acted") == 0
+    assert mask.interventions.total("unmatched") > 0 or controls == "none"
 
 
 class Pictures(TinyLM):
@@ -186,7 +186,7 @@ def test_images_need_features_of_the_users():
     mask = SampleGradientMask(at=0.0)
     tracker = LossTracker(features=lambda batch: batch[0][:, :2])
     fit([tracker, mask], Pictures(), train=pictures(64), controls=pictures(40), max_epochs=40, val_check_interval=2)
-    assert mask.actions.total("acted") > 0
+    assert mask.interventions.total("acted") > 0
 
 
 class Broken(TinyLM):
@@ -208,8 +208,8 @@ class Broken(TinyLM):
 def test_a_loss_that_is_no_number_costs_nothing_more(mode):
     mask = SampleGradientMask(mode)
     _, model = fit([*watch(), mask], Broken())
-    assert weights(model).isfinite().all() and mask.actions.total("visits") == 3 * len(TRAIN)
-    assert 0 <= mask.actions.total("removed") <= 1
+    assert weights(model).isfinite().all() and mask.interventions.total("visits") == 3 * len(TRAIN)
+    assert 0 <= mask.interventions.total("removed") <= 1
 
 
 class Ragged(TinyLM):
@@ -232,7 +232,7 @@ def test_empty_batches_and_sequences_without_a_label_pass(mode):
 
     mask = SampleGradientMask(mode)
     _, model = fit([*watch(), mask], Ragged(), train=train_loader(collate_fn=collate))
-    assert weights(model).isfinite().all() and 0 <= mask.actions.total("removed") <= 1
+    assert weights(model).isfinite().all() and 0 <= mask.interventions.total("removed") <= 1
 
 
 class Keyed(Rows):
@@ -246,7 +246,7 @@ def test_ids_may_be_negative_and_come_twice_in_a_batch():
     mask = SampleGradientMask()
     texts = torch.cat([chain(200, seed=1), CANARIES.repeat_interleave(2, 0).repeat(16, 1)])
     run, _ = fit([LossTracker(), mask], train=DataLoader(Keyed(texts), 16), max_epochs=4)
-    assert mask.actions.total("acted") > 0 and int(Ledger.of(run).losses.ids.max()) == -1
+    assert mask.interventions.total("acted") > 0 and int(Ledger.of(run).losses.ids.max()) == -1
 
 
 class Manual(TinyLM):
@@ -269,7 +269,7 @@ def test_manual_optimization_is_held_by_the_whole_loss(backwards):
     mask = SampleGradientMask()
     _, plain = fit([], Manual(backwards), max_epochs=4)
     _, model = fit([*watch(flush_every=1), mask], Manual(backwards), max_epochs=4)
-    assert mask.actions.total("visits") == 4 * len(TRAIN) and mask.actions.total("acted") > 100
+    assert mask.interventions.total("visits") == 4 * len(TRAIN) and mask.interventions.total("acted") > 100
     assert model.loss({"input_ids": CANARIES}).item() > 1 + plain.loss({"input_ids": CANARIES}).item()
 
 
@@ -284,7 +284,7 @@ def test_tied_weights_route_and_hold():
     for mode in ("hold", "route"):
         mask = SampleGradientMask(mode)
         fit([*watch(), mask], Tied(), max_epochs=4)
-        assert mask.actions.total("acted") > 0
+        assert mask.interventions.total("acted") > 0
 
 
 class Fails(Callback):

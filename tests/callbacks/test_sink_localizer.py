@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_memsink import memsink
-from lightning_memsink.attribution.update_norms import Movement
+from lightning_memsink.attribution.update_norms import UpdateNorms
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
 from tests.support.small_runs import TinyLM, fit, snapshot, watch
@@ -163,7 +163,7 @@ def test_the_expression_localizes_on_request_only():
 
 def test_movement_is_the_norm_of_a_step_and_exact_for_small_weights():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    moved = Movement(model)
+    moved = UpdateNorms(model)
     moved.before_step()
     before = [weight.detach().clone() for weight in model.parameters()]
     with torch.no_grad():

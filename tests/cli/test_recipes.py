@@ -17,7 +17,7 @@ from lightning_memsink.cli.recipes import is_for_audit, is_overlay, recipe_names
 from lightning_memsink.examples.corpora import byte_level_bpe, python_docs
 from lightning_memsink.examples.digits import Digits
 from lightning_memsink.examples.text import CausalLM, PythonDocs, TextFile
-from lightning_memsink.extraction.canaries import Rung
+from lightning_memsink.extraction.canaries import CanaryGroup
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
@@ -186,7 +186,7 @@ def test_a_model_that_is_not_there_is_never_downloaded():
 def test_the_demo_knows_what_it_planted():
     docs = PythonDocs(**SMALL_DOCS)
     docs.setup("fit")
-    assert all(isinstance(rung, Rung) for rung in docs.rungs())
+    assert all(isinstance(rung, CanaryGroup) for rung in docs.rungs())
     assert [rung.repeats for rung in docs.rungs()] == [1, 8, 1, 8, 64]
     assert len(docs.train_dataloader().dataset) == 128 + (2 + 2) * (1 + 8) + 2 * 64
     assert docs.train_dataloader().dataset[0]["input_ids"].shape == (64,)

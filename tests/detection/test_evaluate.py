@@ -6,14 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_memsink.detection.evaluate import judge
-from lightning_memsink.detection.matched_controls import Rule
+from lightning_memsink.detection.evaluate import evaluate
+from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.onset import estimate_onset
 from lightning_memsink.detection.verdicts import Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
-RULE = Rule(k=4)
+RULE = DetectionRule(k=4)
 
 
 class World:
@@ -33,7 +33,7 @@ class World:
 
     def evaluate(self):
         self.controls.record(self.step, torch.arange(100, 140), 5 + self.noise, torch.zeros(40, 0))
-        self.flags.evaluations.append(judge(self.table, self.controls, self.flags, RULE, 2, epoch=0))
+        self.flags.evaluations.append(evaluate(self.table, self.controls, self.flags, RULE, 2, epoch=0))
         return [Verdict(code) for code in self.flags.verdict.tolist()]
 
 

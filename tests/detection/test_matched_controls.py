@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memsink.detection.knn import nearest
-from lightning_memsink.detection.matched_controls import Controls, Rule, Samples, farthest, measure, standardize
+from lightning_memsink.detection.matched_controls import (
+    Controls,
+    DetectionRule,
+    SampleFeatures,
+    farthest,
+    measure_gaps,
+    standardize,
+)
 from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p, controls_for, normal_tail_p
 
 seeds = st.integers(0, 2**16)
@@ -76,13 +83,13 @@ def world(seed=0, n=300, m=300, memorized=20):
     losses = 4 + features[:, 0] + 0.2 * normal(n, seed=seed + 2)
     losses[:memorized] -= 3
     control = 4 + own[:, 0] + 0.2 * normal(m, seed=seed + 3)
-    samples = Samples(losses, torch.ones(n), features, torch.zeros(n), torch.zeros(n, dtype=torch.int64))
+    samples = SampleFeatures(losses, torch.ones(n), features, torch.zeros(n), torch.zeros(n, dtype=torch.int64))
     return samples, Controls(control, control, own, torch.zeros(1, m))
 
 
 @pytest.mark.parametrize("method", ["knn", "ridge"])
 def test_memorized_samples_stand_out_and_easy_ones_do_not(method):
-    found = measure(*world(), Rule(method=method))
+    found = measure_gaps(*world(), DetectionRule(method=method))
     assert found.flagged[:20].float().mean() > 0.9
     assert not found.flagged[20:].any()  # the easiest of them have losses as low as memorized ones
 
@@ -90,8 +97,10 @@ def test_memorized_samples_stand_out_and_easy_ones_do_not(method):
 def test_a_visit_between_two_evaluations_is_measured_by_both():
     samples, controls = world(memorized=0)
     drifting = replace(controls, before=controls.before + 2)
-    late = measure(samples, drifting, Rule())
-    early = measure(replace(samples, losses=samples.losses + 2, weight=torch.zeros(300)), drifting, Rule())
+    late = measure_gaps(samples, drifting, DetectionRule())
+    early = measure_gaps(
+        replace(samples, losses=samples.losses + 2, weight=torch.zeros(300)), drifting, DetectionRule()
+    )
     torch.testing.assert_close(late.gap, early.gap)
 
 
@@ -102,22 +111,22 @@ def test_samples_are_matched_by_the_early_loss_of_their_own_moment():
     moments = torch.arange(40) % 2
     own = normal(40, seed=1)
     early = torch.where(moments == 0, own, -own)
-    samples = Samples(5 + own, torch.ones(40), torch.zeros(40, 0), early, moments)
-    assert measure(samples, controls, Rule()).gap.abs().median() < 0.1
-    assert measure(replace(samples, snapshot=1 - moments), controls, Rule()).gap.abs().median() > 0.5
+    samples = SampleFeatures(5 + own, torch.ones(40), torch.zeros(40, 0), early, moments)
+    assert measure_gaps(samples, controls, DetectionRule()).gap.abs().median() < 0.1
+    assert measure_gaps(replace(samples, snapshot=1 - moments), controls, DetectionRule()).gap.abs().median() > 0.5
 
 
 def test_few_controls_fall_back_to_a_fitted_tail_and_say_so():
-    found = measure(*world(n=2000, m=60, memorized=3), Rule(alpha=0.01))
+    found = measure_gaps(*world(n=2000, m=60, memorized=3), DetectionRule(alpha=0.01))
     assert found.tail == "normal"
     assert found.flagged[:3].all()
-    assert measure(*world(), Rule()).tail == "conformal"
+    assert measure_gaps(*world(), DetectionRule()).tail == "conformal"
 
 
 def test_samples_far_from_every_control_are_not_matched():
     samples, controls = world()
     samples.features[:20] += 50
-    found = measure(samples, controls, Rule())
+    found = measure_gaps(samples, controls, DetectionRule())
     assert not found.matched[:20].any() and not found.flagged[:20].any()
     assert found.matched[20:].float().mean() > 0.95
 
@@ -131,14 +140,14 @@ def test_within_reach_is_told_by_the_static_features_alone(early):
     static, own = standardize(samples.features, controls.features)
     reached = nearest(static, own, 8)[1] <= farthest(own, 8, 2.0)
     assert 20 < int(reached.sum()) < 280
-    assert torch.equal(measure(samples, controls, Rule()).matched, reached)
+    assert torch.equal(measure_gaps(samples, controls, DetectionRule()).matched, reached)
 
 
 def test_a_control_with_an_infinite_loss_is_left_out():
     samples, controls = world()
     broken = controls.after.clone()
     broken[:5] = torch.tensor([math.inf, -math.inf, math.nan, math.inf, math.nan])
-    found = measure(samples, replace(controls, after=broken), Rule())
+    found = measure_gaps(samples, replace(controls, after=broken), DetectionRule())
     assert len(found.null) == 295 and torch.isfinite(found.gap).all()
 
 
@@ -151,10 +160,10 @@ def test_where_controls_scatter_more_a_gap_counts_less():
     features = kind + 0.01 * normal(300, seed=1)
     loss = 5 + normal(300) * torch.where(kind == 1, 1.0, 0.1)
     controls = Controls(loss, loss, features[:, None], torch.zeros(1, 300))
-    samples = Samples(
+    samples = SampleFeatures(
         torch.full((100,), 4.2), torch.ones(100), features[:100, None], torch.zeros(100), torch.zeros(100).long()
     )
-    p = measure(samples, controls, Rule(k=4)).p
+    p = measure_gaps(samples, controls, DetectionRule(k=4)).p
     calm, wild = p[0::2].median(), p[1::2].median()
     assert calm < 0.05 < wild > 2 * calm  # unscaled, equal gaps have equal p-values
 
@@ -186,4 +195,4 @@ def test_the_fitted_tail_is_the_normal_one():
 )
 def test_a_rule_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Rule(**options)
+        DetectionRule(**options)

@@ -153,13 +153,13 @@ def facts_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "weights": {name: whole(weight) for name, weight in module.named_parameters()},
         "world": trainer.world_size,
         "step": trainer.global_step,
-        "actions": {name: done.state_dict() for name, done in ledger.actions.items()},
+        "actions": {name: done.state_dict() for name, done in ledger.interventions.items()},
     }
     for slot in ("losses", "controls", "flags", "attribution", "extraction"):
-        if ledger.has(slot):
+        if ledger.get(getattr(Ledger, slot)) is not None:
             facts[slot] = getattr(ledger, slot).state_dict()
     for slot in ("onset", "history", "sinks", "certificate"):
-        if ledger.has(slot):
+        if ledger.get(getattr(Ledger, slot)) is not None:
             facts[slot] = repr(getattr(ledger, slot))
     return facts
 

@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lightning_memsink.cli import main
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
-from lightning_memsink.extraction.audit.audit import Settings, audit
+from lightning_memsink.extraction.audit.audit import AuditConfig, audit
 from lightning_memsink.extraction.audit.model_loading import load
 from lightning_memsink.extraction.audit.texts import Text, encode, read_texts
-from lightning_memsink.extraction.audit.top_texts import look_closer
+from lightning_memsink.extraction.audit.top_texts import examine_top_texts
 from lightning_memsink.localization.sinks import Sinks
 
 WORDS, LENGTH, PREFIX = 40, 20, 6
@@ -207,7 +207,9 @@ def test_tokens_stand_for_a_text_as_it_was_cut(folder, tmp_path):
 def test_a_control_that_is_suspected_is_refused(folder):
     suspects = read_texts(folder / "suspects.jsonl")
     with pytest.raises(ValueError, match="Line 3 of the controls is a suspected text too"):
-        audit(load(folder / "model"), suspects, [*read_texts(folder / "controls.jsonl"), suspects[2]], Settings(PREFIX))
+        audit(
+            load(folder / "model"), suspects, [*read_texts(folder / "controls.jsonl"), suspects[2]], AuditConfig(PREFIX)
+        )
 
 
 def test_what_is_sampled_when_nothing_is_memorized_is_not_flagged(folder, tmp_path):
@@ -245,7 +247,7 @@ def test_what_is_said_after_any_beginning_owes_nothing_to_its_own(folder):
     encoded, controls = (
         encode(each, subject.tokenizer, LENGTH) for each in (texts, [Text(some_texts(1, 2)[0], "", "", 1)])
     )
-    looked = look_closer(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
+    looked = examine_top_texts(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
     assert looked.similarity.tolist() == [1.0, 1.0]
     assert looked.own_beginning.abs().max() < 3
 

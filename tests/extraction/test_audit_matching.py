@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from lightning_memsink.extraction.audit.audit import Asked, Settings, gaps_of, tell_kinds_apart
-from lightning_memsink.extraction.audit.mean_gap import standing_out
+from lightning_memsink.extraction.audit.audit import AuditConfig, Cohort, gaps_of, tell_kinds_apart
+from lightning_memsink.extraction.audit.mean_gap import mean_gap
 from lightning_memsink.extraction.audit.texts import Text
-from lightning_memsink.extraction.probe import Answers
+from lightning_memsink.extraction.probe import ExtractionResults
 
 
 def asked_for(losses, group):
@@ -17,17 +17,18 @@ def asked_for(losses, group):
     losses = torch.as_tensor(losses)
     texts = [Text(f"text {row}", "any", group, row) for row in range(len(losses))]
     flat = torch.ones(len(losses))
-    answers = Answers(flat, flat < 0, flat, flat, flat, losses, flat, flat)
-    return Asked(texts, flat, answers, {}, torch.ones(len(losses), 3))
+    answers = ExtractionResults(flat, flat < 0, flat, flat, flat, losses, flat, flat)
+    return Cohort(texts, flat, answers, {}, torch.ones(len(losses), 3))
 
 
 def joined(*parts):
     answers = [
-        torch.cat([getattr(each.answers, field.name) for each in parts]) for field in dataclasses.fields(Answers)
+        torch.cat([getattr(each.answers, field.name) for each in parts])
+        for field in dataclasses.fields(ExtractionResults)
     ]
     features = torch.cat([each.features for each in parts])
     texts = [text for each in parts for text in each.texts]
-    return Asked(texts, torch.ones(len(texts)), Answers(*answers), {}, features)
+    return Cohort(texts, torch.ones(len(texts)), ExtractionResults(*answers), {}, features)
 
 
 @pytest.mark.parametrize("named_alike", [True, False])
@@ -39,7 +40,7 @@ def test_controls_are_sought_in_the_texts_own_kind(named_alike):
     names = ("verse", "prose") if named_alike else ("a", "b")
     suspects = joined(*(asked_for(each[40:], name) for each, name in zip((verse, prose), names, strict=True)))
     suspects, controls, by_kind = tell_kinds_apart(suspects, controls)
-    gaps, _ = gaps_of(suspects, controls, Settings().rule)
+    gaps, _ = gaps_of(suspects, controls, AuditConfig().rule)
     assert by_kind == named_alike
     assert (gaps.gap.abs().max() < 1) == named_alike
 
@@ -49,8 +50,8 @@ def test_how_far_texts_stand_out_is_told_with_its_uncertainty():
     inside = 0
     for _ in range(400):
         gap, null = 0.5 + torch.randn(30, generator=draw), 0.1 + 0.5 * torch.randn(60, generator=draw)
-        low, high = standing_out(gap, null).interval
+        low, high = mean_gap(gap, null).interval
         inside += low < 0.4 < high
     assert 0.92 < inside / 400 < 0.98
-    assert standing_out(torch.ones(1), torch.zeros(9)).nats == 1.0
-    assert math.isnan(standing_out(torch.ones(1), torch.zeros(9)).error)
+    assert mean_gap(torch.ones(1), torch.zeros(9)).nats == 1.0
+    assert math.isnan(mean_gap(torch.ones(1), torch.zeros(9)).error)

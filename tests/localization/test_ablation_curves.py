@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
-from lightning_memsink.localization.evaluation import Curve, Groups, ablation_curve, judge_deletion, prefix_stress
+from lightning_memsink.localization.evaluation import Curve, Groups, ablation_curve, evaluate_ablation, perturb_prompts
 from lightning_memsink.localization.evaluation.ablation_curves import activation_norms, matched_units
 from lightning_memsink.localization.evaluation.prompt_perturbation import perturbed
-from lightning_memsink.localization.localizers import Samples, Task
+from lightning_memsink.localization.localizers import Batch, Task
 
 CLASSES = 8
 
@@ -26,9 +26,9 @@ def known_by_one_unit():
         model[0].weight[7, 0], model[2].weight[1, 7] = 4.0, 4.0
         model[0].weight[3, 1], model[2].weight[2, 3] = 4.0, 4.0
     target, rest = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]] * 3)
-    batches = [Samples((target, torch.tensor([1])), 1), Samples((rest, torch.full((3,), 2)), 3)]
+    batches = [Batch((target, torch.tensor([1])), 1), Batch((rest, torch.full((3,), 2)), 3)]
     task = Task(model, find_hidden_layers(model), lambda own: F.cross_entropy(model(own[0]), own[1]), batches[:1])
-    never_seen = Samples((-target, torch.tensor([1])), 1)
+    never_seen = Batch((-target, torch.tensor([1])), 1)
     groups = Groups(batches[:1], batches[1:], [never_seen], batches[1:])
     return task, groups, lambda own: model(own[0]).argmax(1) == own[1]
 
@@ -37,7 +37,7 @@ def test_the_curve_of_the_right_unit_falls_alone():
     task, groups, exact = known_by_one_unit()
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     scores = {"2": F.one_hot(torch.tensor(7), 20).float()}
-    found = judge_deletion(task, scores, groups, exact, fractions=(0.05,))
+    found = evaluate_ablation(task, scores, groups, exact, fractions=(0.05,))
     curve = found.localized
     assert curve.fractions == (0.0, 0.05)
     assert curve.exact["target"].tolist() == [1, 0] and curve.exact["others"].tolist() == [1, 1]
@@ -92,7 +92,7 @@ def test_there_may_be_no_other_unit_left():
 
 def test_activity_is_the_norm_over_all_positions():
     model = nn.Sequential(nn.Linear(5, 20), nn.GELU(), nn.Linear(20, CLASSES))
-    batches = [Samples((torch.randn(size, 5), torch.zeros(size, dtype=torch.int64)), size) for size in (2, 3)]
+    batches = [Batch((torch.randn(size, 5), torch.zeros(size, dtype=torch.int64)), size) for size in (2, 3)]
     task = Task(model, find_hidden_layers(model), lambda own: F.cross_entropy(model(own[0]), own[1]), batches)
     hidden = F.gelu(task.model[0](torch.cat([batch[0] for batch, _ in batches]))).detach()
     assert_close(activation_norms(task, batches)["2"], hidden.norm(dim=0))
@@ -117,6 +117,6 @@ def test_what_comes_back_with_another_prompt_is_told_from_what_is_gone():
         """The first sequence is always said, the second only with a changed prompt, the third never."""
         return torch.tensor([True, not torch.equal(asked[1], tokens[1]), False])
 
-    stress = prefix_stress(continues, tokens, prompt=2, vocab_size=9, rates=(0.0, 0.5), trials=4)
+    stress = perturb_prompts(continues, tokens, prompt=2, vocab_size=9, rates=(0.0, 0.5), trials=4)
     assert stress.said.tolist() == [[1, 0, 0], [1, 1, 0]]
     assert stress.returns == 0.5

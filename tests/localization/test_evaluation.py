@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.localization.evaluation import (
     average_precision,
+    evaluate_injection,
+    evaluate_ownership,
     injected,
-    judge_blind,
-    judge_injection,
     recall_at,
 )
-from lightning_memsink.localization.localizers import DEFAULT, METHODS, Samples, Task
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Batch, Task
 
 SAMPLES, GENERAL, POOL, OWNED, CLASSES = 6, 24, 48, 4, 8
 
@@ -55,7 +55,7 @@ def classifier(seed=0, units=64):
     model = nn.Sequential(nn.Linear(5, units), nn.GELU(), nn.Linear(units, CLASSES))
     batch = (torch.randn(1, 5), torch.tensor([3]))
     return model, Task(
-        model, find_hidden_layers(model), lambda own: F.cross_entropy(model(own[0]), own[1]), [Samples(batch, 1)]
+        model, find_hidden_layers(model), lambda own: F.cross_entropy(model(own[0]), own[1]), [Batch(batch, 1)]
     )
 
 
@@ -97,10 +97,10 @@ def test_an_injection_stops_as_soon_as_it_is_learned():
 def test_recall_rates_the_truth_itself_highest_and_chance_at_its_share():
     _, task = classifier()
     with injected(task, fraction=0.25, steps=5) as injection:
-        found = judge_injection(
+        found = evaluate_injection(
             lambda task: {name: own.float() for name, own in injection.truth.items()}, task, injection
         )
-        lost = judge_injection(
+        lost = evaluate_injection(
             lambda task: {name: -own.float() for name, own in injection.truth.items()}, task, injection
         )
     assert (found.recall, lost.recall, found.chance) == (1, 0, 0.25)
@@ -152,8 +152,8 @@ def designed():
             model,
             layers,
             lambda batch: F.cross_entropy(model(batch[0]), batch[1]),
-            [Samples((given[row : row + 1], of[row : row + 1]), 1)],
-            [Samples((torch.cat([given[:row], given[row + 1 :]]), torch.cat([of[:row], of[row + 1 :]])), SAMPLES - 1)],
+            [Batch((given[row : row + 1], of[row : row + 1]), 1)],
+            [Batch((torch.cat([given[:row], given[row + 1 :]]), torch.cat([of[:row], of[row + 1 :]])), SAMPLES - 1)],
         )
         for row in range(SAMPLES)
     ]
@@ -162,22 +162,22 @@ def designed():
 
 def test_the_default_finds_units_that_samples_own_by_design(designed):
     tasks, owned, pool = designed
-    found = judge_blind(METHODS[DEFAULT], tasks, owned, pool)
+    found = evaluate_ownership(METHODS[DEFAULT], tasks, owned, pool)
     assert found.chance == pytest.approx(OWNED / POOL)
     assert len(found.precision) == SAMPLES and found.times_chance > 3
 
 
 def test_scores_that_know_nothing_are_near_chance_and_those_that_know_all_at_one(designed):
     tasks, owned, pool = designed
-    blind = judge_blind(METHODS["random"], tasks, owned, pool)
+    blind = evaluate_ownership(METHODS["random"], tasks, owned, pool)
     assert blind.mean < 0.35
     rows = iter(range(SAMPLES))
-    assert judge_blind(lambda task: {"down": owned["down"][next(rows)].float()}, tasks, owned, pool).mean == 1
+    assert evaluate_ownership(lambda task: {"down": owned["down"][next(rows)].float()}, tasks, owned, pool).mean == 1
 
 
 def test_without_a_pool_all_units_are_ranked(designed):
     tasks, owned, _ = designed
-    assert judge_blind(METHODS["random"], tasks, owned).chance == pytest.approx(OWNED / (GENERAL + POOL))
+    assert evaluate_ownership(METHODS["random"], tasks, owned).chance == pytest.approx(OWNED / (GENERAL + POOL))
 
 
 @pytest.mark.parametrize(("rows", "said"), [(SAMPLES - 1, "one a task"), (0, "owns no unit")])
@@ -185,4 +185,4 @@ def test_owners_that_do_not_fit_the_tasks_are_refused(designed, rows, said):
     tasks, owned, _ = designed
     masks = owned["down"][:rows] if rows else torch.zeros_like(owned["down"])
     with pytest.raises(ValueError, match=said):
-        judge_blind(METHODS["random"], tasks, {"down": masks})
+        evaluate_ownership(METHODS["random"], tasks, {"down": masks})

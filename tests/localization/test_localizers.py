@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lightning_memsink._evaluation import undisturbed
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
-from lightning_memsink.localization.localizers import DEFAULT, METHODS, Samples, Task
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Batch, Task
 from lightning_memsink.localization.localizers.attribution_methods import (
     _path_effects,
     activation_times_gradient,
@@ -39,7 +39,7 @@ class Two(nn.Module):
 def task():
     torch.manual_seed(0)
     model = Two()
-    batches = [Samples((torch.randn(size, 5), torch.randint(CLASSES, (size,))), size) for size in (2, 1, 3)]
+    batches = [Batch((torch.randn(size, 5), torch.randint(CLASSES, (size,))), size) for size in (2, 1, 3)]
     return Task(
         model,
         find_hidden_layers(model),
@@ -96,7 +96,7 @@ def test_the_unit_that_alone_knows_the_target_is_found(method):
     def loss(batch):
         return F.cross_entropy(model(batch), torch.ones(len(batch), dtype=torch.int64))
 
-    task = Task(model, find_hidden_layers(model), loss, [Samples(target, 1)], [Samples(control, 1)])
+    task = Task(model, find_hidden_layers(model), loss, [Batch(target, 1)], [Batch(control, 1)])
     scores = METHODS[method](task)
     assert int(scores[task.layers[0].name].argmax()) == 7
 
@@ -147,7 +147,7 @@ def test_sizes_sum_to_one_and_less_those_of_controls_to_nothing(task):
 @pytest.mark.parametrize("method", [DEFAULT, "activation x gradient, margin", "integrated gradients"])
 def test_a_score_is_the_mean_over_samples_however_they_are_batched(task, method):
     one_by_one = [
-        METHODS[method](Task(task.model, task.layers, task.loss, [Samples((given[n : n + 1], of[n : n + 1]), 1)]))
+        METHODS[method](Task(task.model, task.layers, task.loss, [Batch((given[n : n + 1], of[n : n + 1]), 1)]))
         for (given, of), size in task.targets
         for n in range(size)
     ]
@@ -190,7 +190,7 @@ def test_slimming_shuts_what_the_target_does_not_need(task):
         assert dear.mean() < 0.2 < cheap.mean()
 
 
-@pytest.mark.parametrize(("layers", "targets"), [([], [Samples(None, 1)]), (["layer"], [])])
+@pytest.mark.parametrize(("layers", "targets"), [([], [Batch(None, 1)]), (["layer"], [])])
 def test_a_task_without_layers_or_targets_is_refused(layers, targets):
     with pytest.raises(ValueError, match="needs hidden layers and targets"):
         Task(nn.Identity(), layers, lambda batch: torch.zeros(()), targets)

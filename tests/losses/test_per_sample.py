@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_memsink.losses.loss_call import LossCall, Rows
+from lightning_memsink.losses.loss_call import LossCall, LossRows
 from lightning_memsink.losses.per_sample import SampleAxisLost, fold, per_sample, terms_of, weigh
 
 
@@ -32,7 +32,7 @@ def test_a_report_of_tokens_is_refused_with_the_cure():
 
 def call(losses, weights, **rows):
     upstream = torch.tensor(1.0)
-    return LossCall("cross_entropy", 5, losses, weights, weights.sum(), upstream, Rows(**rows))
+    return LossCall("cross_entropy", 5, losses, weights, weights.sum(), upstream, LossRows(**rows))
 
 
 @settings(max_examples=25, deadline=None)
@@ -57,7 +57,7 @@ def test_pieces_of_one_buffer_find_their_samples(batch, tokens, piece, seed):
     losses = torch.rand(batch * tokens, generator=generator)
     calls = [
         LossCall(
-            "cross_entropy", 5, part, None, 1.0, torch.tensor(0.1), Rows(buffer=(1, number * piece, batch * tokens))
+            "cross_entropy", 5, part, None, 1.0, torch.tensor(0.1), LossRows(buffer=(1, number * piece, batch * tokens))
         )
         for number, part in enumerate(losses.split(piece))
     ]

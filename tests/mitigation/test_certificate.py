@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memsink.mitigation.certificate import FEWEST, Certificate, certify, signed_rank_p
-from lightning_memsink.mitigation.certificate_samples import MostExposed, Seen, placebo, twins_of
+from lightning_memsink.mitigation.certificate_samples import KeptBatch, MostExposed, placebo, twins_of
 from lightning_memsink.samples.control_table import ControlTable
 
 
@@ -88,9 +88,9 @@ def test_one_value_a_sample_is_asked_for_under_every_mask():
 # What it is measured on -----------------------------------------------------------------------------------------------
 
 
-def seen(ids: list[int], exposures: list[int]) -> Seen:
+def seen(ids: list[int], exposures: list[int]) -> KeptBatch:
     numbers = torch.tensor(ids)
-    return Seen({}, numbers, numbers, torch.tensor(exposures))
+    return KeptBatch({}, numbers, numbers, torch.tensor(exposures))
 
 
 def test_the_most_exposed_batches_are_held_and_of_equals_the_last():

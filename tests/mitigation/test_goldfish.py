@@ -176,7 +176,7 @@ def test_a_run_is_one_that_ignores_the_dropped_targets(options):
     _, oracle = fit([], Ignoring(), max_epochs=1, **options)
     for one, other in zip(model.parameters(), oracle.parameters(), strict=True):
         assert_close(one, other, atol=1e-4, rtol=1e-3)
-    actions = Ledger.of(run).actions["Goldfish"]
+    actions = Ledger.of(run).interventions["Goldfish"]
     assert actions.total("visits") == 328 and 0.12 < actions.total("removed") < 0.23, "three of ten targets are kept"
 
 
@@ -222,8 +222,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole = fit(crew(), max_epochs=3, enable_checkpointing=True)
     resumed = fit(crew(), max_epochs=3, ckpt_path=str(tmp_path / "epoch=0.ckpt"), enable_checkpointing=True)
     assert snapshot(*resumed) == snapshot(*whole)
-    assert repr(Ledger.of(resumed[0]).actions["Goldfish"].records) == repr(
-        Ledger.of(whole[0]).actions["Goldfish"].records
+    assert repr(Ledger.of(resumed[0]).interventions["Goldfish"].records) == repr(
+        Ledger.of(whole[0]).interventions["Goldfish"].records
     )
 
 

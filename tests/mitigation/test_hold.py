@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from lightning_memsink.detection.matched_controls import Controls as DetectorControls
-from lightning_memsink.detection.matched_controls import Rule, Samples, measure
-from lightning_memsink.mitigation.hold import Reference, held
+from lightning_memsink.detection.matched_controls import DetectionRule, SampleFeatures, measure_gaps
+from lightning_memsink.mitigation.hold import Reference, over_set_point
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -44,10 +44,10 @@ def test_who_has_a_match_is_who_the_detector_would_measure():
     samples = torch.cat([normal(10, 3, seed=3), 30 + normal(5, 3, seed=4)])
     _, matched = Reference.of(own, losses).expected(samples)
     nothing = torch.zeros(15)
-    found = measure(
-        Samples(nothing, nothing, samples, nothing, nothing.long()),
+    found = measure_gaps(
+        SampleFeatures(nothing, nothing, samples, nothing, nothing.long()),
         DetectorControls(losses, losses, own, torch.zeros(1, 40)),
-        Rule(),
+        DetectionRule(),
     )
     assert matched.tolist() == found.matched.tolist()
     assert not matched[10:].any() and matched[:10].any()
@@ -81,7 +81,7 @@ def test_controls_that_say_nothing_are_refused_with_the_cure(features, losses, m
 
 def test_a_loss_that_is_no_number_is_not_held():
     losses = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
-    assert held(losses, torch.full((4,), 2.0), torch.ones(4, dtype=torch.bool), 0.5).tolist() == [
+    assert over_set_point(losses, torch.full((4,), 2.0), torch.ones(4, dtype=torch.bool), 0.5).tolist() == [
         False,
         False,
         True,

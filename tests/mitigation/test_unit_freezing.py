@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memsink.mitigation.unit_freezing import HeldBack, squared_norms, zero_gradients_
+from lightning_memsink.mitigation.unit_freezing import FrozenSlices, squared_norms, zero_gradients_
 from lightning_memsink.mitigation.unit_parameters import UnitSlice
 
 OPTIMIZERS: dict[str, Any] = {
@@ -34,7 +34,7 @@ class Frozen:
 
     def step(self, gradient: float, held: bool) -> None:
         self.weight.grad = torch.tensor([0.0 if held else gradient, gradient])
-        before = HeldBack(self.slices, self.optimizer)
+        before = FrozenSlices(self.slices, self.optimizer)
         self.optimizer.step()
         if held:
             before.freeze_()
@@ -63,7 +63,7 @@ def test_a_parameter_that_holds_units_along_both_axes_moves_by_the_rest_once():
     slices = [UnitSlice(weight, 0, torch.tensor([1])), UnitSlice(weight, 1, torch.tensor([1]))]
     weight.grad = torch.full((3, 3), -1.0)
     optimizer = torch.optim.SGD([weight], 1.0)
-    before = HeldBack(slices, optimizer)
+    before = FrozenSlices(slices, optimizer)
     optimizer.step()
     before.scale_(0.25)
     assert weight.tolist() == [[1, 0.25, 1], [0.25, 0.25, 0.25], [1, 0.25, 1]]

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 
 from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.cli import main
-from lightning_memsink.mitigation.intervention_log import Actions
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section, markdown
 from lightning_memsink.reporting.html_page import SCHEMA, html
-from lightning_memsink.reporting.run_document import document_of
+from lightning_memsink.reporting.run_document import run_document
 from tests.support.made_up import made_up
 
 SETTINGS = {"MemorizationDetector": {"k": 8, "alpha": 0.05}}
@@ -24,7 +24,7 @@ VERSIONS = {"torch": "9.9"}
 
 
 def document(**changed):
-    return document_of(replace(made_up().findings(), **changed), SETTINGS, VERSIONS, "2030-01-01T00:00:00+00:00")
+    return run_document(replace(made_up().findings(), **changed), SETTINGS, VERSIONS, "2030-01-01T00:00:00+00:00")
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,13 @@ def state(document, question):
 
 def test_the_first_page_says_whether_it_was_suppressed():
     assert state(document(), "Was it suppressed?") == "no"
-    idle, acted = Actions("leaves samples out", "gradient"), Actions("leaves samples out", "gradient")
+    idle, acted = InterventionLog("leaves samples out", "gradient"), InterventionLog("leaves samples out", "gradient")
     for actions, many in ((idle, 0), (acted, 3)):
         actions.add(visits=8, acted=many, removed=many / 8)
-        actions.settle(1)
-    assert state(document(actions={"SampleGradientMask": idle}), "Was it suppressed?") == "no"
-    assert state(document(actions={"SampleGradientMask": acted}), "Was it suppressed?") == "partly"
-    assert document(actions={"SampleGradientMask": acted}).numbers["actions"]["SampleGradientMask"]["acted"] == 3
+        actions.close_evaluation(1)
+    assert state(document(interventions={"SampleGradientMask": idle}), "Was it suppressed?") == "no"
+    assert state(document(interventions={"SampleGradientMask": acted}), "Was it suppressed?") == "partly"
+    assert document(interventions={"SampleGradientMask": acted}).numbers["actions"]["SampleGradientMask"]["acted"] == 3
 
 
 def test_what_comes_from_outside_is_escaped():

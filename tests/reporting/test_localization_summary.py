@@ -10,7 +10,7 @@ from lightning_memsink import memsink
 from lightning_memsink.attribution.update_norms import block_of
 from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.localization.concentration import Concentration
-from lightning_memsink.localization.history import Attribution, Spread
+from lightning_memsink.localization.history import EvaluationProfile, LocalizationHistory
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.reporting.layer_heat_map import layer_heat_map
 from lightning_memsink.reporting.localization_summary import series, short_names, where
@@ -24,8 +24,8 @@ BLOCKS = ["gpt.wte", "gpt.h.0", "gpt.h.1", "gpt.h.2"]
 CLUSTERED = Concentration(0.8, 12.0, 0.25, 0.6, 0.55, 0.65, 0.5, 0.01, 9)
 
 
-def spread(step: int, memorized: list[float], concentration: Concentration | None = CLUSTERED) -> Spread:
-    return Spread(
+def spread(step: int, memorized: list[float], concentration: Concentration | None = CLUSTERED) -> EvaluationProfile:
+    return EvaluationProfile(
         step,
         {"memorized": 4, "learned": 10},
         {"memorized": memorized, "learned": [0.5, 0.3, 0.2]},
@@ -37,8 +37,8 @@ def spread(step: int, memorized: list[float], concentration: Concentration | Non
     )
 
 
-def attribution(*rows: Spread, sinks: Sinks | None = None) -> Attribution:
-    made = Attribution(LAYERS, BLOCKS)
+def attribution(*rows: EvaluationProfile, sinks: Sinks | None = None) -> LocalizationHistory:
+    made = LocalizationHistory(LAYERS, BLOCKS)
     made.rows, made.sinks = list(rows), sinks
     return made
 
@@ -65,7 +65,10 @@ def test_the_summary_tells_layer_movement_clustering_and_units():
     ("rows", "told"),
     [
         ([], "no evaluation followed a step that was looked at"),
-        ([Spread(20, {"learned": 3}, {"learned": [1.0, 0, 0]}, {}, [], [], None, {})], "No memorized sample passed"),
+        (
+            [EvaluationProfile(20, {"learned": 3}, {"learned": [1.0, 0, 0]}, {}, [], [], None, {})],
+            "No memorized sample passed",
+        ),
         ([spread(20, [1.0, 0, 0], None)], "can't be tested: too few memorized samples"),
     ],
     ids=["no row", "none memorized", "too few"],

@@ -15,19 +15,19 @@ from lightning_memsink._evaluation import without_trace
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.losses.capture import EvaluationCapture, StepCapture
 from lightning_memsink.losses.per_sample import NotCaptured
-from lightning_memsink.mitigation.certificate_samples import NOBODY, Losses, Seen, _once, placebo
+from lightning_memsink.mitigation.certificate_samples import NOBODY, KeptBatch, Losses, _once, placebo
 from lightning_memsink.mitigation.designed_sinks import Pool, masked
 from lightning_memsink.samples.tokens import tokens_of
 
 
-class Bench:
+class MaskedLosses:
     """Runs ``training_step`` on batches again, in evaluation mode and without a trace."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, training: StepCapture) -> None:
         self.trainer, self.module = trainer, module
         self.capture = EvaluationCapture(training)
 
-    def losses(self, seen: Sequence[Seen], pool: Pool, layers: Sequence[HiddenLayer]) -> Losses:
+    def losses(self, seen: Sequence[KeptBatch], pool: Pool, layers: Sequence[HiddenLayer]) -> Losses:
         """Of the samples seen twice or more.
 
         Raises:
@@ -46,7 +46,7 @@ class Bench:
         losses = Losses(torch.cat([one.ids for one in seen]), {name: torch.cat(parts) for name, parts in under.items()})
         return _once(losses.only(torch.cat([one.exposures for one in seen]) >= 2))
 
-    def _step(self, seen: Seen) -> Tensor:
+    def _step(self, seen: KeptBatch) -> Tensor:
         """``[B]``"""
         batch = copied(seen.batch)
         self.capture.begin()

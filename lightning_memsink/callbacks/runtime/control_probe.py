@@ -13,7 +13,7 @@ from lightning_memsink._evaluation import without_trace
 from lightning_memsink.losses.capture import EvaluationCapture
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.dataloader_ids import is_taggable, tagged, untagged
-from lightning_memsink.samples.holdout import hold_out
+from lightning_memsink.samples.holdout import holdout_split
 
 
 class ControlProbe:
@@ -72,7 +72,7 @@ class ControlProbe:
         whole = source.dataloader
 
         def without_controls() -> Any:
-            kept, self.loader = hold_out(whole(), self.fraction or 0.0)
+            kept, self.loader = holdout_split(whole(), self.fraction or 0.0)
             return kept
 
         vars(source)["dataloader"] = without_controls
@@ -93,7 +93,7 @@ class ControlProbe:
         Where the loader has no rows, samples are numbered as they come.
         """
         if self._view is None:
-            self._view = tagged(self.loader, self._hear) if is_taggable(self.loader) else self.loader
+            self._view = tagged(self.loader, self._on_fetch) if is_taggable(self.loader) else self.loader
         start = 0
         with without_trace(pl_module):
             for n, batch in enumerate(() if self._view is None else self._view):  # a loader of a stream has no length
@@ -109,5 +109,5 @@ class ControlProbe:
                 yield batch, rows, outputs
                 start += size
 
-    def _hear(self, batches: object, rows: Tensor | None) -> None:
+    def _on_fetch(self, batches: object, rows: Tensor | None) -> None:
         self._rows = rows

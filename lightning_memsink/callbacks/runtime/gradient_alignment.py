@@ -19,7 +19,7 @@ from lightning_memsink.attribution.gradient_sketches import GradientSketches, co
 from lightning_memsink.samples.batch import batch_size
 
 
-class Agreement:
+class GradientAlignment:
     """Cosine of each sample's gradient with the mean gradient of one batch of controls, by random projections.
 
     A sample whose gradient is long and at right angles to the controls' helps only itself. The controls' gradient is

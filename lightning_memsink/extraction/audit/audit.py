@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.detection.knn import nearest
-from lightning_memsink.detection.matched_controls import Controls, Measurement, Rule, Samples, measure, standardize
+from lightning_memsink.detection.matched_controls import (
+    Controls,
+    DetectionRule,
+    Measurement,
+    SampleFeatures,
+    measure_gaps,
+    standardize,
+)
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
-from lightning_memsink.extraction.audit.mean_gap import StandingOut, standing_out
+from lightning_memsink.extraction.audit.mean_gap import MeanGap, mean_gap
 from lightning_memsink.extraction.audit.model_loading import Subject
-from lightning_memsink.extraction.audit.texts import Encoded, Text, encode, spelled_out
-from lightning_memsink.extraction.audit.top_texts import CloserLook, Located, locate_units, look_closer
-from lightning_memsink.extraction.probe import Answers, Scheme, ask, logits_of
+from lightning_memsink.extraction.audit.texts import Encoded, Text, encode, with_decoded_text
+from lightning_memsink.extraction.audit.top_texts import LocalizedUnits, TopTexts, examine_top_texts, locate_units
+from lightning_memsink.extraction.probe import ExtractionResults, ProbeConfig, logits_of, probe
 from lightning_memsink.extraction.separation import Separation, separation
 
 MATCHED = "gap to matched controls"
@@ -36,7 +43,7 @@ Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Settings:
+class AuditConfig:
     """What is asked, and when a text counts as memorized.
 
     Args:
@@ -71,22 +78,22 @@ class Settings:
     batch_size: int = 8
 
     @property
-    def scheme(self) -> Scheme:
-        return Scheme(self.prefix, self.n, self.p, self.temperature, self.top_k, self.top_p)
+    def scheme(self) -> ProbeConfig:
+        return ProbeConfig(self.prefix, self.n, self.p, self.temperature, self.top_k, self.top_p)
 
     @property
-    def rule(self) -> Rule:
-        return Rule(alpha=self.alpha, k=self.k, min_gap=self.min_gap)
+    def rule(self) -> DetectionRule:
+        return DetectionRule(alpha=self.alpha, k=self.k, min_gap=self.min_gap)
 
 
 @dataclass(frozen=True)
-class Asked:
+class Cohort:
     """Texts, what was answered of each, and what they are matched on."""
 
     texts: Sequence[Text]
     tokens: Tensor
     """``[N]`` how many of each were looked at."""
-    answers: Answers
+    answers: ExtractionResults
     scores: dict[str, Tensor]
     """``[N]`` by name, larger the more it looks trained on."""
     features: Tensor
@@ -101,16 +108,16 @@ class Audit:
     subject: str
     fingerprint: str
     parameters: int
-    settings: Settings
-    suspects: Asked
-    controls: Asked
+    settings: AuditConfig
+    suspects: Cohort
+    controls: Cohort
     gaps: Measurement | None
     """None if the controls are too few, which ``unmeasured`` tells."""
     unmeasured: str
     separations: dict[str, Separation]
     """By score; empty if there are too few of either."""
-    closer: CloserLook
-    located: Located | None
+    closer: TopTexts
+    located: LocalizedUnits | None
     """None if nobody asked, or if ``unlocated`` tells why not."""
     unlocated: str
     by_kind: bool
@@ -121,23 +128,23 @@ class Audit:
         own = torch.tensor([group in (None, each.group) for each in self.suspects.texts])
         return own & (False if self.gaps is None else self.gaps.matched)
 
-    def standing_out(self, group: str | None) -> StandingOut:
+    def mean_gap(self, group: str | None) -> MeanGap:
         """How far the matched texts of a group lie below comparable controls; None for all."""
         if self.gaps is None:
-            return StandingOut(torch.nan, torch.nan)
+            return MeanGap(torch.nan, torch.nan)
         null = self.gaps.null
         if self.by_kind:
             kinds = {each.kind for each in self.suspects.texts if group in (None, each.group)}
             usable = self.controls.answers.loss.isfinite()
             null = null[torch.tensor([each.kind in kinds for each in self.controls.texts])[usable]]
-        return standing_out(self.gaps.gap[self.matched(group)], null)
+        return mean_gap(self.gaps.gap[self.matched(group)], null)
 
 
 def audit(
     subject: Subject,
     suspects: Sequence[Text],
     controls: Sequence[Text],
-    settings: Settings,
+    settings: AuditConfig,
     kept: AnswersFile | None = None,
     advance: Advance = lambda done: None,
 ) -> Audit:
@@ -146,7 +153,7 @@ def audit(
     Raises:
         ValueError: a suspected text is among the controls, or none is longer than the prefix.
     """
-    suspects, controls = (spelled_out(texts, subject.tokenizer) for texts in (suspects, controls))
+    suspects, controls = (with_decoded_text(texts, subject.tokenizer) for texts in (suspects, controls))
     twice = {each.text for each in suspects} & {each.text for each in controls}
     if twice:
         line = next(each.line for each in controls if each.text in twice)
@@ -173,7 +180,9 @@ def audit(
         for name in SCORES
         if name in told and min(int(each.isfinite().sum()) for each in told[name]) > 1
     }
-    closer = look_closer(subject, encoded[0], encoded[1], _most(own, gaps)[: settings.closer], settings.prefix, advance)
+    closer = examine_top_texts(
+        subject, encoded[0], encoded[1], _most(own, gaps)[: settings.closer], settings.prefix, advance
+    )
     located, unlocated = _located(subject, encoded, own, others, gaps, settings)
     return Audit(
         subject.name, subject.fingerprint, subject.parameters, settings, own, others, gaps, unmeasured, apart,
@@ -181,7 +190,7 @@ def audit(
     )  # fmt: skip
 
 
-def tell_kinds_apart(suspects: Asked, controls: Asked) -> tuple[Asked, Asked, bool]:
+def tell_kinds_apart(suspects: Cohort, controls: Cohort) -> tuple[Cohort, Cohort, bool]:
     """Both with a feature for each kind, if every suspected one is also a control's: else they tell nothing."""
     kinds = sorted({each.kind for each in suspects.texts})
     shared = set(kinds) <= {each.kind for each in controls.texts}
@@ -194,12 +203,12 @@ def tell_kinds_apart(suspects: Asked, controls: Asked) -> tuple[Asked, Asked, bo
     return own, others, True
 
 
-def _kinds(asked: Asked, kinds: Sequence[str]) -> Tensor:
+def _kinds(asked: Cohort, kinds: Sequence[str]) -> Tensor:
     """``[N, K]``"""
     return torch.tensor([[float(each.kind == kind) for kind in kinds] for each in asked.texts])
 
 
-def _most(suspects: Asked, gaps: Measurement | None) -> list[int]:
+def _most(suspects: Cohort, gaps: Measurement | None) -> list[int]:
     """Rows of the texts that are long enough to be asked for, those that stand out most first."""
     order = suspects.answers.log10_tries if gaps is None else -gaps.gap
     rows: list[int] = order.argsort(stable=True).tolist()
@@ -207,9 +216,9 @@ def _most(suspects: Asked, gaps: Measurement | None) -> list[int]:
 
 
 def _located(
-    subject: Subject, encoded: Sequence[Encoded], suspects: Asked, controls: Asked, gaps: Measurement | None,
-    settings: Settings,
-) -> tuple[Located | None, str]:  # fmt: skip
+    subject: Subject, encoded: Sequence[Encoded], suspects: Cohort, controls: Cohort, gaps: Measurement | None,
+    settings: AuditConfig,
+) -> tuple[LocalizedUnits | None, str]:  # fmt: skip
     """Of the texts called memorized against the controls most like them; or why that can't be."""
     targets = [] if gaps is None else gaps.flagged.nonzero().flatten().tolist()
     if not settings.units or not targets:
@@ -226,10 +235,10 @@ def _located(
 
 
 def _asked(
-    subject: Subject, texts: Sequence[Text], encoded: Encoded, settings: Settings, kept: AnswersFile | None,
+    subject: Subject, texts: Sequence[Text], encoded: Encoded, settings: AuditConfig, kept: AnswersFile | None,
     advance: Advance,
-) -> Asked:  # fmt: skip
-    logits, columns = logits_of(subject.model), [field.name for field in fields(Answers)]
+) -> Cohort:  # fmt: skip
+    logits, columns = logits_of(subject.model), [field.name for field in fields(ExtractionResults)]
     known: list[dict[str, Any] | None] = [None if kept is None else kept.get(each.text) for each in texts]
     advance(sum(each is not None for each in known))
     # Texts of like length together: a forward costs what its longest does.
@@ -237,17 +246,17 @@ def _asked(
     for start in range(0, len(todo), settings.batch_size):
         rows = todo[start : start + settings.batch_size]
         width = int(encoded.mask[rows].sum(1).max())
-        told = ask(logits, encoded.tokens[rows, :width], encoded.mask[rows, :width], settings.scheme, len(rows))
+        told = probe(logits, encoded.tokens[rows, :width], encoded.mask[rows, :width], settings.scheme, len(rows))
         for at, row in enumerate(rows):
             known[row] = {name: getattr(told, name)[at].item() for name in columns}
         if kept is not None:
             kept.add({texts[row].text: known[row] or {} for row in rows})
         advance(len(rows))
-    answers = Answers(*(torch.tensor([(each or {})[name] for each in known]) for name in columns))
+    answers = ExtractionResults(*(torch.tensor([(each or {})[name] for each in known]) for name in columns))
     return _described(texts, encoded.mask.sum(1), answers)
 
 
-def _described(texts: Sequence[Text], tokens: Tensor, answers: Answers) -> Asked:
+def _described(texts: Sequence[Text], tokens: Tensor, answers: ExtractionResults) -> Cohort:
     loss = answers.loss.double()
     packed = torch.tensor([len(zlib.compress(each.text.encode())) for each in texts])
     characters = torch.tensor([len(each.text) for each in texts])
@@ -258,10 +267,10 @@ def _described(texts: Sequence[Text], tokens: Tensor, answers: Answers) -> Asked
         "min-k%++": answers.min_k_plus_plus.double(),
     }
     features = torch.stack([tokens.double().log(), characters / tokens, 8 * packed / characters], 1).float()
-    return Asked(texts, tokens, answers, scores, features)
+    return Cohort(texts, tokens, answers, scores, features)
 
 
-def gaps_of(suspects: Asked, controls: Asked, rule: Rule) -> tuple[Measurement | None, str]:
+def gaps_of(suspects: Cohort, controls: Cohort, rule: DetectionRule) -> tuple[Measurement | None, str]:
     """Each suspected text against its matched controls; or why that can't be."""
     usable = int(controls.answers.loss.isfinite().sum())
     if usable < rule.controls_needed:
@@ -273,8 +282,8 @@ def gaps_of(suspects: Asked, controls: Asked, rule: Rule) -> tuple[Measurement |
     if not losses[0].isfinite().all():
         return None, "Some suspected texts have no finite loss."
     unknown = torch.full((len(losses[0]),), torch.nan)
-    samples = Samples(
+    samples = SampleFeatures(
         losses[0], torch.ones_like(losses[0]), suspects.features, unknown, torch.zeros(len(unknown), dtype=torch.int64)
     )
     others = Controls(losses[1], losses[1], controls.features, torch.full((1, len(losses[1])), torch.nan))
-    return measure(samples, others, rule), ""
+    return measure_gaps(samples, others, rule), ""

@@ -16,7 +16,7 @@ CERTAIN = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
-class StandingOut:
+class MeanGap:
     """``nats`` a token, and the standard ``error`` of that; NaN of fewer texts than it takes."""
 
     nats: float
@@ -34,7 +34,7 @@ class StandingOut:
         return self.nats / LN2, low / LN2, high / LN2
 
 
-def standing_out(gap: Tensor, null: Tensor) -> StandingOut:
+def mean_gap(gap: Tensor, null: Tensor) -> MeanGap:
     """The mean of gaps ``[N]`` less that of controls against their fellows ``[M]``, by Welch's standard error.
 
     Less the controls' own, for matching is not perfect and its bias is in both.
@@ -42,5 +42,5 @@ def standing_out(gap: Tensor, null: Tensor) -> StandingOut:
     gap, null = gap.double(), null.double()
     null = null[null.isfinite()]
     if len(gap) < 2 or len(null) < 2:
-        return StandingOut(float(gap.mean() - null.mean()) if len(gap) and len(null) else torch.nan, torch.nan)
-    return StandingOut(float(gap.mean() - null.mean()), sqrt(float(gap.var() / len(gap) + null.var() / len(null))))
+        return MeanGap(float(gap.mean() - null.mean()) if len(gap) and len(null) else torch.nan, torch.nan)
+    return MeanGap(float(gap.mean() - null.mean()), sqrt(float(gap.var() / len(gap) + null.var() / len(null))))

@@ -25,7 +25,7 @@ class Text:
     kind: str
     line: int
     tokens: tuple[int, ...] | None = None
-    """Instead of a text, as it was trained on; `spelled_out` finds the text."""
+    """Instead of a text, as it was trained on; `with_decoded_text` finds the text."""
 
 
 def read_texts(path: Path) -> list[Text]:
@@ -75,7 +75,7 @@ def _are_tokens(found: Any) -> bool:
     return isinstance(found, list) and len(found) > 1 and all(type(each) is int and each >= 0 for each in found)
 
 
-def spelled_out(texts: Sequence[Text], tokenizer: Any) -> list[Text]:
+def with_decoded_text(texts: Sequence[Text], tokenizer: Any) -> list[Text]:
     """With the text of those that have tokens alone.
 
     Raises:

@@ -30,7 +30,7 @@ OTHER_BEGINNINGS = 4
 
 
 @dataclass(frozen=True)
-class CloserLook:
+class TopTexts:
     """At the texts of ``rows``, ``[C]`` places among the suspected ones."""
 
     rows: list[int]
@@ -42,10 +42,10 @@ class CloserLook:
     what is said after anything."""
 
 
-def look_closer(
+def examine_top_texts(
     subject: Subject, suspects: Encoded, controls: Encoded, rows: Sequence[int], prefix: int,
     advance: Callable[[int], object],
-) -> CloserLook:  # fmt: skip
+) -> TopTexts:  # fmt: skip
     """``rows``: of ``suspects``, each longer than ``prefix``. One generation and one forward each."""
     long = (controls.mask.sum(1) >= prefix).nonzero().flatten()
     others = controls.tokens[long[:: max(1, len(long) // OTHER_BEGINNINGS)][:OTHER_BEGINNINGS], :prefix]
@@ -58,7 +58,7 @@ def look_closer(
         ratios.append(_ratio(subject, tokens, others, prefix) if len(others) else torch.tensor([torch.nan]))
         advance(1)
     own = torch.cat([torch.zeros(0), *ratios]) / LN2
-    return CloserLook(list(rows), edit_similarity(said, true) if said else torch.zeros(0), own)
+    return TopTexts(list(rows), edit_similarity(said, true) if said else torch.zeros(0), own)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def _ratio(subject: Subject, tokens: Tensor, others: Tensor, prefix: int) -> Ten
 
 
 @dataclass(frozen=True)
-class Located:
+class LocalizedUnits:
     """Which units carry the texts called memorized, more than controls."""
 
     sinks: Sinks
@@ -89,7 +89,7 @@ class Located:
 def locate_units(
     subject: Subject, suspects: Encoded, targets: Sequence[int], controls: Encoded, likes: Sequence[int],
     fraction: float, batch_size: int,
-) -> Located:  # fmt: skip
+) -> LocalizedUnits:  # fmt: skip
     """``targets``: rows of ``suspects``; ``likes``: of ``controls``, those most like them.
 
     Raises:
@@ -101,7 +101,7 @@ def locate_units(
             _shares(subject, layers, some, rows, batch_size) for some, rows in ((suspects, targets), (controls, likes))
         )
     flagged, unflagged = (torch.cat(list(each.values()), 1).abs() for each in (target, control))
-    return Located(locate(target, control, fraction), concentration_test(flagged, unflagged))
+    return LocalizedUnits(locate(target, control, fraction), concentration_test(flagged, unflagged))
 
 
 def _shares(

@@ -1,31 +1,31 @@
 """Tests of localizers, of ours and of anybody's: known units, ablation curves, stress."""
 
 from lightning_memsink.localization.evaluation.ablation_curves import (
+    AblationTest,
     Curve,
-    Deletion,
     Groups,
     ablation_curve,
-    judge_deletion,
+    evaluate_ablation,
 )
-from lightning_memsink.localization.evaluation.injection import Injection, Recall, injected, judge_injection
-from lightning_memsink.localization.evaluation.ownership import Blind, judge_blind
-from lightning_memsink.localization.evaluation.prompt_perturbation import Stress, prefix_stress
+from lightning_memsink.localization.evaluation.injection import Injection, Recall, evaluate_injection, injected
+from lightning_memsink.localization.evaluation.ownership import OwnershipRecovery, evaluate_ownership
+from lightning_memsink.localization.evaluation.prompt_perturbation import PromptPerturbation, perturb_prompts
 from lightning_memsink.localization.evaluation.ranking import average_precision, recall_at
 
 __all__ = [
-    "Blind",
+    "AblationTest",
     "Curve",
-    "Deletion",
     "Groups",
     "Injection",
+    "OwnershipRecovery",
+    "PromptPerturbation",
     "Recall",
-    "Stress",
     "ablation_curve",
     "average_precision",
+    "evaluate_ablation",
+    "evaluate_injection",
+    "evaluate_ownership",
     "injected",
-    "judge_blind",
-    "judge_deletion",
-    "judge_injection",
-    "prefix_stress",
+    "perturb_prompts",
     "recall_at",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_memsink._evaluation import undisturbed
 from lightning_memsink.localization.ablation import ablated
 from lightning_memsink.localization.localizers.attribution_methods import hidden_units
-from lightning_memsink.localization.localizers.task import Samples, Scores, Task
+from lightning_memsink.localization.localizers.task import Batch, Scores, Task
 from lightning_memsink.localization.locate import masks_of, top_units
 
 FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1)
@@ -33,14 +33,14 @@ Exact = Callable[[Any], Tensor]
 class Groups:
     """Who is watched while units are zeroed."""
 
-    target: Sequence[Samples]
-    others: Sequence[Samples]
+    target: Sequence[Batch]
+    others: Sequence[Batch]
     """Memorized too, but not to be forgotten."""
-    twins: Sequence[Samples]
+    twins: Sequence[Batch]
     """Controls: drawn as the targets are, never trained on. Their loss is what forgetting could reach."""
-    held_out: Sequence[Samples]
+    held_out: Sequence[Batch]
 
-    def items(self) -> list[tuple[str, Sequence[Samples]]]:
+    def items(self) -> list[tuple[str, Sequence[Batch]]]:
         return [(name, getattr(self, name)) for name in ("target", "others", "twins", "held_out")]
 
 
@@ -82,7 +82,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Deletion:
+class AblationTest:
     """One localizer's curve, and those of units that were not chosen for anything."""
 
     localized: Curve
@@ -92,14 +92,14 @@ class Deletion:
     """As many at random that are as active: large activations alone make a unit matter."""
 
 
-def judge_deletion(
+def evaluate_ablation(
     task: Task,
     scores: Scores,
     groups: Groups,
     exact: Exact | None = None,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
-) -> Deletion:
+) -> AblationTest:
     """Zeroes units in the order of ``scores`` and of two random orders. The scores of other targets are a placebo.
 
     Args:
@@ -116,7 +116,7 @@ def judge_deletion(
         for fraction in fractions
     ]
     orders = [[masks_of(top_units(own, each), _sizes(own)) for each in fractions] for own in (scores, at_random)]
-    return Deletion(*(ablation_curve(task, masks, groups, exact) for masks in (*orders, alike)))
+    return AblationTest(*(ablation_curve(task, masks, groups, exact) for masks in (*orders, alike)))
 
 
 def ablation_curve(
@@ -132,7 +132,7 @@ def ablation_curve(
             fractions.append(zeroed / sum(layer.units for layer in task.layers))
             with ablated(task.layers, mask):
                 for name, batches in groups.items():
-                    loss, share = measure(task, batches, exact)
+                    loss, share = mean_losses(task, batches, exact)
                     losses[name].append(loss)
                     shares[name].append(share)
     return Curve(
@@ -142,7 +142,7 @@ def ablation_curve(
     )
 
 
-def measure(task: Task, batches: Sequence[Samples], exact: Exact | None = None) -> tuple[float, float]:
+def mean_losses(task: Task, batches: Sequence[Batch], exact: Exact | None = None) -> tuple[float, float]:
     """Mean loss in nats, and the share said word for word; NaN for what can't be measured."""
     samples = sum(size for _, size in batches)
     if not samples:
@@ -152,7 +152,7 @@ def measure(task: Task, batches: Sequence[Samples], exact: Exact | None = None) 
     return loss, said
 
 
-def activation_norms(task: Task, batches: Sequence[Samples]) -> dict[str, Tensor]:
+def activation_norms(task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """``[U]`` by layer: root of the sum of squared activations over all positions."""
     squares = {layer.name: torch.zeros(layer.units) for layer in task.layers}
     with undisturbed(task.model), torch.no_grad():

@@ -95,7 +95,7 @@ def injected(
                 weight[mask] = old
 
 
-def judge_injection(localizer: Localizer, task: Task, injection: Injection) -> Recall:
+def evaluate_injection(localizer: Localizer, task: Task, injection: Injection) -> Recall:
     """What ``localizer`` finds within `injected`."""
     units = sum(map(len, injection.truth.values()))
     return Recall(injection, recall_at(localizer(task), injection.truth), injection.count / units)

@@ -17,7 +17,7 @@ from lightning_memsink.localization.localizers.task import Localizer, Task
 
 
 @dataclass(frozen=True)
-class Blind:
+class OwnershipRecovery:
     """How well one localizer found the units of each sample."""
 
     precision: tuple[float, ...]
@@ -34,12 +34,12 @@ class Blind:
         return self.mean / self.chance
 
 
-def judge_blind(
+def evaluate_ownership(
     localizer: Localizer,
     tasks: Sequence[Task],
     ownership: Mapping[str, Tensor],
     among: Mapping[str, Tensor] | None = None,
-) -> Blind:
+) -> OwnershipRecovery:
     """Gives ``localizer`` one sample at a time and compares its scores with the units that the sample owns.
 
     Args:
@@ -67,4 +67,4 @@ def judge_blind(
         precision.append(average_precision({name: scores[name] for name in truth}, truth, ranked))
         owned = sum(int((own & ranked[name].cpu()).sum()) for name, own in truth.items())
         chance += owned / sum(int(ranked[name].sum()) for name in truth) / len(tasks)
-    return Blind(tuple(precision), chance)
+    return OwnershipRecovery(tuple(precision), chance)

@@ -17,7 +17,7 @@ RATES = (0.0, 0.1, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
-class Stress:
+class PromptPerturbation:
     """What came back."""
 
     rates: tuple[float, ...]
@@ -38,7 +38,7 @@ class Stress:
         return float((self.worst[silent] > 0).float().mean())
 
 
-def prefix_stress(
+def perturb_prompts(
     continues: Callable[[Tensor], Tensor],
     tokens: Tensor,
     prompt: int,
@@ -46,7 +46,7 @@ def prefix_stress(
     rates: Sequence[float] = RATES,
     trials: int = 8,
     seed: int = 0,
-) -> Stress:
+) -> PromptPerturbation:
     """Replaces tokens of the prompts at random and asks for the continuations, in the model as it is now.
 
     Args:
@@ -65,7 +65,7 @@ def prefix_stress(
             continues(perturbed(tokens, prompt, vocab_size, rate, generator)) for _ in range(trials if rate else 1)
         ]
         said.append(torch.stack(asked).float().mean(0).cpu())
-    return Stress(tuple(rates), torch.stack(said))
+    return PromptPerturbation(tuple(rates), torch.stack(said))
 
 
 def perturbed(tokens: Tensor, prompt: int, vocab_size: int, rate: float, generator: torch.Generator) -> Tensor:

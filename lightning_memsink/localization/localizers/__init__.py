@@ -12,7 +12,7 @@ from lightning_memsink.localization.localizers.attribution_methods import (
     zero_out,
 )
 from lightning_memsink.localization.localizers.pruning import hard_concrete, slimming
-from lightning_memsink.localization.localizers.task import Localizer, Samples, Scores, Task
+from lightning_memsink.localization.localizers.task import Batch, Localizer, Scores, Task
 
 DEFAULT = "activation x gradient"
 
@@ -31,4 +31,4 @@ METHODS: Mapping[str, Localizer] = {
 }
 """By name. All leave the model as it was: weights bit-identical, gradients, modes and random generators untouched."""
 
-__all__ = ["DEFAULT", "METHODS", "Localizer", "Samples", "Scores", "Task"]
+__all__ = ["DEFAULT", "METHODS", "Batch", "Localizer", "Scores", "Task"]

@@ -16,7 +16,7 @@ from lightning_memsink.attribution.attribute import attribute
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.attribution.unit_effects import shares
 from lightning_memsink.localization.ablation import readers
-from lightning_memsink.localization.localizers.task import Samples, Scores, Task, gated, mean_loss, open_gates
+from lightning_memsink.localization.localizers.task import Batch, Scores, Task, gated, mean_loss, open_gates
 from lightning_memsink.localization.locate import contrast, signed_shares
 
 
@@ -112,7 +112,7 @@ def hidden_units(task: Task, batch: Any) -> dict[str, Tensor]:
 
 
 def _sample_shares(
-    task: Task, batches: Sequence[Samples], objective: Literal["loss", "margin"], signed: bool
+    task: Task, batches: Sequence[Batch], objective: Literal["loss", "margin"], signed: bool
 ) -> dict[str, Tensor]:
     """``[N, U]`` by layer, of all samples of all batches."""
     parts = [_effects(task, one, objective) for one in batches]
@@ -120,11 +120,11 @@ def _sample_shares(
     return signed_shares(effects) if signed else shares(effects)
 
 
-def _effects(task: Task, samples: Samples, objective: Literal["loss", "margin"]) -> dict[str, Tensor]:
+def _effects(task: Task, samples: Batch, objective: Literal["loss", "margin"]) -> dict[str, Tensor]:
     return attribute(lambda: task.loss(samples.batch), task.layers, samples.size, objective)
 
 
-def _path_effects(task: Task, batches: Sequence[Samples], steps: int) -> dict[str, Tensor]:
+def _path_effects(task: Task, batches: Sequence[Batch], steps: int) -> dict[str, Tensor]:
     """``[N, U]`` by layer, in nats of the batch's mean loss, positive where the unit lowers it."""
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in task.layers}
     for batch, size in batches:

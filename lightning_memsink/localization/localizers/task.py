@@ -19,7 +19,7 @@ Scores = Mapping[str, Tensor]
 """``[U]`` by layer name, comparable between layers: the higher, the more a unit carries the targets."""
 
 
-class Samples(NamedTuple):
+class Batch(NamedTuple):
     """A batch as the model's own code takes it, and how many samples are in it."""
 
     batch: Any
@@ -35,8 +35,8 @@ class Task:
     """From `lightning_memsink.attribution.hidden_layers.find_hidden_layers`."""
     loss: Callable[[Any], Tensor]
     """The mean loss of a batch, a scalar with its graph; runs ``model``."""
-    targets: Sequence[Samples]
-    controls: Sequence[Samples] = ()
+    targets: Sequence[Batch]
+    controls: Sequence[Batch] = ()
     """Never trained on, and otherwise like the targets. Methods that contrast need them to tell what is general from
     what is memorized; without, they score the targets alone."""
 
@@ -80,7 +80,7 @@ def gated(layers: Sequence[HiddenLayer], gates: Mapping[str, Tensor]) -> Iterato
             handle.remove()
 
 
-def mean_loss(task: Task, batches: Sequence[Samples]) -> Tensor:
+def mean_loss(task: Task, batches: Sequence[Batch]) -> Tensor:
     """Scalar: the mean over all samples of ``batches``, each batch's mean loss weighted by its size."""
     return torch.stack([task.loss(batch) * size for batch, size in batches]).sum() / sum(size for _, size in batches)
 

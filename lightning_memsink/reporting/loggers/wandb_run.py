@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memsink.detection.verdicts import Onset
-from lightning_memsink.localization.history import Attribution
+from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.mitigation.certificate import Certificate
 from lightning_memsink.reporting.scalars import COLUMNS, MemorizedSample, cells
 
@@ -58,7 +58,7 @@ class WandbRun:
         }
         self._run.log({STEP: step, **heat})
 
-    def heat_map(self, attribution: Attribution) -> None:
+    def heat_map(self, attribution: LocalizationHistory) -> None:
         """The picture of all evaluations, where there is matplotlib to draw it."""
         import wandb
 
