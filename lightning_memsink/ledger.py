@@ -1,7 +1,7 @@
-"""What the callbacks of one Trainer know together.
+"""The ledger: the facts that the callbacks of one Trainer share.
 
-One slot per fact, one writer per slot, and nobody reads a slot in the hook that writes it.
-So callbacks may be listed in any order.
+One slot per fact, one writer per slot, and no callback reads a slot in the hook that writes it; where it must, it has
+the writer finish first (`Ledger.close`). So callbacks may be listed in any order.
 
     N  samples known      B  samples in a batch      K  visits remembered
     M  controls           E  control evaluations     F  matching features
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Slot(Generic[T]):
-    """A fact with one writer. Reading it before it was published names the callback to add."""
+    """A fact with one writer. Reading it before the writer has set it raises RuntimeError with the callback to add."""
 
     def __init__(self, writer: str) -> None:
         self.writer = writer
@@ -75,18 +75,19 @@ class CurrentBatch:
     _searched: tuple[Tensor, LossNodes] | None = None
 
     def loss_nodes(self, loss: Tensor) -> LossNodes:
-        """What `find_loss_nodes` says of ``loss``, before its backward; searched once for all callers."""
+        """`find_loss_nodes` of ``loss``, before its backward; searched once for all callers."""
         if self._searched is None or self._searched[0] is not loss:
             self._searched = loss, find_loss_nodes(loss)
         return self._searched[1]
 
     def forget_loss(self) -> None:
-        """Its graph holds memory, and is not needed after the step."""
+        """Frees the graph of the loss, which holds memory and is not needed after the step."""
         self._searched = None
 
 
 class Ledger:
-    """The slots of one Trainer. Written in ``on_fit_start`` (after a restore), required in ``on_train_start``."""
+    """The slots of one Trainer. Writers set them in ``on_fit_start`` (after a restore), readers require them in
+    ``on_train_start``."""
 
     losses: Slot[LossTable] = Slot("LossTracker")
     controls: Slot[ControlTable] = Slot("LossTracker")
