@@ -17,6 +17,7 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
+from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds, Stage
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.detection.difficulty import Matching
@@ -69,6 +70,7 @@ class LossTracker(Callback):
     ) -> None:
         self.probe = ControlProbe(controls, control_fraction, control_every)
         self.sample_ids = SampleIds(identity, key)
+        self.loader_ids = LoaderIds(self.sample_ids)
         self.features = features
         self.flush_every = flush_every
         self.new_ledger = new_ledger
@@ -91,7 +93,7 @@ class LossTracker(Callback):
             self.capture = StepCapture(name, automatic, search=self.batch.loss_nodes)
             self.control_capture = EvaluationCapture(self.capture)
             self.probe.attach(trainer)
-            self.sample_ids.attach(trainer)
+            self.loader_ids.attach(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Ledger.of(trainer).losses = self.table
@@ -136,7 +138,7 @@ class LossTracker(Callback):
             self._evaluate_controls(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sample_ids.clear("train")
+        self.loader_ids.clear("train")
         self._flush()
         if self.probe.wanted and self.controls.latest_step < trainer.global_step:
             self._evaluate_controls(trainer, pl_module)
@@ -170,7 +172,7 @@ class LossTracker(Callback):
             self._add_controls(found, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sample_ids.clear("validate")
+        self.loader_ids.clear("validate")
         if self._validation_counts(trainer):
             self._close_evaluation(Ledger.of(trainer))
 
@@ -210,9 +212,9 @@ class LossTracker(Callback):
 
     # Ours alone -----------------------------------------------------------------------------------------------
 
-    def _identify(self, batch: Any, stage: Literal["train", "validate"]) -> DescribedBatch | None:
+    def _identify(self, batch: Any, stage: Stage) -> DescribedBatch | None:
         """None if nobody can tell whose the batch is."""
-        ids = self.sample_ids.take(batch, stage)
+        ids = self.loader_ids.take(batch, stage)
         if ids is None or not len(ids):
             return None
         return DescribedBatch.of(batch, ids, self.features)
@@ -290,7 +292,7 @@ class LossTracker(Callback):
             )
 
     def _detach(self) -> None:
-        self.sample_ids.detach()
+        self.loader_ids.detach()
         self.probe.detach()
         self.capture.abandon()
         self.control_capture.abandon()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-from dataclasses import fields, is_dataclass
 
 
 def batch_size(batch: Any) -> int | None:
@@ -30,9 +27,10 @@ def tensors_by_sample(batch: Any) -> Iterator[Tensor]:
     return (tensor for tensor in tensors_in(batch) if tensor.ndim)
 
 
-def describe_batch(thing: Any) -> str:
-    rows = f" over {type(thing.dataset).__name__}" if isinstance(thing, torch.utils.data.DataLoader) else ""
-    return f"a {type(thing).__name__}{rows}"
+def describe(thing: Any) -> str:
+    """The type of a batch or a loader for messages: "a DataLoader over Rows"."""
+    dataset = f" over {type(thing.dataset).__name__}" if isinstance(thing, torch.utils.data.DataLoader) else ""
+    return f"a {type(thing).__name__}{dataset}"
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:

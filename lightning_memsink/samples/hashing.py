@@ -5,17 +5,32 @@ B  samples in a batch      T  tokens of a sample      W  words of 64 bits (or, o
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_memsink.samples.batch import batch_size, describe, tensors_by_sample
 from lightning_memsink.samples.tokens import tokens_of
 
-if TYPE_CHECKING:
-    pass
-from lightning_memsink.samples.batch import batch_size, describe_batch, tensors_by_sample
+
+def key_ids(keys: Iterable[Any]) -> array[int]:
+    """Keys as signed 64-bit numbers: an integer is its own id, any other key is hashed by its repr."""
+    try:
+        return array("q", keys)
+    except (TypeError, OverflowError):
+        return array("q", [_key_id(key) for key in keys])
+
+
+def _key_id(key: Any) -> int:
+    try:
+        return int(array("q", [key])[0])
+    except (TypeError, OverflowError):
+        return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def content_ids(batch: Any) -> Tensor:
@@ -31,7 +46,7 @@ def content_ids(batch: Any) -> Tensor:
         return mixed(_folded(tokens.ids * tokens.mask, weights) + mixed(tokens.mask.sum(1)))
     size = batch_size(batch)
     if size is None:
-        raise ValueError(f"content_ids needs a batch with tensors in it, but found {describe_batch(batch)}.")
+        raise ValueError(f"content_ids needs a batch with tensors in it, but found {describe(batch)}.")
     ids = torch.zeros((), dtype=torch.int64)
     for tensor in tensors_by_sample(batch):
         if len(tensor) == size:

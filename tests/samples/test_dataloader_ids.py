@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.samples.sample_ids import SampleIds
 from tests.samples.test_sample_ids import LOADERS, Model, Odd, Rows, fit, pytestmark  # noqa: F401
 
@@ -79,7 +80,7 @@ def test_nothing_stays_behind_when_training_fails():
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             raise ArithmeticError
 
-    loader, ids = LOADERS["persistent"](), SampleIds()
+    loader, ids = LOADERS["persistent"](), LoaderIds(SampleIds())
     combined = CombinedLoader({"a": loader}, "min_size")
     with pytest.raises(ArithmeticError):
         fit(combined, ids=ids, model=Broken())

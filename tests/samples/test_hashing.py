@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.samples.batch import batch_size
-from lightning_memsink.samples.dataloader_ids import sample_ids
-from lightning_memsink.samples.hashing import content_ids
+from lightning_memsink.samples.hashing import content_ids, key_ids
 from lightning_memsink.samples.sample_ids import SampleIds
 from tests.samples.test_sample_ids import LOADERS, Model, Rows, Stream, fit, pytestmark, rows_of  # noqa: F401
 
@@ -37,7 +37,7 @@ class Batches:
 )
 def test_without_rows_ids_are_hashed_from_content(loader):
     watch, model, _ = fit(loader)
-    assert watch.ids.source == "content"
+    assert watch.ids.sample_ids.source == "content"
     hashed = {row: content_ids(default_collate([Rows()[row]])).item() for row in range(22)}
     assert watch.taken["train"] == [[hashed[row] for row in rows] for rows in model.rows["train"]]
 
@@ -88,8 +88,8 @@ def graph(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("identity", ["auto", "index"])
 def test_a_batch_of_graphs_has_one_row_for_each_graph_whatever_its_first_tensor_is(identity):
-    watch, model, _ = fit(DataLoader(Rows(), 4, shuffle=True, collate_fn=graph), ids=SampleIds(identity))
-    assert watch.ids.source == "index"
+    watch, model, _ = fit(DataLoader(Rows(), 4, shuffle=True, collate_fn=graph), ids=LoaderIds(SampleIds(identity)))
+    assert watch.ids.sample_ids.source == "index"
     assert watch.taken["train"] == model.rows["train"]
 
 
@@ -98,14 +98,14 @@ def test_a_batch_of_graphs_has_one_row_for_each_graph_whatever_its_first_tensor_
 )
 @pytest.mark.parametrize("identity", ["auto", "key"])
 def test_ids_of_the_users_own_win(value, identity):
-    watch, model, _ = fit(with_key(value), ids=SampleIds(identity))
+    watch, model, _ = fit(with_key(value), ids=LoaderIds(SampleIds(identity)))
     assert watch.taken["train"] == [[row - 9 for row in rows] for rows in model.rows["train"]]
-    assert watch.ids.source == "key"
+    assert watch.ids.sample_ids.source == "key"
 
 
 def test_keys_that_are_no_integers_have_a_lasting_number():
-    assert SampleIds("key", key="url").take({"url": ["a", "b", "a"]}, "train").tolist() == list(sample_ids("aba"))
-    assert list(sample_ids(["a", (0, 1), 2**63, -3])) == [
+    assert SampleIds("key", key="url").of({"url": ["a", "b", "a"]}, None).tolist() == list(key_ids("aba"))
+    assert list(key_ids(["a", (0, 1), 2**63, -3])) == [
         -1586550463278054497,
         -410956273188943891,
         -4436916390290898806,
@@ -117,18 +117,18 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "typo": (lambda: SampleIds("indx"), "knows no identity='indx'. Did you mean 'index'?"),
     "no such": (lambda: SampleIds("zzz"), "knows no identity='zzz'. Choose one of 'auto', 'index', 'content', 'key'."),
     "missing key": (
-        lambda: fit(LOADERS["plain"](), ids=SampleIds("key", key="doc")),
+        lambda: fit(LOADERS["plain"](), ids=LoaderIds(SampleIds("key", key="doc"))),
         "reads batch['doc'], but the batch is a dict with keys 'x', 'row'. Let the data set return 'doc'",
     ),
-    "no mapping": (lambda: SampleIds("key").take([1], "train"), "but the batch is a list with no keys"),
+    "no mapping": (lambda: SampleIds("key").of([1], None), "but the batch is a list with no keys"),
     "float": (lambda: fit(with_key(lambda row: row / 2)), "but found torch.float32. Return them as torch.int64."),
     "count": (lambda: fit(with_key(lambda row: row[:3])), "holds 3 ids for 4 samples. Return one 'sample_id'"),
     "stream": (
-        lambda: fit(DataLoader(Stream(), 4), ids=SampleIds("index")),
+        lambda: fit(DataLoader(Stream(), 4), ids=LoaderIds(SampleIds("index"))),
         "but got a DataLoader over Stream. Use identity='content', or put batch['sample_id'] into the batch",
     ),
     "dropped": (
-        lambda: fit(DataLoader(Rows(), 4, collate_fn=some), ids=SampleIds("index")),
+        lambda: fit(DataLoader(Rows(), 4, collate_fn=some), ids=LoaderIds(SampleIds("index"))),
         "but 4 rows were fetched for 3 samples. Use identity='content'",
     ),
 }
@@ -149,9 +149,7 @@ GOLDEN_FLOATS = "content_ids(torch.arange(6.0).reshape(2, 3)).tolist()"
 
 
 def test_an_id_is_the_same_number_in_every_process():
-    code = (
-        f"import torch; from lightning_memsink.samples.sample_ids import content_ids; print({GOLDEN} + {GOLDEN_FLOATS})"
-    )
+    code = f"import torch; from lightning_memsink.samples.hashing import content_ids; print({GOLDEN} + {GOLDEN_FLOATS})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(GOLDEN_IDS + GOLDEN_FLOAT_IDS)
 
@@ -260,6 +258,6 @@ def test_a_batch_is_as_large_as_its_first_tensor(batch, size):
 
 
 def test_a_batch_without_tensors_has_no_content():
-    assert SampleIds("content").take(["a", "b"], "train") is None
+    assert SampleIds("content").of(["a", "b"], None) is None
     with pytest.raises(ValueError, match="needs a batch with tensors in it, but found a list"):
         content_ids(["a", "b"])

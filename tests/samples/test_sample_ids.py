@@ -23,6 +23,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.samples.sample_ids import SampleIds
 
 pytestmark = [
@@ -105,7 +106,7 @@ class Model(LightningModule):
 
 
 class Watch(Callback):
-    def __init__(self, ids: SampleIds) -> None:
+    def __init__(self, ids: LoaderIds) -> None:
         self.ids = ids
         self.taken: dict[str, list[list[int] | None]] = {"train": [], "validate": []}
 
@@ -145,11 +146,11 @@ def rows_of(batch: Any) -> list[int]:
 
 
 def fit(
-    train: Any, validate: Any = None, ids: SampleIds | None = None, model: Model | None = None, ckpt=None, **options
+    train: Any, validate: Any = None, ids: LoaderIds | None = None, model: Model | None = None, ckpt=None, **options
 ):
     """A fit that is watched unless `ids` is False."""
     seed_everything(1, verbose=False)
-    model, watch = model or Model(), Watch(ids or SampleIds())
+    model, watch = model or Model(), Watch(ids or LoaderIds(SampleIds()))
     plain = {"logger": False, "enable_checkpointing": False, "max_epochs": 2, "accelerator": "cpu", "devices": 1}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     callbacks = options.pop("callbacks", []) + ([] if ids is False else [watch])
@@ -214,7 +215,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 def test_ids_are_the_rows_that_the_step_sees(name):
     watch, model, _ = fit(LOADERS[name]())
     assert watch.taken["train"] == model.rows["train"] and len(model.rows["train"]) > 3
-    assert watch.ids.source == "index"
+    assert watch.ids.sample_ids.source == "index"
 
 
 def two() -> tuple[DataLoader, DataLoader]:
@@ -283,5 +284,5 @@ class Ranks(Watch):
 @pytest.mark.slow
 def test_ids_are_right_on_every_rank():
     options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork", "max_epochs": 2, "logger": False}
-    trainer = Trainer(**options, enable_checkpointing=False, callbacks=[Ranks(SampleIds())])
+    trainer = Trainer(**options, enable_checkpointing=False, callbacks=[Ranks(LoaderIds(SampleIds()))])
     trainer.fit(Model(), DataLoader(Rows(), 4, shuffle=True))

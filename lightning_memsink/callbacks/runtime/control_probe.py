@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memsink._evaluation import without_trace
+from lightning_memsink._evaluation import run_training_step, without_trace
 from lightning_memsink.losses.capture import EvaluationCapture
 from lightning_memsink.samples.batch import batch_size
-from lightning_memsink.samples.dataloader_ids import is_taggable, tagged, untagged
+from lightning_memsink.samples.dataloader_ids import is_taggable, tag_loader, untag_loader
 from lightning_memsink.samples.holdout import holdout_split
 
 
@@ -79,7 +79,7 @@ class ControlProbe:
 
     def detach(self) -> None:
         """Leaves the loaders as they were found."""
-        untagged(self._view)
+        untag_loader(self._view)
         self._view = None
         if self._source is not None:
             vars(self._source).pop("dataloader", None)
@@ -93,7 +93,7 @@ class ControlProbe:
         Where the loader has no rows, samples are numbered as they come.
         """
         if self._view is None:
-            self._view = tagged(self.loader, self._on_fetch) if is_taggable(self.loader) else self.loader
+            self._view = tag_loader(self.loader, self._on_fetch) if is_taggable(self.loader) else self.loader
         start = 0
         with without_trace(pl_module):
             for n, batch in enumerate(() if self._view is None else self._view):  # a loader of a stream has no length
@@ -104,8 +104,7 @@ class ControlProbe:
                 rows = torch.arange(start, start + size) if rows is None else rows
                 batch = trainer.strategy.batch_to_device(batch)
                 capture.begin()
-                with trainer.precision_plugin.train_step_context():
-                    outputs = pl_module.training_step(batch, n)
+                outputs = run_training_step(trainer, pl_module, batch, n)
                 yield batch, rows, outputs
                 start += size
 
