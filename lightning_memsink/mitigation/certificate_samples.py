@@ -1,4 +1,7 @@
-"""Measures what a certificate rests on: the losses of the most exposed samples under each mask."""
+"""What a certificate is measured on: the most exposed training samples, and their losses under each mask.
+
+N  samples      B  samples in a batch      T  tokens of a sample      F  matching features
+"""
 
 from __future__ import annotations
 
@@ -15,48 +18,48 @@ from lightning_memsink.mitigation.hold import Reference
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.unique import first_of_each
 
-NOBODY = 0x3C6EF372FE94F82A
-"""Turns an id into one that no sample has."""
+UNUSED_ID_BITS = 0x3C6EF372FE94F82A
+"""An id xor these bits is an id that no sample has."""
 
 
 @dataclass(frozen=True)
 class KeptBatch:
-    """A training batch as it was, and what was known of its samples at that time."""
+    """A training batch as it was before its step, and the exposures of its samples at that time."""
 
     batch: Any
     ids: Tensor
     """``[B]``"""
     owners: Tensor
-    """``[B]`` or ``[B, T]``: whose units are on."""
+    """``[B]`` or ``[B, T]``: the ids whose pool units are on."""
     exposures: Tensor
     """``[B]`` visits, this one included."""
 
     @cached_property
-    def worth(self) -> float:
-        """Mean exposures."""
+    def mean_exposures(self) -> float:
         return float(self.exposures.float().mean())
 
 
 class MostExposed:
-    """The training batches with the most exposed samples, the later ones among equals.
+    """The training batches with the most exposed samples; of equally exposed batches, the later ones.
 
     Args:
-        samples: how many different ones to hold. Batches are held whole, by reference, with at most four times as many
-            visits.
+        samples: number of different samples to keep at least. Whole batches are kept, by reference, with at most four
+            times as many visits.
     """
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
         self.batches: list[KeptBatch] = []
 
-    def see(self, seen: KeptBatch) -> None:
-        """A batch that passes. One without a sample seen twice is of no use."""
-        if not self.samples or int(seen.exposures.max()) < 2:
+    def add(self, new: KeptBatch) -> None:
+        """Keeps ``new``, and drops the least exposed batches that are not needed. A batch without any sample visited
+        twice or more is not kept."""
+        if not self.samples or int(new.exposures.max()) < 2:
             return
-        self.batches.append(seen)
+        self.batches.append(new)
         while len(self.batches) > 1:
-            worth = [batch.worth for batch in self.batches]
-            least = worth.index(min(worth))
+            exposures = [batch.mean_exposures for batch in self.batches]
+            least = exposures.index(min(exposures))
             rest = torch.cat([batch.ids for batch in self.batches[:least] + self.batches[least + 1 :]])
             if len(rest) < self.samples or (len(rest) < 4 * self.samples and len(rest.unique()) < self.samples):
                 return
@@ -64,45 +67,50 @@ class MostExposed:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Of N samples."""
+class LossesByMask:
+    """Losses of N samples under each mask."""
 
     ids: Tensor
-    """``[N]``, each once"""
-    under: Mapping[str, Tensor]
-    """``[N]`` by mask: own, dropped, placebo, random."""
+    """``[N]``"""
+    by_mask: Mapping[str, Tensor]
+    """``[N]`` losses in nats by the mask's name: own, dropped, placebo, random."""
 
-    def only(self, rows: Tensor) -> Losses:
-        return Losses(self.ids[rows], {name: of[rows] for name, of in self.under.items()})
+    def select(self, rows: Tensor) -> LossesByMask:
+        """The losses of ``rows``, a bool mask ``[N]`` or indices."""
+        return LossesByMask(self.ids[rows], {name: losses[rows] for name, losses in self.by_mask.items()})
+
+    def deduplicated(self) -> LossesByMask:
+        """Each sample once: its first row, in ascending order of ids."""
+        return self.select(first_of_each(self.ids)[1])
 
 
 def placebo(ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function from ids to others among ``ids`` ``[N]``: each sample gets another's. A lone one gets a stranger's."""
+    """A function that maps each of ``ids`` ``[N]`` to another of them; a single id to one that is not among them."""
     known = ids.unique()
     others = known.roll(1) if len(known) > 1 else known + 1
 
-    def other(of: Tensor) -> Tensor:
-        another: Tensor = others[torch.searchsorted(known, of.contiguous())]
+    def other(ids: Tensor) -> Tensor:
+        another: Tensor = others[torch.searchsorted(known, ids.contiguous())]
         return another
 
     return other
 
 
-def joined(measured: Sequence[Losses | None]) -> Losses | None:
-    """What several processes measured, each sample once; None if none did."""
+def merge(measured: Sequence[LossesByMask | None]) -> LossesByMask | None:
+    """The losses that several processes measured, each sample once; None if no process has any."""
     parts = [part for part in measured if part is not None]
     if not parts:
         return None
-    masks = parts[0].under
-    under = {name: torch.cat([part.under[name] for part in parts]) for name in masks}
-    return _once(Losses(torch.cat([part.ids for part in parts]), under))
+    by_mask = {name: torch.cat([part.by_mask[name] for part in parts]) for name in parts[0].by_mask}
+    return LossesByMask(torch.cat([part.ids for part in parts]), by_mask).deduplicated()
 
 
-def twins_of(features: Tensor, table: ControlTable) -> Tensor:
-    """``[N]`` losses that never-trained samples with ``features`` ``[N, F]`` have, as of the controls' last evaluation.
+def twin_losses(features: Tensor, table: ControlTable) -> Tensor:
+    """``[N]`` losses, in nats, expected of never-trained samples with ``features`` ``[N, F]``, at the controls' last
+    evaluation.
 
-    The mean of the controls most like each; without features, of them all. NaN where no control is near, and
-    everywhere if there are too few.
+    The mean loss of the nearest controls; without features (F = 0), of all controls. NaN where no control is near, and
+    everywhere if there are too few controls.
     """
     losses = table.latest[torch.isfinite(table.latest)]
     unknown = torch.full((len(features),), torch.nan)
@@ -112,8 +120,3 @@ def twins_of(features: Tensor, table: ControlTable) -> Tensor:
         return losses.mean().expand(len(features))
     expected, matched = Reference.of(table.features, table.latest).expected(features)
     return torch.where(matched, expected, unknown)
-
-
-def _once(losses: Losses) -> Losses:
-    """The first of each sample."""
-    return losses.only(first_of_each(losses.ids)[1])

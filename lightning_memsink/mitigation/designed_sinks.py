@@ -210,18 +210,18 @@ def masked(layers: Sequence[HiddenLayer], mask: Callable[[int], Tensor], tokens:
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(attach(layer, by(layer)).remove)
+            stack.callback(register_input_hook(layer, by(layer)).remove)
         stack.callback(_OVERRIDDEN.difference_update, mine)
         _OVERRIDDEN.update(mine)
         yield
 
 
-def gives_way(layer: HiddenLayer) -> bool:
+def is_overridden(layer: HiddenLayer) -> bool:
     """Whether `masked` decides over this layer at the moment."""
     return layer.module in _OVERRIDDEN
 
 
-def attach(layer: HiddenLayer, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def register_input_hook(layer: HiddenLayer, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """A hook that changes what ``layer`` reads, before any other hook sees it."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

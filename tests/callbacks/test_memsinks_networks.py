@@ -140,7 +140,7 @@ def test_a_layer_whose_rows_are_not_the_samples_drops_its_pool_and_is_named_once
     model = Wrapped(TwoExperts())
     with pytest.warns(UserWarning) as warned:
         run, _ = fit([*watch(), MemSinks()], model, max_epochs=2)
-    said = [str(one.message) for one in warned if "nobody can tell" in str(one.message)]
+    said = [str(one.message) for one in warned if "are not the samples of the batch" in str(one.message)]
     assert sorted(message.split(" reads")[0] for message in said) == ["network.experts.0.2", "network.experts.1.2"]
-    assert "where the batch has samples [16]" in said[0]
+    assert "the ids of the batch are [16]" in said[0]
     assert Ledger.of(run).certificate.samples >= 8

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memsink.mitigation.certificate import FEWEST, Certificate, certify, signed_rank_p
-from lightning_memsink.mitigation.certificate_samples import KeptBatch, MostExposed, placebo, twins_of
+from lightning_memsink.mitigation.certificate_samples import KeptBatch, MostExposed, placebo, twin_losses
 from lightning_memsink.samples.control_table import ControlTable
 
 
@@ -95,16 +95,16 @@ def seen(ids: list[int], exposures: list[int]) -> KeptBatch:
 
 def test_the_most_exposed_batches_are_held_and_of_equals_the_last():
     held = MostExposed(4)
-    held.see(seen([1, 2], [1, 1]))  # nobody was seen twice
+    held.add(seen([1, 2], [1, 1]))  # nobody was seen twice
     assert not held.batches
     for batch, exposures in enumerate([[9, 9], [2, 2], [2, 2], [5, 1], [2, 2]]):
-        held.see(seen([2 * batch, 2 * batch + 1], exposures))
+        held.add(seen([2 * batch, 2 * batch + 1], exposures))
     assert [batch.ids.tolist() for batch in held.batches] == [[0, 1], [6, 7]]
     for _ in range(99):  # the same two again and again
-        held.see(seen([0, 1], [50, 50]))
+        held.add(seen([0, 1], [50, 50]))
     assert sum(len(batch.ids) for batch in held.batches) <= 4 * 4 + 2
     nothing = MostExposed(0)
-    nothing.see(seen([1], [5]))
+    nothing.add(seen([1], [5]))
     assert not nothing.batches
 
 
@@ -119,12 +119,12 @@ def test_a_placebo_is_always_another_sample_and_a_trained_one_if_there_is_one(id
 
 def test_twins_are_the_nearest_controls_and_none_where_none_is_near():
     table = ControlTable()
-    assert twins_of(torch.zeros(2, 1), table).isnan().all()
+    assert twin_losses(torch.zeros(2, 1), table).isnan().all()
     features = torch.arange(40.0)[:, None]
     table.record(0, torch.arange(40), features[:, 0] / 10, features)
-    found = twins_of(torch.tensor([[20.0], [500.0]]), table)
+    found = twin_losses(torch.tensor([[20.0], [500.0]]), table)
     assert found[0].item() == pytest.approx(2.0, abs=0.06) and found[1].isnan()
-    assert twins_of(torch.zeros(2, 3), table).isnan().all()
+    assert twin_losses(torch.zeros(2, 3), table).isnan().all()
     without = ControlTable()
     without.record(0, torch.arange(40), features[:, 0], torch.zeros(40, 0))
-    assert twins_of(torch.zeros(2, 0), without).tolist() == [19.5, 19.5]
+    assert twin_losses(torch.zeros(2, 0), without).tolist() == [19.5, 19.5]

@@ -13,7 +13,7 @@ from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden
 from lightning_memsink.mitigation.designed_sinks import (
     Pool,
     apply_mask,
-    gives_way,
+    is_overridden,
     masked,
     own_units,
     plan,
@@ -212,15 +212,15 @@ def test_masked_is_the_model_with_units_set_to_zero_and_ends_with_its_block():
     plain = model(x)
     with masked(layers, pool.dropped):
         found = model(x)
-        assert all(gives_way(layer) for layer in layers)
+        assert all(is_overridden(layer) for layer in layers)
         with masked(layers[:1], pool.dropped):  # a second one inside changes nothing here
             assert torch.equal(model(x), found)
-        assert gives_way(layers[0])
+        assert is_overridden(layers[0])
     first, act, down, _, last = model.blocks
     hidden = act(first(x)) * (torch.arange(16) < 8)
     expected = last(act(down(hidden)) * (torch.arange(6) < 3))
     assert_close(found, expected)
-    assert torch.equal(model(x), plain) and not any(gives_way(layer) for layer in layers)
+    assert torch.equal(model(x), plain) and not any(is_overridden(layer) for layer in layers)
     assert all(not module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="does not fit"), masked(layers, lambda units: torch.ones(2, units)):
         model(x)
