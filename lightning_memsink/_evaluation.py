@@ -1,63 +1,81 @@
-"""Running a model in evaluation mode without side effects."""
+"""Running a model outside the training loop, in evaluation mode and without side effects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torchmetrics import Metric
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode; afterwards each module is in the mode it was in, and so are the global
-    random generators."""
-    modes = {module: module.training for module in model.modules()}
+def isolated_eval(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module's mode and torch's global random generators are as before."""
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.random.fork_rng(sorted(devices, key=str)), _eval_mode(model):
+        yield
 
 
 @contextmanager
 def without_trace(pl_module: LightningModule) -> Iterator[None]:
-    """Evaluation mode, no gradients, and afterwards everything as before: random state, metrics, what was logged.
+    """Evaluation mode without gradients inside; afterwards modes, metrics and random generators are as before.
 
-    ``self.log`` is silent inside, since Lightning refuses it outside its loops.
+    ``self.log`` does nothing inside, since Lightning refuses it outside its loops. The generators are all that
+    Lightning seeds: torch, NumPy and Python.
     """
-    training = {name: module.training for name, module in pl_module.named_modules()}
-    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
-    states = [_snapshot(metric) for metric in metrics]
-    silent = {"log": _say_nothing, "log_dict": _say_nothing}
-    own = {name: vars(pl_module)[name] for name in silent if name in vars(pl_module)}
-    with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        stack.enter_context(torch.no_grad())
-        vars(pl_module).update(silent)
-        pl_module.eval()
-        try:
-            yield
-        finally:
-            for name in silent:
-                vars(pl_module).pop(name, None)
-            vars(pl_module).update(own)
-            for name, module in pl_module.named_modules():
-                module.training = training[name]
-            for metric, state in zip(metrics, states, strict=True):
-                vars(metric).update(state)
+    with isolate_rng(), torch.no_grad(), _silent_log(pl_module), _metrics_restored(pl_module), _eval_mode(pl_module):
+        yield
 
 
-def _snapshot(metric: Metric) -> dict[str, Any]:
-    """What an update changes of a metric; list states are copied, since they grow in place."""
+def run_training_step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Any:
+    """Output of ``training_step`` for ``batch``, at the precision of training. Call it within `without_trace`."""
+    with trainer.precision_plugin.train_step_context():
+        return pl_module.training_step(batch, batch_idx)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _silent_log(pl_module: LightningModule) -> Iterator[None]:
+    attributes = vars(pl_module)
+    silent = {"log": _ignore, "log_dict": _ignore}
+    own = {name: attributes[name] for name in silent if name in attributes}
+    attributes.update(silent)
+    try:
+        yield
+    finally:
+        for name in silent:
+            attributes.pop(name, None)
+        attributes.update(own)
+
+
+@contextmanager
+def _metrics_restored(model: nn.Module) -> Iterator[None]:
+    metrics = [module for module in model.modules() if isinstance(module, Metric)]
+    states = [_metric_state(metric) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, state in zip(metrics, states, strict=True):
+            vars(metric).update(state)
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    """The attributes that an update changes; list states are copied, since they grow in place."""
     names = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
     values = {name: getattr(metric, name) for name in names}
     return {
@@ -66,5 +84,5 @@ def _snapshot(metric: Metric) -> dict[str, Any]:
     }
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``self.log``."""
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Replaces ``self.log``."""

@@ -23,6 +23,7 @@ from lightning_memsink.attribution.gradient_rules import (
     wants_gradient,
 )
 from lightning_memsink.attribution.module_hooks import ModuleCalls
+from lightning_memsink.attribution.unit_effects import divide_by_weights
 
 
 def total(norms: Mapping[str, Tensor]) -> Tensor:
@@ -124,7 +125,9 @@ class GradientNorms:
                 home = users[0]
                 norms[home] = norms[home] + self._norms[key] if home in norms else self._norms[key]
         self._forget()
-        return norms if weights is None else {name: _per_own_loss(norm, weights) for name, norm in norms.items()}
+        if weights is None:
+            return norms
+        return {name: divide_by_weights(norm, weights, power=2) for name, norm in norms.items()}
 
     def remove(self) -> None:
         """Takes the hooks away; a second time does nothing."""
@@ -233,11 +236,6 @@ class GradientNorms:
             self._now.update((name, "its calls differ in their number of rows") for name in self._users[key])
         else:
             self._norms[key] = squared_norm(parts, self._parameters[key].shape)
-
-
-def _per_own_loss(norm: Tensor, weights: Tensor) -> Tensor:
-    weights = weights.detach().to(norm)
-    return torch.where(weights == 0, 0.0, norm / weights.square())
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, GradientRule | str]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_memsink.attribution.gradient_rules import outer_of, samples_first
 from lightning_memsink.attribution.module_hooks import ModuleCalls
+from lightning_memsink.attribution.unit_effects import divide_by_weights
 
 
 def projection(size: int, rank: int, seed: int) -> Tensor:
@@ -99,10 +100,7 @@ class GradientSketches:
         parts = [self._sketches.get(name, nothing) for name in self.layers]
         whole = torch.cat([part if len(part) == batch_size else nothing for part in parts], 1)
         self._sketches.clear()
-        if weights is None:
-            return whole
-        weights = weights.detach().to(whole)[:, None]
-        return torch.where(weights == 0, 0.0, whole / weights)
+        return whole if weights is None else divide_by_weights(whole, weights)
 
     def remove(self) -> None:
         """Takes the hooks away; a second time does nothing."""

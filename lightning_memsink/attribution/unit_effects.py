@@ -42,24 +42,47 @@ def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axi
     return -(effects if batch < unit else effects.T)
 
 
-def shares(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What part of all that a sample's units did each of them did.
+def shares(effects: Mapping[str, Tensor], signed: bool = False) -> dict[str, Tensor]:
+    """Each unit's effect as a share of the summed sizes of all effects on the same sample.
 
-    Shares, because the gradient of a memorized sample vanishes with its loss: sizes would hide it.
+    Shares, because the gradient of a memorized sample vanishes with its loss: sizes would hide it. Signs, because sizes
+    alone also select units that raise a sample's loss, and zeroing those compensates for the others: at 5 % of units
+    the target's loss rises half as far.
 
     Args:
         effects: ``[B, U]`` by layer.
+        signed: keep the sign of each effect: positive where the unit lowers the sample's loss.
 
     Returns:
-        ``[B, U]`` by layer, >= 0; a sample's sum over *all* layers to 1. An all-zero row stays zero.
+        ``[B, U]`` by layer, in 0…1, or in -1…1 if ``signed``; the sizes of a sample's shares sum to 1 over *all*
+        layers. An all-zero row stays zero.
     """
     if not effects:
         return {}
-    sizes = {name: effect.abs() for name, effect in effects.items()}
-    largest = torch.stack([size.amax(1) for size in sizes.values()]).amax(0)[:, None]
-    scaled = {name: size / torch.where(largest > 0, largest, 1) for name, size in sizes.items()}  # sums can't under- or
-    total = torch.stack([size.sum(1) for size in scaled.values()]).sum(0)[:, None]  # overflow
-    return {name: size / torch.where(total > 0, total, 1) for name, size in scaled.items()}
+    largest = torch.stack([effect.abs().amax(1) for effect in effects.values()]).amax(0)[:, None]
+    scale = torch.where(largest > 0, largest, 1)  # the sum can neither underflow nor overflow
+    if signed:  # scaled only where the sum overflows: each division rounds, and localized units depend on these bits
+        scale = torch.where(_total_size(effects).isfinite(), 1, scale)
+    scaled = {name: (effect if signed else effect.abs()) / scale for name, effect in effects.items()}
+    total = _total_size(scaled)
+    return {name: effect / torch.where(total > 0, total, 1) for name, effect in scaled.items()}
+
+
+def _total_size(effects: Mapping[str, Tensor]) -> Tensor:
+    """``[B, 1]`` sum of the sizes of all effects on a sample."""
+    return torch.stack([effect.abs().sum(1) for effect in effects.values()]).sum(0)[:, None]
+
+
+def divide_by_weights(values: Tensor, weights: Tensor, power: int = 1) -> Tensor:
+    """``values`` per unit of each sample's weight in the loss, so of its own mean loss; 0 where the weight is 0.
+
+    Args:
+        values: ``[B, ...]``, from the gradient of the differentiated loss: linear in it, or of degree ``power``.
+        weights: ``[B]`` from `sample_weights`.
+        power: 2 for squared norms.
+    """
+    weights = weights.detach().to(values).reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(weights == 0, 0.0, values / weights.pow(power))
 
 
 def sample_weights(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0) -> Tensor | None:

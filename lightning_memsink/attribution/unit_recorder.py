@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, base_layer
 from lightning_memsink.attribution.module_hooks import ModuleCalls
-from lightning_memsink.attribution.unit_effects import unit_effects
+from lightning_memsink.attribution.unit_effects import divide_by_weights, unit_effects
 
 
 class UnitRecorder:
@@ -64,7 +64,7 @@ class UnitRecorder:
             elif len(effect) != batch_size:
                 self.left_out[name] = f"its input has {len(effect)} rows where the batch has {batch_size} samples"
             else:
-                effects[name] = effect if weights is None else _per_own_loss(effect, weights)
+                effects[name] = effect if weights is None else divide_by_weights(effect, weights)
         self._forget()
         return effects
 
@@ -104,11 +104,6 @@ class UnitRecorder:
             self.left_out[name] = f"it was called on {len(before)} rows, then on {len(effect)}"
             return
         self._effects[name] = effect if before is None else before.add_(effect)
-
-
-def _per_own_loss(effect: Tensor, weights: Tensor) -> Tensor:
-    weights = weights.to(effect)[:, None]
-    return torch.where(weights == 0, 0.0, effect / weights)
 
 
 def _is_detached(given: Tensor, weight: Tensor) -> bool:

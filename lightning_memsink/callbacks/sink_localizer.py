@@ -17,7 +17,7 @@ from lightning_memsink._distributed import gather
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.gradient_norms import GradientNorms
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, describe, find_hidden_layers
-from lightning_memsink.attribution.unit_effects import margins
+from lightning_memsink.attribution.unit_effects import margins, shares
 from lightning_memsink.attribution.unit_recorder import UnitRecorder
 from lightning_memsink.attribution.update_norms import UpdateNorms, block_of
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
@@ -26,7 +26,6 @@ from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.detection.verdicts import verdicts_of
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.history import LocalizationHistory
-from lightning_memsink.localization.locate import signed_shares
 
 
 class SinkLocalizer(Callback):
@@ -219,7 +218,7 @@ class SinkLocalizer(Callback):
         effects, self._effects = self._effects or self.units.finish(size), {}
         for name, why in self.units.left_out.items():
             warn_once(self._warnings, f"SinkLocalizer attributes nothing to {name}: {why}.", key=name)
-        by_layer = signed_shares(effects) if effects else {}
+        by_layer = shares(effects, signed=True)
         nothing = {layer.name: torch.zeros(size, layer.units) for layer in self.layers}
         by_unit = torch.cat([by_layer.get(name, zeros).float().cpu() for name, zeros in nothing.items()], 1)
         norms = None

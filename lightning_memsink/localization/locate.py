@@ -27,8 +27,8 @@ def locate(
     """The units that do more for flagged samples than for matched controls.
 
     Args:
-        target: per layer ``[N, U]``, each flagged sample's shares: `signed_shares`, or sizes as
-            `lightning_memsink.attribution.unit_effects.shares` gives them.
+        target: per layer ``[N, U]``, each flagged sample's shares, signed or not, from
+            `lightning_memsink.attribution.unit_effects.shares`.
         control: the same ``[M, U]`` of controls matched with them; None: nothing is subtracted.
         fraction: of all units, 0…1, rounded up to at least one unit. Units whose contrast is not above zero are no
             sinks, so there may be fewer.
@@ -57,16 +57,6 @@ def contrast(target: Mapping[str, Tensor], control: Mapping[str, Tensor] | None 
     if control is None:
         return mean
     return {name: scores - control[name].detach().float().mean(0).cpu() for name, scores in mean.items()}
-
-
-def signed_shares(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``[N, U]`` per layer: a sample's signed ``effects`` over the sum of their sizes in all layers, in -1…1.
-
-    Positive where the unit helps the sample. Sizes alone also choose units that hold the sample back, and zeroing those
-    makes up for the others: at 5 % of units the target's loss rises half as far. An all-zero row stays zero.
-    """
-    total = torch.stack([rows.abs().sum(1) for rows in effects.values()]).sum(0)[:, None]
-    return {name: rows / torch.where(total > 0, total, 1) for name, rows in effects.items()}
 
 
 def top_units(scores: Mapping[str, Tensor], fraction: float, per_layer: bool = False) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor, nn
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.localization.ablation import ablated, readers
 from lightning_memsink.localization.sink_layers import sink_layers
@@ -67,7 +67,7 @@ def ablate(model: nn.Module, sinks: Sinks, *, loss: Callable[[], float], budget:
     if not budget >= 0:
         raise ValueError(f"budget is how many nats the loss may rise by, at least 0, but it is {budget}.")
     layers = sink_layers(model, sinks)
-    with undisturbed(model), torch.no_grad():
+    with isolated_eval(model), torch.no_grad():
         before = float(loss())
         if not isfinite(before):
             raise ValueError(f"The loss of the model as it is must be finite, to compare others with, but is {before}.")

@@ -174,7 +174,7 @@ def test_a_look_that_fails_on_one_rank_is_the_end_of_no_run(rank, tmp_path, monk
         return on_one_rank
 
     for where in (
-        "lightning_memsink.callbacks.sink_localizer.signed_shares",
+        "lightning_memsink.callbacks.sink_localizer.shares",
         "lightning_memsink.callbacks.extraction_probe.ask",
         "lightning_memsink.callbacks.live_curves.top_memorized",
         "lightning_memsink.callbacks.live_curves.WandbRun.evaluation",  # Lightning logs past it

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.localization.localizers import DEFAULT, METHODS, Batch, Task
 from lightning_memsink.localization.localizers.attribution_methods import (
@@ -115,7 +115,7 @@ def test_zero_out_is_the_loss_without_the_unit(task):
 
 
 def test_integrated_effects_sum_to_what_all_units_do_together(task):
-    with undisturbed(task.model):
+    with isolated_eval(task.model):
         effects = _path_effects(task, task.targets[:1], steps=200)
         nothing = {name: 0 * gate for name, gate in open_gates(task).items()}
         with gated(task.layers, nothing):

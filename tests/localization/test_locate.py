@@ -14,7 +14,6 @@ from lightning_memsink.localization.locate import (
     jaccard,
     locate,
     quota,
-    signed_shares,
     top_units,
 )
 
@@ -89,12 +88,6 @@ def test_chance_is_the_mean_over_all_pairs_of_sets(units, first, second):
     ]
     pairs = [jaccard(one, other) for one, other in itertools.product(*sides)]
     assert chance_jaccard(units, first, second) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_signed_shares_keep_the_sign_and_their_sizes_sum_to_one():
-    effects = {"a": torch.tensor([[1.0, -2.0], [0.0, 0.0]]), "b": torch.tensor([[5.0], [0.0]])}
-    found = signed_shares(effects)
-    assert found["a"].tolist() == [[0.125, -0.25], [0.0, 0.0]] and found["b"].tolist() == [[0.625], [0.0]]
 
 
 def test_contrast_is_a_difference_of_means():

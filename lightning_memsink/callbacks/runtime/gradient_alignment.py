@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_memsink._evaluation import without_trace
+from lightning_memsink._evaluation import run_training_step, without_trace
 from lightning_memsink.attribution.gradient_sketches import GradientSketches, cosine
 from lightning_memsink.samples.batch import batch_size
 
@@ -62,9 +62,9 @@ class GradientAlignment:
     def _gradient(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
         """``[D]``"""
         trained = [weight for weight in module.parameters() if weight.requires_grad]
-        with without_trace(module), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+        with without_trace(module), torch.enable_grad():
             self._sketches.open()
-            outputs: Any = module.training_step(batch, 0)
+            outputs = run_training_step(trainer, module, batch)
             loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
             torch.autograd.grad(loss, trained, allow_unused=True)
         return self._sketches.finish(batch_size(batch) or 0).mean(0)

@@ -13,16 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.attribution.attribute import attribute
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.attribution.unit_effects import shares
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.extraction.audit.model_loading import Subject
 from lightning_memsink.extraction.audit.texts import Encoded
 from lightning_memsink.extraction.functional import prior_log_ratio, suffix_log_prob
 from lightning_memsink.extraction.metrics import edit_similarity
 from lightning_memsink.localization.concentration import Concentration, NotTested, concentration_test
-from lightning_memsink.localization.locate import locate, signed_shares
+from lightning_memsink.localization.locate import locate
 from lightning_memsink.localization.sinks import Sinks
 
 OTHER_BEGINNINGS = 4
@@ -96,7 +97,7 @@ def locate_units(
         ValueError: the model has no hidden layers that are known.
     """
     layers = find_hidden_layers(subject.model)
-    with undisturbed(subject.model):
+    with isolated_eval(subject.model):
         target, control = (
             _shares(subject, layers, some, rows, batch_size) for some, rows in ((suspects, targets), (controls, likes))
         )
@@ -115,7 +116,7 @@ def _shares(
         shown, mask = encoded.tokens[chosen, :width], mask[:, :width]
         inputs = {"input_ids": shown, "attention_mask": mask.long(), "labels": shown.where(mask, -100)}
         parts.append(attribute(partial(_loss, subject, inputs), layers, len(chosen)))
-    return signed_shares({layer.name: torch.cat([part[layer.name] for part in parts]) for layer in layers})
+    return shares({layer.name: torch.cat([part[layer.name] for part in parts]) for layer in layers}, signed=True)
 
 
 def _loss(subject: Subject, inputs: dict[str, Tensor]) -> Tensor:

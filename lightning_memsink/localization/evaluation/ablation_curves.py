@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.localization.ablation import ablated
 from lightning_memsink.localization.localizers.attribution_methods import hidden_units
 from lightning_memsink.localization.localizers.task import Batch, Scores, Task
@@ -126,7 +126,7 @@ def ablation_curve(
     losses: dict[str, list[float]] = {name: [] for name, _ in groups.items()}
     shares: dict[str, list[float]] = {name: [] for name, _ in groups.items()}
     fractions = []
-    with undisturbed(task.model), torch.no_grad():
+    with isolated_eval(task.model), torch.no_grad():
         for mask in ({}, *masks):
             zeroed = sum(int(own.sum()) for own in mask.values())
             fractions.append(zeroed / sum(layer.units for layer in task.layers))
@@ -155,7 +155,7 @@ def mean_losses(task: Task, batches: Sequence[Batch], exact: Exact | None = None
 def activation_norms(task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """``[U]`` by layer: root of the sum of squared activations over all positions."""
     squares = {layer.name: torch.zeros(layer.units) for layer in task.layers}
-    with undisturbed(task.model), torch.no_grad():
+    with isolated_eval(task.model), torch.no_grad():
         for batch, _ in batches:
             for name, hidden in hidden_units(task, batch).items():
                 squares[name] += hidden.square().sum(0)

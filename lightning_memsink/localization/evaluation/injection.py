@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.attribution.hidden_layers import base_layer, unit_weights
 from lightning_memsink.localization.evaluation.ranking import recall_at
 from lightning_memsink.localization.localizers.task import Localizer, Task, mean_loss
@@ -85,7 +85,7 @@ def injected(
     masks = [truth[layer.name].to(weight.device) for layer, weight in zip(task.layers, weights, strict=True)]
     kept = [weight[mask].clone() for weight, mask in zip(weights, masks, strict=True)]
     try:
-        with undisturbed(task.model):
+        with isolated_eval(task.model):
             before = float(mean_loss(task, task.targets).detach())
             after, taken = _teach(task, masks, until, steps, lr, longest)
         yield Injection(truth, before, after, taken)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.attribution.attribute import attribute
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.attribution.unit_effects import shares
 from lightning_memsink.localization.ablation import readers
 from lightning_memsink.localization.localizers.task import Batch, Scores, Task, gated, mean_loss, open_gates
-from lightning_memsink.localization.locate import contrast, signed_shares
+from lightning_memsink.localization.locate import contrast
 
 
 def activation_times_gradient(
@@ -31,10 +31,10 @@ def activation_times_gradient(
         task: which units of which model.
         objective: ``"margin"``: what is done for the lead of the right class, whose gradient stays when that of the
             loss is gone.
-        signed: only what helps counts (`signed_shares`); else its size.
+        signed: effects keep their sign, so only units that help rank high; else their sizes count.
         contrasted: less the same of the controls, if the task has any.
     """
-    with undisturbed(task.model):
+    with isolated_eval(task.model):
         target = _sample_shares(task, task.targets, objective, signed)
         control = _sample_shares(task, task.controls, objective, signed) if contrasted and task.controls else None
     return contrast(target, control)
@@ -47,7 +47,7 @@ def activations(task: Task) -> Scores:
     """
     means = {layer.name: torch.zeros(layer.units) for layer in task.layers}
     total = sum(size for _, size in task.targets)
-    with undisturbed(task.model), torch.no_grad():
+    with isolated_eval(task.model), torch.no_grad():
         for batch, size in task.targets:
             for name, hidden in hidden_units(task, batch).items():
                 means[name] += hidden.mean(0) * size / total
@@ -71,14 +71,14 @@ def integrated_gradients(task: Task, steps: int = 20) -> Scores:
     All hidden activations are scaled together by ``(n + 1/2) / steps``, so the effects of a sample sum to its loss
     without hidden units less its loss with them (Sundararajan et al. 2017, completeness). The mean of signed shares.
     """
-    with undisturbed(task.model):
-        return contrast(signed_shares(_path_effects(task, task.targets, steps)))
+    with isolated_eval(task.model):
+        return contrast(shares(_path_effects(task, task.targets, steps), signed=True))
 
 
 def zero_out(task: Task) -> Scores:
     """``loss(h_j = 0) - loss`` of the targets, exact, in nats: one forward a unit and batch, so slow."""
     scores = {}
-    with undisturbed(task.model), torch.no_grad():
+    with isolated_eval(task.model), torch.no_grad():
         before = mean_loss(task, task.targets)
         for layer in task.layers:
             gate = open_gates(task)[layer.name]
@@ -117,7 +117,7 @@ def _sample_shares(
     """``[N, U]`` by layer, of all samples of all batches."""
     parts = [_effects(task, one, objective) for one in batches]
     effects = {layer.name: torch.cat([part[layer.name] for part in parts]) for layer in task.layers}
-    return signed_shares(effects) if signed else shares(effects)
+    return shares(effects, signed)
 
 
 def _effects(task: Task, samples: Batch, objective: Literal["loss", "margin"]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_memsink._evaluation import undisturbed
+from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.localization.localizers.task import Scores, Task, gated, mean_loss, open_gates
 
 LOWEST, HIGHEST, TEMPERATURE = -0.1, 1.1, 2 / 3
@@ -86,7 +86,7 @@ def _learn(
 ) -> None:
     """Adam on ``weights`` alone; the model's own gradients are never written."""
     optimizer = torch.optim.Adam(weights.values(), lr)
-    with undisturbed(task.model), torch.enable_grad():
+    with isolated_eval(task.model), torch.enable_grad():
         for _ in range(steps):
             with gated(task.layers, gates()):
                 loss = mean_loss(task, task.targets) + cost()
