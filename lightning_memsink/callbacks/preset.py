@@ -1,4 +1,4 @@
-"""The default set of callbacks in one expression."""
+"""``memsink()``: the default callbacks in one expression."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
-from lightning_memsink.callbacks.live_curves import LiveCurves
-from lightning_memsink.callbacks.loss_tracker import LossTracker
-from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.callbacks.run_report import RunReport
-from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
+from lightning_memsink.callbacks.registry import preset_entries
 from lightning_memsink.reporting.loggers.wandb import offline_without_key
-
-_SET: tuple[type[Callback], ...] = (LossTracker, MemorizationDetector, LiveCurves, RunReport)
 
 
 def memsink(
     mitigation: Callback | None = None, *, localize: bool = False, extract: bool = False, **options: Any
 ) -> list[Callback]:
-    """The callbacks to hand to ``Trainer(callbacks=...)``: track, judge, show, report.
+    """The default callbacks for ``Trainer(callbacks=...)``: record losses, detect memorization, log it, report it.
 
     Args:
-        mitigation: a callback that acts on what the others find; None only watches.
-        localize: also say in which layers and units, by a ``SinkLocalizer``; the model must have hidden layers.
-        extract: also ask for texts, by an ``ExtractionProbe``; the model must be a language model.
+        mitigation: a callback that acts on what the others find; None adds none.
+        localize: add a ``SinkLocalizer``, which finds the layers and units that carry memorized samples; the model
+            must have hidden layers.
+        extract: add an ``ExtractionProbe``, which tests whether chosen texts can be extracted; the model must be a
+            language model.
         options: any argument of ``LossTracker``, ``MemorizationDetector``, ``LiveCurves`` or ``RunReport`` (and of
             ``SinkLocalizer`` and ``ExtractionProbe``), by name: ``memsink(identity="content", k=16, path=None)``.
 
     Raises:
-        TypeError: for an option that none of them has.
+        TypeError: none of the chosen callbacks has an argument of that name.
     """
-    kinds = (*_SET, *[SinkLocalizer] * localize, *[ExtractionProbe] * extract)
+    options_on = {None: True, "localize": localize, "extract": extract}
+    kinds = [entry.load() for entry in preset_entries() if options_on[entry.option]]
     owner = {name: kind for kind in kinds for name in signature(kind).parameters}
     for name in options:
         if name not in owner:

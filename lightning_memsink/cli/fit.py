@@ -11,41 +11,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from lightning_memsink.callbacks.extraction_probe import ExtractionProbe
-from lightning_memsink.callbacks.goldfish import Goldfish
-from lightning_memsink.callbacks.live_curves import LiveCurves
-from lightning_memsink.callbacks.loss_tracker import LossTracker
-from lightning_memsink.callbacks.loss_truncation import LossTruncation
-from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.callbacks.memsinks import MemSinks
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
-from lightning_memsink.callbacks.run_report import RunReport
-from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
-from lightning_memsink.callbacks.sink_dropout import SinkDropout
-from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
-from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
+from lightning_memsink.callbacks.registry import mitigations, preset_entries
 from lightning_memsink.cli.config_errors import explain
 from lightning_memsink.cli.recipes import config_path, is_overlay
 from lightning_memsink.reporting.loggers.wandb import offline_without_key
 
-GROUPS: dict[str, type[Callback]] = {
-    "tracker": LossTracker,
-    "detector": MemorizationDetector,
-    "curves": LiveCurves,
-    "report": RunReport,
-    "localizer": SinkLocalizer,
-    "probe": ExtractionProbe,
-}
-
-MITIGATIONS: tuple[type[Callback], ...] = (
-    SampleGradientMask,
-    MemSinks,
-    SinkGradientMask,
-    SinkDropout,
-    Goldfish,
-    LossTruncation,
-)
-"""Known by their short names, because they are imported here."""
+GROUPS: dict[str, type[Callback]] = {str(entry.group): entry.load() for entry in preset_entries()}
+"""By configuration group, the callback whose arguments it holds."""
+MITIGATIONS: tuple[type[Callback], ...] = tuple(entry.load() for entry in mitigations())
+"""jsonargparse knows these by their short names, because loading them imports their modules."""
 
 
 class MemSinkCLI(LightningCLI):
@@ -101,9 +76,8 @@ class MemSinkCLI(LightningCLI):
         if memsink.enabled:
             listed = trainer.callbacks or []
             listed = listed if isinstance(listed, list) else [listed]
-            optional = {"localizer": memsink.localize, "probe": memsink.extract}
-            wanted = [name for name in GROUPS if optional.get(name, True)]
-            ours = [memsink[name] for name in wanted if GROUPS[name] not in map(type, listed)]
+            chosen = [entry.group for entry in preset_entries() if entry.option is None or memsink[entry.option]]
+            ours = [memsink[group] for group in chosen if group and GROUPS[group] not in map(type, listed)]
             if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in listed):
                 ours.append(MemSinkProgressBar())
             kwargs["callbacks"] = [*listed, *ours, *([memsink.mitigation] if memsink.mitigation else [])]
