@@ -7,7 +7,6 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_memsink.callbacks import live_curves, run_report
@@ -15,72 +14,10 @@ from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
 from lightning_memsink.callbacks.run_report import RunReport
 from lightning_memsink.ledger import Ledger
-from tests.support.made_up import RUNGS, MadeUp
+from tests.support.made_up import RUNGS
+from tests.support.reported_runs import QUIET, Writer, fit
 
-EVERY = 2
-QUIET = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*", "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated.*",
-    "ignore:.*GPU available but not used.*", "ignore:Starting from v1.9.0.*", "ignore:.*litlogger.*",
-    "ignore:.*Checkpoint directory.*exists and is not empty.*",
-)  # fmt: skip
 pytestmark = QUIET
-
-
-class Writer(Callback):
-    """Stands for tracker and detector: writes their slots in the hooks they do."""
-
-    def __init__(self, memorized: int = 3, also_at: tuple[int, ...] = ()) -> None:
-        self.made = MadeUp(memorized)
-        self.also_at = also_at
-
-    def on_fit_start(self, trainer, pl_module):
-        ledger = Ledger.of(trainer)
-        ledger.losses, ledger.controls, ledger.flags = self.made.table, self.made.controls, self.made.flags
-        ledger.onset = self.made.onset
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            self.evaluate(trainer)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step in self.also_at:
-            self.evaluate(trainer)
-
-    def on_train_end(self, trainer, pl_module):
-        if trainer.global_step in self.also_at:
-            self.evaluate(trainer)
-
-    def evaluate(self, trainer):
-        self.made.evaluate(trainer.global_step)
-        Ledger.of(trainer).onset = self.made.onset
-
-    def state_dict(self):
-        return {"flags": self.made.flags.state_dict()}
-
-    def load_state_dict(self, state_dict):
-        self.made.flags.load_state_dict(state_dict["flags"])
-
-
-class Data(BoringDataModule):
-    def rungs(self):
-        return RUNGS
-
-
-def fit(
-    callbacks: list[Callback], logger: object = False, steps: int = 6, ckpt_path: object = None, **options: object
-) -> Trainer:
-    trainer = Trainer(
-        max_steps=steps,
-        val_check_interval=EVERY,
-        limit_val_batches=1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=callbacks,
-        enable_model_summary=False,
-        **{"enable_checkpointing": False, "enable_progress_bar": False, **options},
-    )
-    trainer.fit(BoringModel(), datamodule=Data(), ckpt_path=ckpt_path)
-    return trainer
 
 
 class Broken(Logger):

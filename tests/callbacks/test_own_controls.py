@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.ledger import Ledger
-from tests.callbacks.test_batches_of_graphs import GRAPHS, OfGraphs, collated, graphs
+from tests.support.graphs import GRAPHS, OfGraphs, collated, graphs
 from tests.support.small_runs import CONTROLS, Rows, TinyLM, fit, trainer, weights
 
 

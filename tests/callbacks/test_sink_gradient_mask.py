@@ -14,7 +14,7 @@ from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sinks import Sinks
-from tests.mitigation.test_unit_freezing import OPTIMIZERS
+from tests.support.optimizers import OPTIMIZERS
 from tests.support.small_runs import TinyLM, fit, snapshot, train_loader, watch
 
 UNITS = torch.tensor([5, 0, 77, 127])

@@ -14,16 +14,7 @@ from lightning_memsink import memsink
 from lightning_memsink.attribution.update_norms import UpdateNorms
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
-from tests.support.small_runs import TinyLM, fit, snapshot, watch
-
-
-class DeepLM(TinyLM):
-    """Three hidden layers, so that depth means something."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        first, last = self.mlp[0], self.mlp[2]
-        self.mlp = nn.Sequential(first, nn.GELU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 128), nn.GELU(), last)
+from tests.support.small_runs import DeepLM, TinyLM, fit, snapshot, watch
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_memsink import SinkLocalizer
 from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import Failed, forked, together
-from tests.distributed.runs import MITIGATION, DeepLM, crew, differences, ranks, train
-from tests.distributed.test_ranks_agree import near
+from tests.distributed.runs import MITIGATION, DeepLM, crew, differences, near, ranks, train
 
 WITH_WEIGHTS = [name for name in MITIGATION if name.startswith("SinkGradientMask")]
 

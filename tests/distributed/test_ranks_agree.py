@@ -10,13 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
-from torch.testing import assert_close
 
 from lightning_memsink import SinkLocalizer
 from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import forked
-from tests.distributed.runs import MITIGATION, VISITS, WATCH, crew, differences, ranks, train
+from tests.distributed.runs import MITIGATION, VISITS, WATCH, crew, differences, near, ranks, train
 
 OF_EACH_PROCESS = ("SinkDropout", "Goldfish")
 """What draws by process, or scales by what is kept of a process's batch: no run on one process is the same."""
@@ -32,26 +30,6 @@ def run(folder: Path, world: int, *mitigations: str, **options: Any) -> dict[str
     for other in others:
         assert differences(first, other) == []
     return first
-
-
-def near(one: Any, other: Any, where: str = "") -> None:
-    """Equal, but for the noise of sums taken in another order."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            near(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for mine, its in zip(one, other, strict=True):
-            near(mine, its, where)
-    elif isinstance(one, Tensor):
-        tight = one.dtype in (torch.float32, torch.float64)
-        exact = not one.is_floating_point()
-        # Half-precision columns keep two or three digits: noise that tips a rounding moves the last of them by 2^-8.
-        rtol, atol = (0, 0) if exact else (1e-5, 1e-6) if tight else (1e-2, 1e-2)
-        assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True, msg=lambda said: f"{where}: {said}")
-    else:
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True) if isinstance(one, float) else one == other
 
 
 def numbers_in(words: str) -> list[float]:

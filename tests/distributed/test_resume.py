@@ -10,8 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.distributed.launching import forked
-from tests.distributed.runs import VISITS, crew, differences, ranks, train
-from tests.distributed.test_ranks_agree import near
+from tests.distributed.runs import VISITS, crew, differences, near, ranks, train
 
 MITIGATIONS = ("SinkGradientMask", "LossTruncation")
 

@@ -9,20 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.localization.ablation import ablated
 from lightning_memsink.localization.sinks import Sinks
-
-
-class LowRank(nn.Module):
-    """A LoRA wrapper as peft writes them."""
-
-    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
-
-    def forward(self, given):
-        return self.base_layer(given) + self.lora_B["default"](self.lora_A["default"](given))
+from tests.support.low_rank import LowRank
 
 
 def plain():

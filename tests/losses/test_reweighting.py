@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_memsink.losses.autograd_graph import find_loss_calls
 from lightning_memsink.losses.per_sample import per_sample, terms_of, weigh
 from lightning_memsink.losses.reweighting import OpenLoss, Unweighable
-from tests.losses.test_capture import (
+from tests.support.capturing import QUIET, B, Model, Sequences, T, alone, flat, new, token_loss
+from tests.support.user_losses import (
     CHUNKS,
     FACTORS,
     TIME_MAJOR,
@@ -25,7 +26,6 @@ from tests.losses.test_capture import (
     indexed_mean,
     weighted_sum,
 )
-from tests.support.capturing import QUIET, B, Model, Sequences, T, alone, flat, new, token_loss
 
 pytestmark = QUIET
 WEIGHTS = torch.tensor([1.0, 0.0, 0.25, 1.0])

@@ -19,9 +19,9 @@ from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.goldfish import dropped
-from tests.losses.test_capture import TimeMajor
 from tests.support.capturing import QUIET, B, C, Model, new
 from tests.support.small_runs import CANARIES, TinyLM, chain, fit, snapshot, train_loader, watch
+from tests.support.user_losses import TimeMajor
 
 pytestmark = QUIET
 LONG, CONTEXT = 12, 3

@@ -10,18 +10,7 @@ from torch import nn
 
 from lightning_memsink.mitigation.unit_freezing import FrozenSlices, squared_norms, zero_gradients_
 from lightning_memsink.mitigation.unit_parameters import UnitSlice
-
-OPTIMIZERS: dict[str, Any] = {
-    "SGD": lambda own: torch.optim.SGD(own, 0.1),
-    "momentum and decay": lambda own: torch.optim.SGD(own, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "Adam and decay": lambda own: torch.optim.Adam(own, 1e-2, weight_decay=0.1),
-    "AdamW": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1),
-    "AdamW fused": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1, fused=True),
-    "AdamW foreach": lambda own: torch.optim.AdamW(own, 1e-2, weight_decay=0.1, foreach=True, amsgrad=True),
-    "RMSprop": lambda own: torch.optim.RMSprop(own, 1e-2, momentum=0.9, weight_decay=0.1, centered=True),
-    "Adagrad": lambda own: torch.optim.Adagrad(own, 1e-1, weight_decay=0.1),
-    "L-BFGS": lambda own: torch.optim.LBFGS(own, 1e-2, max_iter=3),
-}
+from tests.support.optimizers import OPTIMIZERS
 
 
 class Frozen:

@@ -15,7 +15,7 @@ from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.mitigation.unit_parameters import unit_axes, unit_slices
-from tests.localization.test_ablation import LowRank
+from tests.support.low_rank import LowRank
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SMALL = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.mitigation.unit_removal import Removal, ablate
-from tests.localization.test_ablation import LowRank
+from tests.support.low_rank import LowRank
 
 UNITS = 12
 

@@ -16,8 +16,7 @@ from lightning_memsink.reporting.layer_heat_map import layer_heat_map
 from lightning_memsink.reporting.localization_summary import series, short_names, where
 from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger
 from lightning_memsink.reporting.loggers.wandb_reader import read_run
-from tests.callbacks.test_sink_localizer import DeepLM
-from tests.support.small_runs import fit
+from tests.support.small_runs import DeepLM, fit
 
 LAYERS = {f"gpt.h.{n}.mlp.down": 100 for n in range(3)}
 BLOCKS = ["gpt.wte", "gpt.h.0", "gpt.h.1", "gpt.h.2"]

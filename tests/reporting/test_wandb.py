@@ -16,8 +16,8 @@ from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger, offline_w
 from lightning_memsink.reporting.loggers.wandb_reader import RecordedRun, read_run
 from lightning_memsink.reporting.loggers.wandb_run import WandbRun
 from lightning_memsink.reporting.scalars import top_memorized
-from tests.callbacks.test_live_curves import QUIET, Writer, fit
 from tests.support.made_up import ONSET, SAMPLES, made_up
+from tests.support.reported_runs import QUIET, Writer, fit
 
 KEY = "0" * 40
 pytestmark = [QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.samples.sample_ids import SampleIds
-from tests.samples.test_sample_ids import LOADERS, Model, Odd, Rows, fit, pytestmark  # noqa: F401
+from tests.support.loaders import LOADERS, QUIET, Model, Odd, Rows, fit
+
+pytestmark = QUIET
 
 
 def random_states() -> list[Any]:

@@ -15,7 +15,9 @@ from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.hashing import content_ids, key_ids
 from lightning_memsink.samples.sample_ids import SampleIds
-from tests.samples.test_sample_ids import LOADERS, Model, Rows, Stream, fit, pytestmark, rows_of  # noqa: F401
+from tests.support.loaders import LOADERS, QUIET, Model, Rows, Stream, fit, rows_of
+
+pytestmark = QUIET
 
 
 class Batches:

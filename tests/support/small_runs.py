@@ -59,6 +59,15 @@ class TinyLM(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
+class DeepLM(TinyLM):
+    """Three hidden layers, so that depth means something."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        first, last = self.mlp[0], self.mlp[2]
+        self.mlp = nn.Sequential(first, nn.GELU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 128), nn.GELU(), last)
+
+
 def chain(rows: int, seed: int) -> Tensor:
     """``[rows, LENGTH]`` text of a random Markov chain, the same chain for every seed."""
     rule = torch.softmax(3 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(99)), -1)
