@@ -1,6 +1,6 @@
 """One training that may die: it goes on from its newest whole checkpoint, and says when the moment to die has come.
 
-    python -m benchmarks.fault_runs FOLDER DATA [AIM]
+    python -m benchmarks.faults.runs FOLDER DATA [AIM]
 
 The order of the data follows from the epoch, and the loader's place in it is in the checkpoint: Lightning restores the
 place of a loader that has one, and starts any other from the epoch's beginning. No checkpoint falls on the very step of
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common.criteria import settle_down
-from benchmarks.common.resumable import BatchesFrom, ByEpoch, ResumableLoader
 from benchmarks.common.training import TextModel
 from lightning_memsink import SampleGradientMask, memsink
+from lightning_memsink.examples.resumable import EpochShuffledSampler, ResumableBatchSampler, ResumableLoader
 from lightning_memsink.ledger import Ledger
 
 EPOCHS, BATCH, LOOK_EVERY, SAVE_EVERY = 3, 16, 41, 10
@@ -133,7 +133,7 @@ def train(folder: Path, data: Path, aim: str | None = None) -> None:
         enable_model_summary=False,
     )
     rows = Rows(tokens["train"], tokens["rows"])
-    batches = BatchesFrom(ByEpoch(len(rows)), BATCH, drop_last=False)
+    batches = ResumableBatchSampler(EpochShuffledSampler(len(rows)), BATCH, drop_last=False)
     held_out = Rows(tokens["held_out"], torch.arange(len(tokens["held_out"])))
     path, _ = newest_whole(checkpoints)
     if watch.moment == TRAINING:

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks.common.resumable import BatchesFrom, ByEpoch
 from benchmarks.faults import benchmark as faults
 from benchmarks.faults.benchmark import Life, Reference, bits, judge, kill_when_ready
 from benchmarks.faults.runs import newest_whole
+from lightning_memsink.examples.resumable import EpochShuffledSampler, ResumableBatchSampler
 
 
 def test_values_are_the_same_only_to_the_bit():
@@ -27,9 +27,9 @@ def test_values_are_the_same_only_to_the_bit():
 
 
 def test_batches_go_on_where_they_were_and_the_next_epoch_is_whole():
-    sampler = ByEpoch(40)
-    whole = list(BatchesFrom(sampler, 16, drop_last=False))
-    interrupted, resumed = (BatchesFrom(sampler, 16, drop_last=False) for _ in range(2))
+    sampler = EpochShuffledSampler(40)
+    whole = list(ResumableBatchSampler(sampler, 16, drop_last=False))
+    interrupted, resumed = (ResumableBatchSampler(sampler, 16, drop_last=False) for _ in range(2))
     first = next(iter(interrupted))
     resumed.start = interrupted.taken
     assert [first, *resumed] == whole == list(resumed)

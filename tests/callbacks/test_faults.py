@@ -12,7 +12,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import get_worker_info
 
-from benchmarks.common.resumable import BatchesFrom, ByEpoch, ResumableLoader
 from lightning_memsink import (
     Goldfish,
     LossTruncation,
@@ -23,6 +22,7 @@ from lightning_memsink import (
     SinkLocalizer,
 )
 from lightning_memsink.detection import evaluate as judging
+from lightning_memsink.examples.resumable import EpochShuffledSampler, ResumableBatchSampler, ResumableLoader
 from lightning_memsink.samples.loss_table import LossTable
 from tests.support.small_runs import TRAIN, Rows, TinyLM, fit, snapshot, train_loader, watch
 
@@ -136,7 +136,9 @@ class Waits(Callback):
 
 
 def resumable():
-    return ResumableLoader(Rows(TRAIN), batch_sampler=BatchesFrom(ByEpoch(len(TRAIN)), 16, drop_last=False))
+    return ResumableLoader(
+        Rows(TRAIN), batch_sampler=ResumableBatchSampler(EpochShuffledSampler(len(TRAIN)), 16, drop_last=False)
+    )
 
 
 def held():

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from benchmarks.common.resumable import ByEpoch
 from lightning_memsink import (
     ExtractionProbe,
     Goldfish,
@@ -31,6 +30,7 @@ from lightning_memsink import (
     SinkGradientMask,
     SinkLocalizer,
 )
+from lightning_memsink.examples.resumable import EpochShuffledSampler
 from lightning_memsink.ledger import Ledger
 from tests.support.small_runs import CANARIES, CONTROLS, TRAIN, VOCABULARY, Rows, fit
 
@@ -44,7 +44,7 @@ class GlobalBatches:
     """Process r of w gets the r-th part of each global batch: one batch of all, however many there are."""
 
     def __init__(self, visits: list[int], batch: int = GLOBAL_BATCH) -> None:
-        self.visits, self.sampler, self.batch = torch.tensor(visits), ByEpoch(len(visits)), batch
+        self.visits, self.sampler, self.batch = torch.tensor(visits), EpochShuffledSampler(len(visits)), batch
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common.resumable import ByEpoch
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
+from lightning_memsink.examples.resumable import EpochShuffledSampler
 from lightning_memsink.ledger import Ledger
 
 VOCABULARY, LENGTH = 32, 12
@@ -88,7 +88,7 @@ CONTROLS = torch.cat([chain(60, seed=2), noise(60, seed=3)])
 
 
 def train_loader(tokens: Tensor = TRAIN, batch_size: int = 16, **options: Any) -> DataLoader[dict[str, Tensor]]:
-    return DataLoader(Rows(tokens), batch_size, sampler=ByEpoch(len(tokens)), **options)
+    return DataLoader(Rows(tokens), batch_size, sampler=EpochShuffledSampler(len(tokens)), **options)
 
 
 def control_loader(tokens: Tensor = CONTROLS) -> DataLoader[dict[str, Tensor]]:

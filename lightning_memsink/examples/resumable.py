@@ -1,4 +1,4 @@
-"""Data whose order and place a checkpoint can bring back."""
+"""A data loader that resumes within an epoch: Lightning saves and restores its position through ``state_dict``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 
-class ByEpoch(Sampler[int]):
-    """An order that follows from the epoch alone, which an exact resume needs."""
+class EpochShuffledSampler(Sampler[int]):
+    """Shuffles with the epoch's number as seed, so that a resumed epoch has the same order."""
 
     def __init__(self, size: int) -> None:
         self.size, self.epoch = size, 0
@@ -25,8 +25,8 @@ class ByEpoch(Sampler[int]):
         return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
 
 
-class BatchesFrom(BatchSampler):
-    """The batches of an epoch from the ``start``-th on, once; then whole epochs."""
+class ResumableBatchSampler(BatchSampler):
+    """Skips the first ``start`` batches of its next epoch; later epochs are whole."""
 
     start = taken = 0
 
@@ -38,9 +38,9 @@ class BatchesFrom(BatchSampler):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """Its place in the epoch is in the checkpoint. Without workers, which would run ahead of training."""
+    """Saves how many batches of the epoch it has served. Use it without workers, which fetch ahead of training."""
 
-    batch_sampler: BatchesFrom
+    batch_sampler: ResumableBatchSampler
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.batch_sampler.taken}
