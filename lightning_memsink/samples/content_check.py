@@ -50,7 +50,8 @@ class ContentCheck:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"content": dict(self._content)}
+        # Of a resumed run also those that have not come back yet: the next resume checks them.
+        return {"content": self._restored | self._content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._content = {}
