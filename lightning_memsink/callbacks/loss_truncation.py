@@ -1,7 +1,8 @@
-"""A baseline: the samples with the highest losses are not trained on (Kang & Hashimoto 2020)."""
+"""Loss truncation (Kang & Hashimoto 2020), a baseline: the samples with the highest losses are not trained on."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,33 @@ from lightning_memsink._distributed import gather
 from lightning_memsink.callbacks.mitigation import LossWeighing
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.intervention_log import InterventionLog
+from lightning_memsink.mitigation.loss_truncation import above_quantile, extend_window
+
+
+@dataclass(frozen=True)
+class _Truncation:
+    """What was left out of one step."""
+
+    losses: Tensor
+    """``[B]`` on the CPU."""
+    left_out: Tensor
+    """Bool ``[B]``."""
+    removed: float
+    """0…1: share of the loss's coefficients."""
 
 
 class LossTruncation(LossWeighing):
-    """Leaves out samples whose loss now is above the ``1 - fraction`` quantile of the last ``window`` losses.
+    """Leaves out samples whose loss is above the ``1 - fraction`` quantile of the last ``window`` losses.
 
-    It is here to be compared with: it drops what is rare and right along with what is noise, and was found to do
-    nothing against memorization. Needs no other callback. Nothing is left out before ``window`` losses were seen.
+    A baseline to compare with (Kang & Hashimoto 2020): it drops rare correct samples along with noise, and was found
+    not to reduce memorization. Nothing is left out before ``window`` losses were recorded. Needs no other callback.
+
+    Args:
+        fraction: share of samples to leave out, between 0 and 1.
+        window: number of recent losses that the quantile is taken of, at least 2.
+
+    Raises:
+        ValueError: for a number out of range.
     """
 
     def __init__(self, fraction: float = 0.05, window: int = 1000) -> None:
@@ -33,29 +54,27 @@ class LossTruncation(LossWeighing):
         )
         self.recent = torch.zeros(0)
         """The last losses, up to ``window``, oldest first."""
-        self._found: tuple[Tensor, Tensor, float] | None = None  # losses, out, removed
+        self._truncation: _Truncation | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._found = None
+        self._truncation = None
 
     def _weigh(self, opened: OpenLoss) -> None:
         losses = opened.losses().cpu()
-        out = torch.zeros_like(losses, dtype=torch.bool)
-        if len(self.recent) == self.window:
-            out = losses > self.recent.quantile(1 - self.fraction)
-        opened.weigh_samples(1 - out.float())
-        self._found = losses, out, float(opened.shares().cpu()[out].sum())
+        left_out = above_quantile(losses, self.recent, self.fraction, self.window)
+        opened.weigh_samples(1 - left_out.float())
+        self._truncation = _Truncation(losses, left_out, float(opened.shares().cpu()[left_out].sum()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._found is not None:
-            losses, out, removed = self._found
-            self.interventions.add(len(losses), int(out.sum()), removed)
-        # One threshold for all processes, of what all of them saw.
-        seen = torch.cat([self.recent, *gather(torch.zeros(0) if self._found is None else self._found[0])])
-        self.recent = seen[torch.isfinite(seen)][-self.window :]
+        step, self._truncation = self._truncation, None
+        if step is not None:
+            self.interventions.add(len(step.losses), int(step.left_out.sum()), step.removed)
+        # The losses of all processes, so that all of them have one threshold.
+        losses = gather(torch.zeros(0) if step is None else step.losses)
+        self.recent = extend_window(self.recent, losses, self.window)
 
     def state_dict(self) -> dict[str, Any]:
         return {"recent": self.recent, **super().state_dict()}

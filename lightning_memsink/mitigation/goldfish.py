@@ -1,43 +1,115 @@
-"""Which target tokens are never trained on: the goldfish loss (Hans et al. 2024, "Be like a Goldfish").
+"""The goldfish loss (Hans et al. 2024, "Be like a Goldfish, Don't Memorize!"): some target tokens are never trained on.
 
-A target is dropped by a hash of the tokens before it, so a passage loses the same tokens wherever it occurs, and a
-model that repeats it has to guess there. The published hash multiplies token ids: it can't tell orders apart, one token
-0 decides everything, and its window takes in the target. This one does neither.
+A hash of the tokens before a target decides whether it is dropped. So a passage loses the same tokens wherever it
+occurs, and a model that repeats the passage has to guess them. The published hash multiplies token ids: it does not
+depend on their order, a single token id 0 decides it, and its window includes the target. The hash here has none of
+these defects.
 
     B  samples in a batch      R  target tokens of all samples      h  context tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lightning_memsink.losses.per_sample import samples_by_offset
+from lightning_memsink.losses.reweighting import OpenCall, OpenLoss, Unweighable
+from lightning_memsink.losses.saved_tensors import NEGATIVE_LIKELIHOOD, signed
 from lightning_memsink.samples.hashing import mixed, shifted
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as int64
 _BITS = 31
 
 
-def dropped(targets: Tensor, samples: Tensor, counted: Tensor, k: int, context: int, seed: int = 0) -> Tensor:
-    """Bool ``[R]``: the targets to leave out, about one in ``k``.
+def dropped_targets(targets: Tensor, samples: Tensor, counted: Tensor, k: int, context: int, seed: int = 0) -> Tensor:
+    """Bool ``[R]``: the targets to drop, about one in ``k``.
 
-    A target with fewer than ``context`` targets before it in its sample, or one among those that is not counted
-    (padding, a masked prompt), is kept: its context is not that of the passage.
+    A target is kept if its sample has fewer than ``context`` targets before it, or if one among those is not counted
+    (padding, a masked prompt): its context is not that of the passage.
 
     Args:
-        targets: ``[R]`` int64 token ids, in the order of each sample's text; samples may lie in one another.
-        samples: ``[R]`` whose target it is.
-        counted: bool ``[R]``, False where ignored.
+        targets: ``[R]`` int64 token ids, in the order of each sample's text; samples may be interleaved.
+        samples: ``[R]`` number of the sample that each target belongs to.
+        counted: bool ``[R]``, False for ignored targets.
+        k: one in k targets is dropped.
+        context: h, the number of targets hashed.
+        seed: of the hash.
     """
-    out = torch.zeros_like(counted)
+    drop = torch.zeros_like(counted)
     order = samples.argsort(stable=True)
     if len(order) <= context:
-        return out
+        return drop
     text, owner, counted = targets[order].long(), samples[order], counted[order]
     key = mixed(torch.tensor(seed, device=text.device) + 1)
     weights = mixed(torch.arange(1, context + 1, device=text.device) * _GOLDEN + key) | 1
     before = (text[:-1].unfold(0, context, 1) * weights).sum(1)  # odd weights, all different: order counts
     chosen = shifted(mixed(before + key), 64 - _BITS) < (1 << _BITS) // k
     whole = counted[:-1].unfold(0, context, 1).all(1) & (owner[:-context] == owner[context:]) & counted[context:]
-    out[order[context:]] = chosen & whole
-    return out
+    drop[order[context:]] = chosen & whole
+    return drop
+
+
+def drop_targets(opened: OpenLoss, k: int, context: int, seed: int = 0) -> Tensor:
+    """Removes the gradient of the dropped targets from the backward of ``opened``, and scales that of the others up.
+
+    The others are scaled by total over kept coefficients, so that the loss stays a mean over the kept targets.
+
+    Args:
+        opened: a loss before its backward.
+        k, context, seed: as in `dropped_targets`.
+
+    Returns:
+        ``[2]`` on the device of the loss: the number of samples that lost a target, and the dropped share (0…1) of the
+        loss's coefficients.
+
+    Raises:
+        Unweighable: the loss is no cross entropy of tokens.
+    """
+    size = opened.batch_size
+    token_losses = [
+        each for each in opened.calls if each.node.name() in NEGATIVE_LIKELIHOOD and each.call.losses.numel() != size
+    ]
+    if not token_losses:
+        kinds = ", ".join(dict.fromkeys(each.call.kind for each in opened.calls))
+        raise Unweighable(
+            f"the loss is {kinds}, which has no targets [B, T]. Use it where a cross entropy of tokens, without label "
+            "smoothing, is trained"
+        )
+    drops = [drop for text in _texts(token_losses, size) for drop in _dropped_in_text(text, size, k, context, seed)]
+    coefficients = []
+    for each in token_losses:
+        weights, scale = each.call.coefficients()
+        coefficients.append((weights * scale).reshape(-1))
+    total = torch.stack([part.sum() for part in coefficients]).sum()
+    lost = torch.stack([part[drop].sum() for part, drop in zip(coefficients, drops, strict=True)]).sum()
+    factor = torch.where(lost < total, total / (total - lost), 0.0)
+    affected = torch.zeros(size, dtype=torch.bool, device=total.device)
+    for each, drop in zip(token_losses, drops, strict=True):
+        opened.weigh_runs(each, torch.where(drop, 0.0, factor))
+        affected[_sample_of_target(each, size)[drop]] = True
+    return torch.stack([affected.sum().float(), (lost / total).nan_to_num().float()])
+
+
+def _texts(calls: list[OpenCall], size: int) -> list[list[OpenCall]]:
+    """Groups of loss calls: the chunks of one text, in the order they were made, or each call by itself."""
+    return [calls] if samples_by_offset([each.call for each in calls], size) else [[each] for each in calls]
+
+
+def _dropped_in_text(text: Sequence[OpenCall], size: int, k: int, context: int, seed: int) -> list[Tensor]:
+    """A bool mask of the dropped targets for each call of ``text``."""
+    targets = torch.cat([each.node._saved_target.reshape(-1) for each in text])
+    counted = torch.cat(
+        [(each.node._saved_target != signed(each.node._saved_ignore_index)).reshape(-1) for each in text]
+    )
+    samples = torch.cat([_sample_of_target(each, size) for each in text])
+    drop = dropped_targets(targets, samples, counted, k, context, seed)
+    return list(torch.split(drop, [each.call.losses.numel() for each in text]))
+
+
+def _sample_of_target(each: OpenCall, size: int) -> Tensor:
+    """``[R]``: the number of the sample that each target of a call belongs to."""
+    owners = torch.arange(size, device=each.call.losses.device) if each.owners is None else each.owners
+    return owners.repeat_interleave(each.call.losses.numel() // max(1, len(owners)))

@@ -1,11 +1,12 @@
-"""A thermostat for memorization: which samples of a batch are, right now, far below what their controls have.
+"""A thermostat for memorization: which samples of a batch are, right now, far below the loss of their controls.
 
-A sample trains as usual until its loss is ``at`` nats below that of held-out samples as difficult as it is; then its
-gradient is left out until forgetting has brought it back. Memorization is held at a set point, while the sample goes on
-teaching what it has in common with others. Relatives: a loss floor, which is the same for easy and hard samples
-(flooding, Ishida et al. 2020), and choosing samples by a loss that held-out data could reduce (Mindermann et al. 2022).
+A sample trains as usual until its loss is ``at`` nats below that of held-out samples of equal difficulty. Then its
+gradient is left out until forgetting has raised its loss again. Memorization is held at a set point, while the sample
+still contributes what it has in common with others. Related: flooding (Ishida et al. 2020), a loss floor that is the
+same for easy and hard samples; and RHO-loss (Mindermann et al. 2022), which selects samples by the loss that held-out
+data can't reduce.
 
-    B  samples in a batch      M  controls      F  matching features      k  neighbours
+    B  samples in a batch      M  controls      F  matching features      k  neighbours      N  samples known
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from lightning_memsink.detection.matched_controls import DetectionRule, farthest
 
 @dataclass(frozen=True)
 class Reference:
-    """What held-out controls say at one moment, ready for a look-up each step.
+    """The controls of one evaluation, prepared for a look-up in every step.
 
-    Matching is by the static features alone. The detector matches on an early loss too; a sample that comes often was
-    lowered by memorization before the first evaluation, and would be given controls as easy as it has become.
+    Matching is by the static features alone. The detector also matches on an early loss; but memorization lowers the
+    loss of a sample that comes often before the first evaluation, which would match it with controls as easy as it has
+    become.
     """
 
     losses: Tensor
-    """``[M]`` finite, at the latest evaluation."""
+    """``[M]`` finite, in nats, at the latest evaluation."""
     points: Tensor
     """``[M, F]`` features in standard units."""
     mean: Tensor
@@ -42,13 +44,13 @@ class Reference:
         """From all controls' features ``[M, F]`` and losses ``[M]``; those without a finite loss are left out.
 
         Raises:
-            ValueError: there is nothing to match on, or there are fewer controls than the detector would take.
+            ValueError: there are no features to match on, or fewer controls than the detector needs.
         """
         finite = torch.isfinite(losses)
         needed = DetectionRule(k=k).controls_needed
         if not features.shape[1]:
             raise ValueError(
-                "controls and samples have no features to be matched on, for the batches are no tokens. Pass them: "
+                "controls and samples have no features to match on, because the batches are not tokens. Pass them: "
                 "LossTracker(features=lambda batch: ...), [B, F]"
             )
         if int(finite.sum()) < needed:
@@ -61,19 +63,63 @@ class Reference:
         return cls(losses[finite], points, mean, scale, k, float(farthest(points, k, reach)))
 
     def expected(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """For samples of ``features`` ``[B, F]``: the mean loss ``[B]`` of the k controls most like each, and whether
-        they are near enough to say anything, bool ``[B]``."""
+        """For samples with ``features`` ``[B, F]``: the mean loss ``[B]``, in nats, of each sample's k nearest
+        controls, and bool ``[B]`` whether these are near enough to be a match."""
         points = torch.nan_to_num((features - self.mean) * self.scale)
-        # Of so few points all distances at once: it is by the number of operations that a step becomes longer.
+        # All distances at once: with so few points, the time of a step depends on the number of operations.
         apart = torch.cdist(points, self.points, compute_mode="donot_use_mm_for_euclid_dist")
         distances, index = apart.topk(self.k, dim=1, largest=False)
         return self.losses[index].mean(1), distances.mean(1) <= self.limit
 
 
-def over_set_point(losses: Tensor, expected: Tensor, matched: Tensor, at: float) -> Tensor:
-    """Bool ``[B]``: matched, and ``at`` nats below what is expected. A loss that is no number is not held.
+@dataclass(frozen=True)
+class MatchedBatch:
+    """The losses that the samples of a batch are compared with."""
 
-    >>> held(torch.tensor([1.0, 1.0, 3.0]), torch.full((3,), 2.0), torch.tensor([True, False, True]), at=0.5).tolist()
+    expected: Tensor | None
+    """``[B]`` mean loss of each sample's matched controls, in nats; None if no sample can be compared."""
+    matched: Tensor | None
+    """Bool ``[B]``: whether ``expected`` counts; None as above."""
+    unmatched: int
+    """Known samples without a matched control."""
+    unknown: int
+    """Samples that have no row yet: at their first visit."""
+
+
+def match_batch(reference: Reference | None, features: Tensor, rows: Tensor) -> MatchedBatch:
+    """Looks the controls of a batch up.
+
+    Args:
+        reference: None where there are too few controls.
+        features: ``[N, F]`` of all samples known.
+        rows: ``[B]`` each sample's row in ``features``, -1 if it is unknown.
+    """
+    known = rows >= 0
+    unknown = known.tolist().count(False)
+    if reference is None or unknown == len(rows) or features.shape[1] != len(reference.mean):
+        return MatchedBatch(None, None, len(rows) - unknown, unknown)
+    expected, matched = reference.expected(features[rows.clamp(min=0)].float())
+    matched &= known
+    return MatchedBatch(expected, matched, len(rows) - unknown - matched.tolist().count(True), unknown)
+
+
+def over_set_point(losses: Tensor, expected: Tensor, matched: Tensor, at: float) -> Tensor:
+    """Bool ``[B]``: matched, and the loss is more than ``at`` nats below the expected one. False where a loss is NaN.
+
+    >>> matched = torch.tensor([True, False, True])
+    >>> over_set_point(torch.tensor([1.0, 1.0, 3.0]), torch.full((3,), 2.0), matched, at=0.5).tolist()
     [True, False, False]
     """
     return matched & (expected - losses > at)
+
+
+def hold_weights(losses: Tensor, expected: Tensor, matched: Tensor, at: float) -> Tensor:
+    """``[B]`` on the device of ``losses``: 0 for a sample over the set point, 1 for the others.
+
+    Args:
+        losses: ``[B]`` in nats.
+        expected, matched: ``[B]`` of a `MatchedBatch`, on any device.
+        at: the set point in nats, at least 0.
+    """
+    over = over_set_point(losses, expected.to(losses.device), matched.to(losses.device), at)
+    return torch.where(over, 0.0, 1.0)

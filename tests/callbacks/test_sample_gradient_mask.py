@@ -137,10 +137,10 @@ class Excluding(TinyLM):
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.5}], ids=str)
 def test_a_latched_sample_leaves_as_if_detached_by_hand(options):
-    """Latched from the second epoch on, by a mask that was told so; also in micro-batches and under clipping."""
+    """Latched from the second epoch on, by a mask with the ids set by hand; also in micro-batches and under clipping."""
 
-    class Told(SampleGradientMask):
-        def _latch(self, ledger):
+    class LatchedAtStep(SampleGradientMask):
+        def _latch_flagged(self, ledger):
             self.latched = canary_ids().sort().values if self.now() >= 21 else self.latched
 
         def on_train_batch_start(self, trainer, *args):
@@ -148,7 +148,7 @@ def test_a_latched_sample_leaves_as_if_detached_by_hand(options):
             super().on_train_batch_start(trainer, *args)
 
     _, by_hand = fit([], Excluding(canary_ids()), max_epochs=2, **options)
-    _, model = fit([*watch(), Told("skip")], max_epochs=2, **options)
+    _, model = fit([*watch(), LatchedAtStep("skip")], max_epochs=2, **options)
     assert torch.equal(weights(model), weights(by_hand))
 
 

@@ -41,7 +41,7 @@ from tests.support.small_runs import (
         ({"at": -1.0}, "at is a gap in nats, at least 0, but it is -1.0"),
         ({"at": float("nan")}, "at is a gap in nats, at least 0, but it is nan"),
         ({"k": 0}, "k is a number of controls, at least 1, but it is 0"),
-        ({"weight": 1.5}, "weight is what a flagged sample counts, between 0 and 1, but it is 1.5"),
+        ({"weight": 1.5}, "weight is the factor on a flagged sample.s gradient, between 0 and 1, but it is 1.5"),
         ({"reserved": 1.0}, "reserved is a share of each layer's units between 0 and 1, but it is 1.0"),
     ],
     ids=str,

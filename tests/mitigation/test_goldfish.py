@@ -18,7 +18,7 @@ from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
-from lightning_memsink.mitigation.goldfish import dropped
+from lightning_memsink.mitigation.goldfish import drop_targets, dropped_targets
 from tests.support.capturing import QUIET, B, C, Model, new
 from tests.support.small_runs import CANARIES, TinyLM, chain, fit, snapshot, train_loader, watch
 from tests.support.user_losses import TimeMajor
@@ -34,12 +34,12 @@ def tokens(*shape: int, seed: int, vocabulary: int = 50) -> Tensor:
 def alone(text: Tensor, k: int = 4, context: int = 13, seed: int = 0) -> Tensor:
     """One sample all of whose targets count."""
     nothing = torch.zeros_like(text)
-    return dropped(text, nothing, nothing == 0, k, context, seed)
+    return dropped_targets(text, nothing, nothing == 0, k, context, seed)
 
 
 def last_of_each(text: Tensor, seed: int = 0) -> Tensor:
     samples = torch.arange(len(text)).repeat_interleave(text.shape[1])
-    out = dropped(text.reshape(-1), samples, torch.ones_like(samples) == 1, 4, 13, seed)
+    out = dropped_targets(text.reshape(-1), samples, torch.ones_like(samples) == 1, 4, 13, seed)
     return out.view(text.shape)[:, -1]
 
 
@@ -62,7 +62,7 @@ def test_a_target_goes_by_its_context_alone(rows, length, context, seed, time_ma
             if counted[row, window].all():
                 expected[row, place] = alone(text[row, window], 3, context)[-1]
     flat = (text.t(), samples.t(), counted.t()) if time_major else (text, samples, counted)
-    got = dropped(*(part.reshape(-1) for part in flat), 3, context)
+    got = dropped_targets(*(part.reshape(-1) for part in flat), 3, context)
     got = got.view(length, rows).t() if time_major else got.view(rows, length)
     assert got.tolist() == expected.tolist()
 
@@ -117,7 +117,7 @@ class Sequences(torch.utils.data.Dataset):
 
 def kept(y: Tensor, k: int = 2) -> Tensor:
     samples = torch.arange(len(y))[:, None].expand_as(y)
-    out = dropped(y.reshape(-1), samples.reshape(-1), y.reshape(-1) != -100, k, CONTEXT)
+    out = dropped_targets(y.reshape(-1), samples.reshape(-1), y.reshape(-1) != -100, k, CONTEXT)
     return (y != -100) & ~out.view(y.shape)
 
 
@@ -145,12 +145,12 @@ TEXTS: dict[str, tuple[Callable[..., Tensor], type[Model]]] = {
 @pytest.mark.parametrize(("step", "cls"), TEXTS.values(), ids=TEXTS)
 def test_the_gradient_is_that_of_the_mean_over_kept_tokens(step, cls):
     """The oracle ignores dropped targets in the loss itself."""
-    data, mask = Sequences(), Goldfish(k=2, context=CONTEXT)
+    data = Sequences()
     batch = {"x": data.x[:B], "y": data.y[:B].clone()}  # chunks tell their samples by the whole buffer
     ours, oracle = new(step, cls), new(step, cls)
     loss = step(ours, batch)
     opened = OpenLoss(loss, B)
-    mask.drop(opened)
+    drop_targets(opened, 2, CONTEXT)
     loss.backward()
     left = kept(batch["y"])
     assert 0 < left.sum() < (batch["y"] != -100).sum()
@@ -235,7 +235,7 @@ def test_a_loss_without_tokens_is_said_once():
     with pytest.warns(UserWarning) as caught:
         fit([Goldfish()], Squares(), max_epochs=1)
     ours = [str(each.message) for each in caught if "Goldfish" in str(each.message)]
-    assert len(ours) == 1 and "such a step alone: the loss is mse_loss, with no targets" in ours[0]
+    assert len(ours) == 1 and "such a step alone: the loss is mse_loss, which has no targets" in ours[0]
 
 
 def test_empty_batches_pass():

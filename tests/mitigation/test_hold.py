@@ -67,7 +67,7 @@ def test_features_that_are_unknown_or_all_the_same_decide_nothing():
 @pytest.mark.parametrize(
     ("features", "losses", "message"),
     [
-        (torch.zeros(40, 0), torch.zeros(40), r"no features to be matched on.*LossTracker\(features="),
+        (torch.zeros(40, 0), torch.zeros(40), r"no features to match on.*LossTracker\(features="),
         (torch.zeros(15, 2), torch.zeros(15), "15 controls have a finite loss, and 16 are needed"),
         (torch.zeros(40, 2), torch.full((40,), torch.nan), "0 controls have a finite loss"),
         (torch.zeros(0, 2), torch.zeros(0), "0 controls have a finite loss"),
