@@ -25,10 +25,12 @@ from lightning_memsink.parquet import detect, read_ledger
 from lightning_memsink import Ledger
 from lightning_memsink.cli import main
 
-MODULES = """data data.famous data.python_docs data.text demo demo_audit demo_digits extraction extraction_metrics
-hidden_layers integrations.trackio integrations.wandb judging_localizers judging_localizers.blind
-judging_localizers.deletion judging_localizers.injection judging_localizers.ranking judging_localizers.stress localizers localizers.attributing
-localizers.pruning localizers.task membership parquet""".split()
+MODULES = """
+data data.famous data.python_docs data.text demo demo_audit demo_digits extraction extraction_metrics hidden_layers
+integrations.trackio integrations.wandb judging_localizers judging_localizers.blind judging_localizers.deletion
+judging_localizers.injection judging_localizers.ranking judging_localizers.stress localizers localizers.attributing
+localizers.pruning localizers.task membership parquet
+""".split()
 """Modules with a path that README, a recipe or a docstring of f36e55b names, and theirs."""
 RECIPES = ("watch", "watch_hf", "classification", "audit_smollm2", "audit/keep_demo", "mitigate/hold")
 
