@@ -1,6 +1,6 @@
 """The tables of an audit's report.
 
-N  suspected texts      M  controls      C  texts looked at closer
+N  suspected texts      M  controls      C  texts examined one by one
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.detection.statistics import bits
-from lightning_memsink.extraction.audit.audit import SCORES, Audit
+from lightning_memsink.extraction.audit.results import Audit
+from lightning_memsink.extraction.audit.statistics import SCORES
 from lightning_memsink.reporting.document import Grid
-from lightning_memsink.reporting.run_summary import percent
+from lightning_memsink.reporting.formatting import percent
 
 
 def by_group(audit: Audit) -> Grid:
-    """What can be extracted, of suspected texts and of controls."""
+    """How much can be extracted of each group of suspected texts and of controls."""
     rows = []
-    for asked, kind in ((audit.suspects, "suspected"), (audit.controls, "control")):
-        for group in dict.fromkeys(each.group for each in asked.texts):
-            chosen = torch.tensor([each.group == group for each in asked.texts])
-            long = chosen & (asked.answers.suffix > 0)
+    for cohort, kind in ((audit.suspects, "suspected"), (audit.controls, "control")):
+        for group in dict.fromkeys(each.group for each in cohort.texts):
+            chosen = torch.tensor([each.group == group for each in cohort.texts])
+            long = chosen & (cohort.results.suffix > 0)
             rows.append(
                 (
                     f"{group} ({kind})",
                     f"{int(chosen.sum()):,}",
                     f"{int(long.sum()):,}",
-                    f"{int(asked.answers.exact[long].sum()):,}",
-                    f"{int(asked.answers.discoverable(audit.settings.n)[long].sum()):,}",
-                    _number(_median((asked.answers.longest_run / asked.answers.suffix.clamp(min=1))[long]), "{:.0%}"),
-                    _number(_median(asked.answers.loss[chosen]), "{:.2f}"),
+                    f"{int(cohort.results.exact[long].sum()):,}",
+                    f"{int(cohort.results.discoverable(audit.config.n)[long].sum()):,}",
+                    _number(_median((cohort.results.longest_run / cohort.results.suffix.clamp(min=1))[long]), "{:.0%}"),
+                    _number(_median(cohort.results.loss[chosen]), "{:.2f}"),
                 )
             )
-    head = ("group", "texts", "asked for", "word for word", "in tries", "longest run", "loss")
-    return Grid(head, rows, "Medians of: longest run, of what follows; loss, nats per token")
+    head = ("group", "texts", "tested", "word for word", "in tries", "longest run", "loss")
+    return Grid(head, rows, "Longest run: median share of the continuation. Loss: median, in nats per token")
 
 
 def scores(audit: Audit) -> Grid:
-    """How well each score tells suspected texts from controls."""
+    """How well each score separates suspected texts from controls."""
     rows = [
         (
             name,
@@ -49,24 +50,24 @@ def scores(audit: Audit) -> Grid:
         )
         for name, each in ((name, audit.separations[name]) for name in SCORES if name in audit.separations)
     ]
-    return Grid(("score", "AUROC", "95 % interval", "suspected found, at controls accused"), rows)
+    return Grid(("score", "AUROC", "95 % interval", "suspected texts found, at false positives"), rows)
 
 
 def gaps(audit: Audit) -> list[Grid]:
-    """How far below comparable controls each group's loss lies; none where single texts were not measured."""
+    """The mean gap of each group to comparable controls; no table if gaps were not measured."""
     if audit.gaps is None:
         return []
     rows = []
     groups = [each.group for each in audit.suspects.texts]
     for group in [*dict.fromkeys(groups), None]:
         chosen = audit.matched(group)
-        found = audit.mean_gap(group)
-        (low, high), (bits_mean, bits_low, bits_high) = found.interval, found.bits
+        gap = audit.mean_gap(group)
+        (low, high), (bits_mean, bits_low, bits_high) = gap.interval, gap.bits
         rows.append(
             (
                 group or "all",
                 f"{int(chosen.sum()):,}",
-                f"{found.nats:+.3f}" if chosen.any() else "",
+                f"{gap.nats:+.3f}" if chosen.any() else "",
                 f"{low:+.3f} to {high:+.3f}" if isfinite(low) else "",
                 f"{bits_mean:+.3f}" if chosen.any() else "",
                 f"{bits_low:+.3f} to {bits_high:+.3f}" if isfinite(low) else "",
@@ -74,55 +75,55 @@ def gaps(audit: Audit) -> list[Grid]:
             )
         )
     head = ("group", "texts matched", "nats a token", "95 % interval", "bits a token", "95 % interval", "memorized")
-    return [Grid(head, rows, "Mean gap: loss of comparable controls less the texts' own")]
+    return [Grid(head, rows, "Mean gap: the loss of comparable controls minus that of the text")]
 
 
 def single(audit: Audit) -> list[Grid]:
-    """The texts that stand out most, and what a closer look at them showed."""
-    seen, asked = audit.closer, audit.suspects
-    if not seen.rows:
+    """The suspected texts with the largest gaps, one by one; no table if there are none."""
+    top, suspects = audit.top_texts, audit.suspects
+    if not top.rows:
         return []
     rows = []
-    for at, row in enumerate(seen.rows):
+    for place, row in enumerate(top.rows):
         verdict = ["", "", "", ""]
         if audit.gaps is not None:
-            whole = bits(audit.gaps.gap, asked.tokens - 1)
-            known = "memorized" if audit.gaps.flagged[row] else ""
+            whole = bits(audit.gaps.gap, suspects.tokens - 1)
+            flagged = "memorized" if audit.gaps.flagged[row] else ""
             verdict = [
                 f"{float(audit.gaps.gap[row]):+.2f}",
                 f"{float(whole[row]):+,.0f}",
                 f"{float(audit.gaps.p[row]):.2g}",
-                known if audit.gaps.matched[row] else "no controls like it",
+                flagged if audit.gaps.matched[row] else "no comparable controls",
             ]
         rows.append(
             (
-                f"{asked.texts[row].line}",
-                asked.texts[row].group,
-                f"{float(asked.answers.loss[row]):.2f}",
+                f"{suspects.texts[row].line}",
+                suspects.texts[row].group,
+                f"{float(suspects.results.loss[row]):.2f}",
                 *verdict,
-                "yes" if asked.answers.exact[row] else "",
-                f"{float(seen.similarity[at]):.2f}",
-                _number(float(seen.own_beginning[at]), "{:+,.0f}"),
-                _tries(float(asked.answers.log10_tries[row])),
+                "yes" if suspects.results.exact[row] else "",
+                f"{float(top.similarity[place]):.2f}",
+                _number(float(top.prefix_bits[place]), "{:+,.0f}"),
+                _tries(float(suspects.results.log10_tries[row])),
             )
         )
     head = (
         *("line", "group", "loss", "gap", "bits", "p", "verdict", "word for word"),
-        *("likeness", "own beginning, bits", "tries needed"),
+        *("similarity", "own beginning, bits", "tries needed"),
     )
     caption = (
-        f"The {len(rows)} texts that stand out most; loss and gap in nats per token, bits in all. Likeness: of what is "
-        "generated to what follows, 1 for equal. Own beginning: how much likelier the rest is after it than after "
-        "controls' beginnings"
+        f"The {len(rows)} texts with the largest gaps. Loss and gap in nats per token, bits over the whole text. "
+        "Similarity: of the generated continuation to the true one, 1 if they are equal. Own beginning: how many bits "
+        "likelier the rest of the text is after its own beginning than after those of controls"
     )
     return [Grid(head, rows, caption)]
 
 
 def layers(audit: Audit) -> list[Grid]:
-    """Where the units are that carry the texts called memorized."""
-    if audit.located is None:
+    """How many units of each layer were localized; no table without localization."""
+    if audit.localized_units is None:
         return []
-    sinks = audit.located.sinks
+    sinks = audit.localized_units.sinks
     rows = [
         (name, f"{len(sinks.units.get(name, ())):,}", f"{size:,}", percent(len(sinks.units.get(name, ())) / size))
         for name, size in sinks.sizes.items()

@@ -1,4 +1,4 @@
-"""A report as plain values, from which Markdown, HTML and JSON are made alike."""
+"""A report as plain values, from which Markdown, HTML and JSON are made."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 VERSION = 1
-"""Of the JSON's schema, ``report.schema.json``; grows when a reader of old reports would not understand a new one."""
+"""Of the JSON schema ``report.schema.json``. It grows when readers of old reports would not understand a new one."""
 State = Literal["yes", "no", "partly", "unknown"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question of the first page: "Was memorization measured?", in a word and a sentence."""
+    """A question of the first page, "Was memorization measured?", say, with its answer as a word and as a sentence."""
 
     question: str
     state: State
@@ -22,7 +22,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; cells are text as it is shown."""
+    """A table. Its cells are text as it is shown; its caption has no full stop."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -31,7 +31,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure by the stem of its file."""
+    """A figure, by the stem of its file. Its caption has no full stop."""
 
     stem: str
     caption: str
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """``paragraphs`` come first, then tables, then pictures."""
+    """A part of the report under a title: paragraphs, then tables, then pictures."""
 
     title: str
     paragraphs: Sequence[str] = ()
@@ -51,8 +51,8 @@ class Section:
 class Document:
     """A whole report.
 
-    ``answers`` and ``plain`` are the first page, for readers who are no engineers; ``sections`` are everything else.
-    ``numbers`` are for machines: JSON values by name.
+    ``answers`` and ``plain`` are the first page, for readers without technical knowledge; ``sections`` are the rest.
+    ``numbers`` are for programs: JSON values by name.
     """
 
     kind: Literal["run", "audit"]
@@ -62,29 +62,29 @@ class Document:
     sections: Sequence[Section]
     numbers: Mapping[str, Any] = field(default_factory=dict)
     date: str = ""
-    """ISO 8601; the only part that differs between two reports of the same run."""
+    """ISO 8601. The only part that differs between two reports of the same run."""
 
     def as_json(self) -> dict[str, Any]:
-        """What ``report.schema.json`` describes."""
+        """The report as JSON values, in the form that ``report.schema.json`` describes."""
         return {"schema_version": VERSION, **asdict(self)}
 
     @staticmethod
-    def from_json(told: Mapping[str, Any]) -> Document:
+    def from_json(content: Mapping[str, Any]) -> Document:
         """The inverse of `as_json`.
 
         Raises:
-            ValueError: it was written by a version that this one does not read, or is no report.
+            ValueError: another schema version wrote it, or it is not a report.
         """
-        if told.get("schema_version") != VERSION:
+        if content.get("schema_version") != VERSION:
             raise ValueError(
-                f"A report of schema version {VERSION} was expected, and found: {told.get('schema_version')!r}. "
-                "Read it with the lightning-memsink that wrote it, or run it again."
+                f"A report of schema version {VERSION} was expected, and found: {content.get('schema_version')!r}. "
+                "Read it with the version of lightning-memsink that wrote it, or make the report again."
             )
         return Document(
-            told["kind"],
-            told["title"],
-            [Answer(**each) for each in told["answers"]],
-            list(told["plain"]),
+            content["kind"],
+            content["title"],
+            [Answer(**each) for each in content["answers"]],
+            list(content["plain"]),
             [
                 Section(
                     each["title"],
@@ -92,33 +92,38 @@ class Document:
                     [Grid(**grid) for grid in each["grids"]],
                     [Picture(**picture) for picture in each["pictures"]],
                 )
-                for each in told["sections"]
+                for each in content["sections"]
             ],
-            dict(told["numbers"]),
-            told["date"],
+            dict(content["numbers"]),
+            content["date"],
         )
 
 
 def first_page(document: Document) -> list[str]:
-    """Lines of Markdown, without a title."""
+    """The answers and the overview as lines of Markdown, without a title."""
     answers = [f"- **{each.question}** {each.state.capitalize()}. {each.words}" for each in document.answers]
     return [*answers, "", *(f"{words}\n" for words in document.plain)]
 
 
-def markdown(document: Document, figures: str | None = None, level: int = 1) -> str:
-    """``figures``: the directory of the pictures, relative to the file, or None for none; ``level``: of the title."""
-    head = "#" * level
-    lines = [f"{head} {document.title}", "", *first_page(document)]
+def markdown(document: Document, figures: str | None = None) -> str:
+    """The whole report as Markdown.
+
+    Args:
+        document: the report.
+        figures: the folder of its figures, relative to the Markdown file; None leaves them out.
+    """
+    lines = [f"# {document.title}", "", *([document.date, ""] if document.date else []), *first_page(document)]
     for section in document.sections:
-        lines += [f"{head}# {section.title}", "", *(f"- {words}" for words in section.paragraphs)]
+        lines += [f"## {section.title}", "", *(f"- {words}" for words in section.paragraphs)]
         for grid in section.grids:
-            lines += ["", *([grid.caption, ""] if grid.caption else []), *_rows(grid)]
+            lines += ["", *([f"{grid.caption}.", ""] if grid.caption else []), *_table(grid)]
         for picture in section.pictures if figures is not None else ():
-            lines += ["", f"![{picture.caption}]({figures}/{picture.stem}.png)", "", f"*{picture.caption}.*"]
+            path = f"{figures}/{picture.stem}"
+            lines += ["", f"![{picture.caption}]({path}.png)", "", f"*{picture.caption}.* [SVG]({path}.svg)"]
         lines.append("")
     return "\n".join(lines)
 
 
-def _rows(grid: Grid) -> list[str]:
+def _table(grid: Grid) -> list[str]:
     rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in grid.rows]
     return [f"| {' | '.join(grid.head)} |", "|" + " --- |" * len(grid.head), *(f"| {row} |" for row in rows)]

@@ -1,4 +1,4 @@
-"""What was done about memorization, and what it went with: series for the curves, sentences for the report."""
+"""What a mitigation did and what memorization did meanwhile: series for loggers, sentences for the report."""
 
 from __future__ import annotations
 
@@ -6,69 +6,68 @@ from collections.abc import Mapping, Sequence
 
 from lightning_memsink.mitigation.certificate import Certificate
 from lightning_memsink.mitigation.intervention_log import InterventionLog
+from lightning_memsink.reporting.formatting import percent
 
 PREFIX = "mitigation/"
 
 
-def action_series(actions: Mapping[str, InterventionLog], step: int) -> dict[str, float]:
-    """``mitigation/…`` at the evaluation of ``step``: by mitigation the share of sample visits ``acted`` on since the
-    evaluation before, the share ``removed`` (of the gradient, say), and all else that was counted, as shares of visits.
+def action_series(interventions: Mapping[str, InterventionLog]) -> dict[str, float]:
+    """``mitigation/NAME/…`` of the last evaluation, per mitigation: the share of sample visits ``acted`` on since the
+    evaluation before, the share ``removed`` (of the gradient, say), and every other count as a share of visits.
     """
     series: dict[str, float] = {}
-    for name, done in actions.items():
-        if not done.records or not done.records[-1]["visits"]:
+    for name, log in interventions.items():
+        if not log.records or not log.records[-1]["visits"]:
             continue
-        last = done.records[-1]
+        last = log.records[-1]
         counted = {key: value / last["visits"] for key, value in last.items() if key not in ("step", "visits")}
         series |= {f"{PREFIX}{name}/{key}": value for key, value in {**counted, "removed": last["removed"]}.items()}
     return series
 
 
 def side_by_side(row: Mapping[str, float]) -> dict[str, float]:
-    """The gap and its price once more under ``mitigation/``, where loggers draw them beside what was done."""
-    told = {"gap_of_top_percent": "gap_of_top_percent", "validation_loss": "control_loss"}
-    return {f"{PREFIX}{name}": row[source] for name, source in told.items() if source in row}
+    """Gap and held-out loss once more under ``mitigation/``, so that loggers draw them beside `action_series`."""
+    sources = {"gap_of_top_percent": "gap_of_top_percent", "validation_loss": "control_loss"}
+    return {f"{PREFIX}{name}": row[source] for name, source in sources.items() if source in row}
 
 
-def what_was_done(actions: Mapping[str, InterventionLog], certificate: Certificate | None) -> list[str]:
-    """A sentence or two a mitigation, and what the certificate of designed sinks says."""
+def what_was_done(interventions: Mapping[str, InterventionLog], certificate: Certificate | None) -> list[str]:
+    """One or two sentences per mitigation, and the result of the certificate of designed sinks."""
     lines = []
-    for name, done in actions.items():
-        visits = done.total("visits")
+    for name, log in interventions.items():
+        visits = log.total("visits")
         if not visits:
-            lines.append(f"{name} {done.description}: it saw no batch it could act on.")
+            lines.append(f"{name} {log.description}: there was no batch that it could act on.")
             continue
-        acted = done.total("acted") / visits
+        acted = log.total("acted") / visits
         lines.append(
-            f"{name} {done.description}: it acted on {_percent(acted)} of {visits:,.0f} sample visits"
-            f"{_lately(done, acted)} and removed {_percent(done.total('removed'))} of the {done.unit}."
+            f"{name} {log.description}: it acted on {percent(acted)} of {visits:,.0f} sample visits"
+            f"{_at_the_end(log, acted)} and removed {percent(log.total('removed'))} of the {log.unit}."
         )
-        alone = done.total("unmatched") / visits
-        if alone:
-            lines.append(f"{_percent(alone)} of visits had no matched control and were left alone.")
+        unmatched = log.total("unmatched") / visits
+        if unmatched:
+            lines.append(f"It did not act on {percent(unmatched)} of visits, which had no matched control.")
     if certificate is not None:
         lines.append(certificate.words())
     if lines:
-        lines.append("What that cost is seen beside a run without it: same seed, --memsink.mitigation=null.")
+        lines.append(
+            "To see what this cost, compare with a run of the same seed without mitigation (--memsink.mitigation=null)."
+        )
     return lines
 
 
-def acting_rows(history: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
-    """``(step, share of visits acted on)`` by mitigation."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+def acted_shares(history: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    """``(step, share of visits acted on)`` of every evaluation, by mitigation."""
+    shares: dict[str, list[tuple[float, float]]] = {}
     for row in history:
         for key, value in row.items():
             if key.startswith(PREFIX) and key.endswith("/acted"):
-                rows.setdefault(key.removeprefix(PREFIX).removesuffix("/acted"), []).append((row["step"], value))
-    return rows
+                shares.setdefault(key.removeprefix(PREFIX).removesuffix("/acted"), []).append((row["step"], value))
+    return shares
 
 
-def _lately(done: InterventionLog, overall: float) -> str:
-    """Where the end differs from the whole: a mitigation that follows memorization has more to do late."""
-    last = done.records[-1]
+def _at_the_end(log: InterventionLog, overall: float) -> str:
+    """The last evaluation's share, if it differs from the whole run's: there may be more to act on late in training."""
+    last = log.records[-1]
     share = last["acted"] / last["visits"] if last["visits"] else overall
-    return f" ({_percent(share)} at the end)" if abs(share - overall) > 0.01 else ""
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+    return f" ({percent(share)} at the end)" if abs(share - overall) > 0.01 else ""

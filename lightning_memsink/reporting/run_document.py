@@ -1,185 +1,131 @@
-"""What a run found, as a report for two readers: a first page in plain words, and everything behind it."""
+"""A run's report for two readers: a first page in plain words, and everything that it rests on."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section
+from lightning_memsink.reporting.document import Answer, Document, Picture, Section, State
+from lightning_memsink.reporting.findings import Findings
+from lightning_memsink.reporting.formatting import count_of, percent
 from lightning_memsink.reporting.provenance import seed
-from lightning_memsink.reporting.run_summary import FIGURES, NOTHING, Findings, parts, percent
-from lightning_memsink.samples.loss_table import LossTable
-
-TOP = 20
-PLACES = {
-    "loss_by_rung": "When",
-    "gap_distribution": "Which",
-    "verdict_map": "Which",
-    "layers": "Where",
-    "mitigation": "What was done",
-}
-"""The section of each figure."""
+from lightning_memsink.reporting.run_figures import figures_of
+from lightning_memsink.reporting.run_sections import SECTIONS, TOP, fingerprint
 
 
-def run_document(findings: Findings, settings: Mapping[str, Any], versions: Mapping[str, str], date: str) -> Document:
-    """``settings``: arguments by callback; ``date``: ISO 8601."""
-    sections = [_section(title, lines, findings) for title, lines in _parts(findings).items()]
-    data = fingerprint(findings.table)
-    sections.append(_method(findings, data, settings, versions))
-    numbers = _numbers(findings, data, settings, versions)
-    return Document("run", "What this run memorized", _answers(findings), _plain(findings), sections, numbers, date)
-
-
-def _parts(findings: Findings) -> dict[str, list[str]]:
-    if findings.flags.evaluations:
-        return parts(findings)
-    return {"Nothing was judged": [line.format(f"{len(findings.table):,} samples") for line in NOTHING]}
+def run_document(findings: Findings, date: str) -> Document:
+    """``date``: ISO 8601."""
+    figures = figures_of(findings)
+    sections = [
+        Section(
+            section.title,
+            section.sentences(findings),
+            section.tables(findings),
+            [Picture(figure.stem, figure.caption) for figure in figures if figure.section == section.title],
+        )
+        for section in SECTIONS
+        if section.condition(findings)
+    ]
+    return Document(
+        "run", "What this run memorized", _answers(findings), _overview(findings), sections, _numbers(findings), date
+    )
 
 
 def _answers(findings: Findings) -> list[Answer]:
-    evaluations = findings.flags.evaluations
-    if not evaluations or findings.evaluation.tail == "none":
-        none = "No sample could be compared with controls."
+    measured, monitored, suppressed = (
+        "Was memorization measured?",
+        "Was it monitored during training?",
+        "Was it suppressed?",
+    )
+    if not findings.measured:
         return [
-            Answer("Was memorization measured?", "no", none),
-            Answer(
-                "Was it monitored during training?",
-                "no",
-                f"{len(findings.table):,} samples were followed, none judged.",
-            ),
-            _suppressed(findings, None),
+            Answer(measured, "no", "No sample could be compared with controls."),
+            Answer(monitored, "no", f"{count_of(len(findings.table), 'sample')} followed, none judged."),
+            Answer(suppressed, *_suppression(findings, None)),
         ]
-    last = findings.evaluation
+    evaluations, last = findings.flags.evaluations, findings.evaluation
     known = max(1, sum(last.counts.values()))
     judged = known - last.counts["unseen"] - last.counts["undecided"]
-    measured = Answer(
-        "Was memorization measured?", "yes" if judged >= known / 2 else "partly",
-        f"{judged:,} of {known:,} samples have a verdict, from {last.controls:,} controls.",
-    )  # fmt: skip
-    monitored = Answer(
-        "Was it monitored during training?", "yes" if len(evaluations) > 1 else "partly",
-        f"{len(evaluations):,} evaluations, from step {evaluations[0].step:,} to {last.step:,}.",
-    )  # fmt: skip
-    return [measured, monitored, _suppressed(findings, last.memorized)]
+    return [
+        Answer(
+            measured,
+            "yes" if judged >= known / 2 else "partly",
+            f"{judged:,} of {count_of(known, 'sample')} have a verdict, from {count_of(last.controls, 'control')}.",
+        ),
+        Answer(
+            monitored,
+            "yes" if len(evaluations) > 1 else "partly",
+            f"{count_of(len(evaluations), 'evaluation')}, from step {evaluations[0].step:,} to {last.step:,}.",
+        ),
+        Answer(suppressed, *_suppression(findings, last.memorized)),
+    ]
 
 
-def _suppressed(findings: Findings, memorized: int | None) -> Answer:
-    question = "Was it suppressed?"
+def _suppression(findings: Findings, memorized: int | None) -> tuple[State, str]:
+    """Whether memorization was suppressed, and why that is the answer. ``memorized``: None if it was not measured."""
     if not findings.interventions:
-        return Answer(question, "no", "Nothing acted on memorization: this run was only watched.")
+        return "no", "No mitigation was in use: memorization was only measured."
     names = ", ".join(findings.interventions)
-    acted = sum(done.total("acted") for done in findings.interventions.values())
-    if not acted:
-        return Answer(question, "no", f"{names} had nothing to act on.")
+    if not any(log.total("acted") for log in findings.interventions.values()):
+        return "no", f"{names} found no sample to act on."
     if memorized is None:
-        return Answer(question, "unknown", f"{names} acted, and nothing was measured.")
-    left = f"{memorized:,} samples stand as memorized at the end" if memorized else "no sample stands as memorized"
-    return Answer(question, "partly" if memorized else "yes", f"{names} acted; {left}.")
+        return "unknown", f"{names} acted, but memorization was not measured."
+    if not memorized:
+        return "yes", f"{names} acted. No sample is memorized at the end."
+    return "partly", f"{names} acted. Memorized at the end: {count_of(memorized, 'sample')}."
 
 
-def _plain(findings: Findings) -> list[str]:
-    if not findings.flags.evaluations or findings.evaluation.tail == "none":
-        return ["Nothing can be said of what this run memorized: there was nothing to compare its samples with."]
+def _overview(findings: Findings) -> list[str]:
+    if not findings.measured:
+        return ["What this run memorized is unknown: its samples were not compared with controls."]
     last = findings.evaluation
-    share = percent(last.flagged_fraction)
     lines = [
-        f"A sample counts as memorized if the model knows it far better than comparable text it never trained on. "
-        f"{last.memorized:,} samples do ({share} of all). Of samples called so, about {percent(last.alpha)} at most "
-        "are expected to be called so wrongly, if the controls are of the same kinds as the training data."
+        "A sample counts as memorized if its loss is far below that of comparable samples that the model was never "
+        f"trained on. At the last evaluation this is so for {count_of(last.memorized, 'sample')} "
+        f"({percent(last.flagged_fraction)} of all). If the controls are of the same kinds as the training data, no "
+        f"more than about {percent(last.alpha)} of these are expected to be wrong."
     ]
     undecided = last.counts["undecided"] / max(1, sum(last.counts.values()))
     if undecided > 0.5:
-        lines.append(f"{percent(undecided)} of samples have no verdict.")
+        lines.append(f"{percent(undecided)} of all samples are undecided.")
     return lines
 
 
-def _section(title: str, lines: list[str], findings: Findings) -> Section:
-    pictures = [Picture(stem, FIGURES[stem]) for stem, place in PLACES.items() if place == title]
-    grids = [_samples(findings)] if title == "Which" and findings.top(1) else []
-    return Section(title, lines, grids, pictures)
-
-
-def _samples(findings: Findings) -> Grid:
-    rows = [
-        (
-            one.name,
-            f"{one.exposures:,}",
-            f"{one.loss:.3f}",
-            f"{one.control_loss:.3f}",
-            f"{one.gap:.3f}",
-            f"{one.bits:,.0f}",
-            f"{one.p:.2g}",
-            "" if one.onset_step is None else f"{one.onset_step:,}",
-        )
-        for one in findings.top(TOP)
-    ]
-    head = ("sample", "exposures", "loss", "controls' loss", "gap", "bits", "p", "since step")
-    return Grid(head, rows, f"The most memorized samples, by id or hash; loss and gap in {findings.unit}")
-
-
-def _method(findings: Findings, data: str, settings: Mapping[str, Any], versions: Mapping[str, str]) -> Section:
-    table = findings.table
-    lines = [
-        f"Data: {len(table):,} samples, seen {int(table.exposures.sum()):,} times; SHA-256 {data[:16]} "
-        "of ids and exposures.",
-        "A sample's loss is compared with those of the held-out controls nearest in difficulty; p-values are "
-        "conformal, and the false-discovery rate is held by Benjamini and Hochberg's procedure.",
-        "Seed: not set by Lightning's seed_everything." if seed() is None else f"Seed: {seed()}.",
-    ]
-    told = [(name, _told(arguments)) for name, arguments in settings.items()]
-    grids = [Grid(("callback", "settings"), told, "Settings")] if told else []
-    return Section("Method", lines, [*grids, Grid(("package", "version"), list(versions.items()), "Versions")])
-
-
-def _told(arguments: Any) -> str:
-    return ", ".join(f"{name}={value}" for name, value in arguments.items()) if isinstance(arguments, Mapping) else ""
-
-
-def fingerprint(table: LossTable) -> str:
-    """SHA-256 of ids and exposures, whatever their order."""
-    ids, order = table.ids.sort()
-    digest = hashlib.sha256(ids.numpy().tobytes())
-    digest.update(table.exposures[order].long().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _numbers(findings: Findings, data: str, settings: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+def _numbers(findings: Findings) -> dict[str, Any]:
     evaluations = findings.flags.evaluations
-    actions = {
-        name: {key: done.total(key) for key in ("visits", "acted", "removed")}
-        for name, done in findings.interventions.items()
-    }
     certificate, extraction = findings.certificate, findings.extraction
-    told: dict[str, Any] = _json_able(
+    numbers: dict[str, Any] = _json_value(
         {
             "samples": len(findings.table),
-            "fingerprint": data,
+            "fingerprint": fingerprint(findings.table),
             "evaluations": len(evaluations),
             "last_evaluation": asdict(evaluations[-1]) if evaluations else None,
             "onset": None if findings.onset is None else asdict(findings.onset),
             "curves": dict(findings.history[-1]) if findings.history else {},
             "memorized": [
-                {"sample": one.name, "gap": one.gap, "bits": one.bits, "exposures": one.exposures}
-                for one in (findings.top(TOP) if evaluations else [])
+                {"sample": sample.name, "gap": sample.gap, "bits": sample.bits, "exposures": sample.exposures}
+                for sample in findings.top(TOP)
             ],
-            "actions": actions,
+            "actions": {
+                name: {key: log.total(key) for key in ("visits", "acted", "removed")}
+                for name, log in findings.interventions.items()
+            },
             "certificate": None if certificate is None else {**asdict(certificate), "verdict": certificate.verdict},
             "extraction": None if extraction is None or not extraction.rows else extraction.rows[-1],
             "seed": seed(),
-            "settings": settings,
-            "versions": versions,
+            "settings": findings.settings,
+            "versions": findings.versions,
         }
     )
-    return told
+    return numbers
 
 
-def _json_able(value: Any) -> Any:
-    """None for what is no number, all the way down."""
+def _json_value(value: Any) -> Any:
+    """The value with None in place of every float that is NaN or infinite, within mappings and sequences too."""
     if isinstance(value, Mapping):
-        return {str(name): _json_able(part) for name, part in value.items()}
+        return {str(name): _json_value(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_able(part) for part in value]
+        return [_json_value(part) for part in value]
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,6 +1,6 @@
-"""What the curves show: from the ledger's tables to plain numbers, an evaluation at a time.
+"""The scalars of an evaluation, and the list of memorized samples, computed from the ledger's tables.
 
-N  samples known      M  controls      R  samples of a rung      W  twins of a rung
+N  samples known      M  controls      R  samples of a canary group      W  twins of a canary group
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
+from lightning_memsink.extraction.canaries import CanaryGroup
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.id_index import IdIndex
 from lightning_memsink.samples.loss_table import LossTable
@@ -24,53 +24,35 @@ EVALUATION = (
     *("gap", "null_low", "null_high", "threshold", "gap_memorized", "flagged_fraction"),
     *("control_loss", "train_loss", "p_floor", "controls", "tested"),
 )
-"""Series that every evaluation has, as far as they are finite; named like the fields of ``Evaluation``."""
+"""Series of every evaluation, named like the fields of ``Evaluation``."""
 ONSET = ("step", "step_low", "step_high", "exposures", "exposures_low", "exposures_high")
-"""Series ``onset_*`` that begin once an onset is known."""
-
-
-class Rung(Protocol):
-    """Samples planted on purpose, each ``repeats`` times, and twins of the same kind among the controls."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def repeats(self) -> int: ...
-    @property
-    def ids(self) -> Tensor:
-        """``[R]`` int64 ids among the training samples."""
-
-    @property
-    def twin_ids(self) -> Tensor:
-        """``[W]`` int64 ids among the controls."""
-
-
-@runtime_checkable
-class HasRungs(Protocol):
-    """A data module that knows what it planted."""
-
-    def rungs(self) -> Sequence[Rung]: ...
+"""Series ``onset_*``, which begin when an onset is known."""
 
 
 @dataclass(frozen=True)
 class PlantedIds:
-    """A rung with its ids looked up once. ``natural x64`` is member ``x64`` of the family ``natural``."""
+    """The ids of a canary group, computed once. ``natural x64`` is member ``x64`` of the family ``natural``."""
 
     family: str
     member: str
     ids: Tensor
+    """``[R]`` int64, among the training samples."""
     twin_ids: Tensor
+    """``[W]`` int64, among the controls."""
 
     @staticmethod
-    def of(rung: Rung) -> PlantedIds:
-        family = re.sub(r"[\s_-]*[x×]?\d+$", "", rung.name) or "rung"
-        return PlantedIds(family.replace(" ", "_"), f"x{rung.repeats}", rung.ids, rung.twin_ids)
+    def of(group: CanaryGroup) -> PlantedIds:
+        family = re.sub(r"[\s_-]*[x×]?\d+$", "", group.name) or "rung"
+        return PlantedIds(family.replace(" ", "_"), f"x{group.repeats}", group.ids, group.twin_ids)
 
 
 def scalars(
-    table: LossTable, controls: ControlTable, flags: Flags, onset: Onset | None, rungs: Sequence[PlantedIds]
+    table: LossTable, controls: ControlTable, flags: Flags, onset: Onset | None, planted: Sequence[PlantedIds]
 ) -> dict[str, float]:
-    """A row of the history, of the last evaluation: ``step`` and every series by name; what is not finite is absent."""
+    """A row of the history, of the last evaluation: ``step`` and every series by name. Only finite values are in it.
+
+    Losses by group are those of the ``planted`` samples; if nothing was planted, those by number of exposures.
+    """
     evaluation = flags.evaluations[-1]
     row: dict[str, float] = {"step": evaluation.step}
     row |= {name: getattr(evaluation, name) for name in EVALUATION}
@@ -78,40 +60,41 @@ def scalars(
     row |= {f"verdict/{word}": count for word, count in evaluation.counts.items()}
     if onset is not None:
         row |= {f"onset_{name}": getattr(onset, name) for name in ONSET}
-    if rungs:
-        row |= rung_series(table, controls, flags, evaluation, rungs)
+    if planted:
+        row |= canary_series(table, controls, flags, evaluation, planted)
     else:
         row |= exposure_series(table, flags, evaluation)
     return {name: float(value) for name, value in row.items() if math.isfinite(value)}
 
 
-def rung_series(
-    table: LossTable, controls: ControlTable, flags: Flags, evaluation: Evaluation, rungs: Sequence[PlantedIds]
+def canary_series(
+    table: LossTable, controls: ControlTable, flags: Flags, evaluation: Evaluation, planted: Sequence[PlantedIds]
 ) -> dict[str, float]:
-    """``loss/FAMILY/MEMBER`` mean last loss and ``share/FAMILY/MEMBER`` memorized in 0…1, per rung and per twin set.
+    """``loss/FAMILY/MEMBER``, the mean last loss, and ``share/FAMILY/MEMBER``, the share in 0…1 that is memorized.
 
-    For twins, which can't be memorized, the share is of those whose gap to their fellow controls passes the
-    threshold: false flags, had they been tested.
+    One pair per canary group, and per family a pair with the member ``twins``. Twins can't be memorized: their share is
+    of those whose gap to the other controls passes the threshold, which is the share of false flags.
     """
     series: dict[str, float] = {}
     twins: dict[str, list[Tensor]] = {}
     memorized = _memorized(table, flags)
-    for rung in rungs:
-        rows = _known(table.index, rung.ids)
-        series[f"loss/{rung.family}/{rung.member}"] = _mean(table.last_loss[rows])
-        series[f"share/{rung.family}/{rung.member}"] = _mean(memorized[rows].float())
-        twins.setdefault(rung.family, []).append(rung.twin_ids)
+    for group in planted:
+        rows = _known(table.index, group.ids)
+        series[f"loss/{group.family}/{group.member}"] = _finite_mean(table.last_loss[rows])
+        series[f"share/{group.family}/{group.member}"] = _finite_mean(memorized[rows].float())
+        twins.setdefault(group.family, []).append(group.twin_ids)
     passes = _null_by_control(controls, flags) >= evaluation.threshold
     for family, ids in twins.items():
-        among = torch.isin(controls.ids, torch.cat(ids))
-        series[f"loss/{family}/twins"] = _mean(controls.latest[among])
-        if len(passes) == len(among):
-            series[f"share/{family}/twins"] = _mean(passes[among].float())
+        of_family = torch.isin(controls.ids, torch.cat(ids))
+        series[f"loss/{family}/twins"] = _finite_mean(controls.latest[of_family])
+        if len(passes) == len(of_family):
+            series[f"share/{family}/twins"] = _finite_mean(passes[of_family].float())
     return series
 
 
 def exposure_series(table: LossTable, flags: Flags, evaluation: Evaluation) -> dict[str, float]:
-    """The same where nothing was planted: samples in bins of exposures 1, 2-3, 4-7, …, against all controls."""
+    """``loss/exposures/BIN`` and ``share/exposures/BIN`` of samples with 1, 2-3, 4-7, … exposures; the mean loss of all
+    controls is ``loss/exposures/controls``."""
     series: dict[str, float] = {}
     power_of = torch.searchsorted(2 ** torch.arange(1, 31), table.exposures, right=True)
     samples = torch.bincount(power_of)
@@ -130,7 +113,10 @@ def exposure_series(table: LossTable, flags: Flags, evaluation: Evaluation) -> d
 
 @dataclass(frozen=True)
 class MemorizedSample:
-    """One sample as tables list it. Losses and gap in nats (per token for token losses), bits over all its tokens."""
+    """A memorized sample as tables list it. Losses and gap are in nats, per token for token losses.
+
+    ``bits`` is the gap over the whole sample, in bits.
+    """
 
     step: int
     """Of the evaluation."""
@@ -147,17 +133,17 @@ class MemorizedSample:
 
     @property
     def hash(self) -> str:
-        """The id as 16 hexadecimal digits: 64-bit ids lose their last digits in a browser's numbers."""
+        """The id as 16 hexadecimal digits. A browser's numbers are doubles, which can't hold 64-bit ids exactly."""
         return f"{self.id & (2**64 - 1):016x}"
 
     @property
     def name(self) -> str:
-        """For people: a number as a number, a hash as a hash."""
+        """The id for people: decimal if it is a small number, hexadecimal if it is a hash."""
         return str(self.id) if 0 <= self.id < 2**40 else self.hash
 
 
 def top_memorized(table: LossTable, flags: Flags, step: int, top: int) -> list[MemorizedSample]:
-    """The ``top`` memorized samples of largest gap, largest first."""
+    """The ``top`` memorized samples with the largest gaps, largest first. ``step``: of the evaluation."""
     rows = flags.memorized.nonzero().flatten()
     gaps = flags.gap[rows].double()
     rows = rows[gaps.nan_to_num(-math.inf).argsort(descending=True)[:top]]
@@ -185,44 +171,50 @@ def _sample(table: LossTable, flags: Flags, step: int, row: int, id: int) -> Mem
 COLUMNS = ("step", "id", "hash", *list(MemorizedSample.__dataclass_fields__)[2:])
 
 
-def cells(sample: MemorizedSample) -> list[object]:
-    """A sample as a row of ``COLUMNS``; the id as text, for the reason given at ``hash``."""
+def row_values(sample: MemorizedSample) -> list[object]:
+    """The values of ``COLUMNS`` of a sample. The id is text: see ``hash``."""
     values = {**asdict(sample), "id": str(sample.id), "hash": sample.hash}
     return [values[column] for column in COLUMNS]
 
 
 def gap_of_top_percent(flags: Flags) -> float:
-    """Mean gap of the hundredth of samples with the largest, whether flagged or not: it compares between runs of which
-    one flags nothing. NaN if none was measured."""
+    """Mean gap of the 1 % of samples with the largest gaps, flagged or not; NaN if no gap was measured.
+
+    It compares runs even if one of them flags no sample.
+    """
     gaps = measured_gaps(flags)
     return float(gaps.topk(max(1, len(gaps) // 100)).values.mean()) if len(gaps) else math.nan
 
 
 def measured_gaps(flags: Flags) -> Tensor:
-    """The gaps of all samples ever measured."""
+    """The finite gaps of all samples, float32."""
     gaps = flags.gap.float()
     return gaps[torch.isfinite(gaps)]
 
 
-def rungs_found(table: LossTable, rungs: Iterable[PlantedIds]) -> bool:
-    """Whether any planted sample was seen."""
-    return any(len(_known(table.index, rung.ids)) for rung in rungs)
+def any_known(table: LossTable, planted: Iterable[PlantedIds]) -> bool:
+    """Whether the table has any planted sample."""
+    return any(len(_known(table.index, group.ids)) for group in planted)
 
 
 def _known(index: IdIndex, ids: Tensor) -> Tensor:
+    """Rows of those ``ids`` that the table has."""
     rows = index.find(ids)
     return rows[rows >= 0]
 
 
 def _memorized(table: LossTable, flags: Flags) -> Tensor:
-    """Bool ``[N]``; samples that came after the last evaluation are not."""
+    """Bool ``[N]``; False for samples that were first seen after the last evaluation."""
     memorized = torch.zeros(len(table), dtype=torch.bool)
     memorized[: len(flags.verdict)] = flags.memorized
     return memorized
 
 
 def _null_by_control(controls: ControlTable, flags: Flags) -> Tensor:
-    """``[M]`` null gaps beside the controls' ids, NaN where a control had no finite loss; empty if they don't fit."""
+    """Null gaps in the order of the controls, ``[M]``: NaN for a control without a finite loss.
+
+    Empty if the null gaps are of another number of controls.
+    """
     used = torch.isfinite(controls.latest) & torch.isfinite(controls.previous)
     if int(used.sum()) != len(flags.null_gaps):
         return torch.zeros(0)
@@ -231,6 +223,6 @@ def _null_by_control(controls: ControlTable, flags: Flags) -> Tensor:
     return gaps
 
 
-def _mean(values: Tensor) -> float:
+def _finite_mean(values: Tensor) -> float:
     finite = values[torch.isfinite(values)]
     return float(finite.double().mean()) if len(finite) else math.nan

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 import lightning_memsink
 from lightning_memsink import Ledger, memsink
 from lightning_memsink._lightning import is_a
-from lightning_memsink.reporting.loggers.wandb import keep_files
+from lightning_memsink.reporting.loggers import logged_run
 from tests.support.small_runs import TinyLM, control_loader, snapshot, train_loader
 
 
@@ -68,4 +68,4 @@ def test_twins_count_as_one_kind(tmp_path, monkeypatch):
     assert is_a(logger, WandbLogger) and not isinstance(logger, WandbLogger)
     assert is_a(pytorch_lightning.strategies.FSDPStrategy(), FSDPStrategy)
     assert not is_a(pytorch_lightning.loggers.CSVLogger(tmp_path), WandbLogger)
-    keep_files(logger, [])
+    logged_run(logger).keep([])

@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_memsink import memsink
-from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.cli import main
+from lightning_memsink.reporting.run_files import write_report
 from tests.support.made_up import made_up
 from tests.support.small_runs import TinyLM, control_loader, train_loader
 
@@ -50,7 +50,7 @@ def test_every_make_target_of_the_readme_exists():
 def test_every_command_of_the_readme_is_understood(here, capsys):
     """``fit`` is only validated, and ``audit`` stops where its files are read; the others run."""
     for name in ("hold", "plain"):
-        write_report(made_up().findings(), here / "runs" / name / "memsink_report.md", [], {})
+        write_report(made_up().findings(), here / "runs" / name / "memsink_report.md")
     for line in (line for line in LINES if line.startswith("memsink ")):
         command = shlex.split(line)[1:]
         if command[0] == "audit":

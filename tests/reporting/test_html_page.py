@@ -11,12 +11,12 @@ import jsonschema
 import pytest
 from huggingface_hub import ModelCard
 
-from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.cli import main
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.reporting.document import Answer, Document, Grid, Picture, Section, markdown
 from lightning_memsink.reporting.html_page import SCHEMA, html
 from lightning_memsink.reporting.run_document import run_document
+from lightning_memsink.reporting.run_files import write_report
 from tests.support.made_up import made_up
 
 SETTINGS = {"MemorizationDetector": {"k": 8, "alpha": 0.05}}
@@ -24,13 +24,14 @@ VERSIONS = {"torch": "9.9"}
 
 
 def document(**changed):
-    return run_document(replace(made_up().findings(), **changed), SETTINGS, VERSIONS, "2030-01-01T00:00:00+00:00")
+    findings = replace(made_up().findings(), settings=SETTINGS, versions=VERSIONS, **changed)
+    return run_document(findings, "2030-01-01T00:00:00+00:00")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_report(made_up().findings(), folder / "told.md", [], SETTINGS)
+    write_report(replace(made_up().findings(), settings=SETTINGS), folder / "told.md")
     return folder
 
 
@@ -54,7 +55,7 @@ def test_its_json_is_what_the_schema_says(folder):
 
 
 def test_the_same_run_gives_the_same_bytes_but_for_the_date(folder, tmp_path):
-    write_report(made_up().findings(), tmp_path / "told.md", [], SETTINGS)
+    write_report(replace(made_up().findings(), settings=SETTINGS), tmp_path / "told.md")
     for name in ("told.html", "told.json"):
         pages = [re.sub(r"20\d\d-\d\d-\d\dT[\d:+]+", "", (place / name).read_text()) for place in (folder, tmp_path)]
         assert pages[0] == pages[1], name
@@ -69,17 +70,17 @@ def test_the_command_makes_the_same_page_again(folder, capsys):
 
 
 def test_another_run_stands_beside_it(folder, tmp_path, capsys):
-    write_report(made_up().findings(), tmp_path / "told.md", [], {})
+    write_report(made_up().findings(), tmp_path / "told.md")
     told = json.loads((tmp_path / "told.json").read_text())
     told["numbers"]["curves"]["control_loss"] = 9.5
     (tmp_path / "told.json").write_text(json.dumps(told))
     main(["report", str(folder), "--against", str(tmp_path)])
     page = (folder / "told.html").read_text()
-    assert "Beside another run" in page
+    assert "Compared with another run" in page
     assert "<td>held-out loss</td><td>9.5</td>" in page
     html5lib.HTMLParser(strict=True).parse(page)
     main(["report", str(folder)])  # and alone again
-    assert "Beside another run" not in (folder / "told.html").read_text()
+    assert "Compared with another run" not in (folder / "told.html").read_text()
 
 
 @pytest.mark.parametrize(

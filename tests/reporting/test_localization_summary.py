@@ -15,8 +15,8 @@ from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.reporting.layer_heat_map import layer_heat_map
 from lightning_memsink.reporting.localization_summary import series, short_names, where
 from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger
-from lightning_memsink.reporting.loggers.wandb_reader import read_run
 from tests.support.small_runs import DeepLM, fit
+from tests.support.wandb_reader import read_run
 
 LAYERS = {f"gpt.h.{n}.mlp.down": 100 for n in range(3)}
 BLOCKS = ["gpt.wte", "gpt.h.0", "gpt.h.1", "gpt.h.2"]

@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_memsink import SampleGradientMask, memsink
 from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger
-from lightning_memsink.reporting.loggers.wandb_reader import read_run
 from tests.support.small_runs import fit
+from tests.support.wandb_reader import read_run
 
 
 class Untouchable:

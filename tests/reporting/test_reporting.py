@@ -1,6 +1,7 @@
 """What curves, figures and the summary say of a made-up ledger."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ import torch
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.progress import standing
-from lightning_memsink.callbacks.run_report import write_report
 from lightning_memsink.detection.verdicts import WORDS, Flags
+from lightning_memsink.reporting.document import first_page, markdown
+from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.provenance import settings_of
-from lightning_memsink.reporting.run_summary import Findings, markdown, summary
+from lightning_memsink.reporting.run_document import run_document
+from lightning_memsink.reporting.run_figures import FIGURES
+from lightning_memsink.reporting.run_files import write_report
+from lightning_memsink.reporting.run_sections import SECTIONS
+from lightning_memsink.reporting.run_summary import summary
 from lightning_memsink.reporting.scalars import top_memorized
 from lightning_memsink.samples.loss_table import LossTable
 from tests.support.made_up import HASHED, ONSET, RUNGS, TOKENS, made_up, told_otherwise
@@ -84,7 +90,7 @@ def test_the_list_of_memorized_samples_starts_with_the_largest_gap():
         "false-discovery rate of 5 %",
         "at least 1.00 nats per token (1.44 bits per token)",
         "20 controls took part; the smallest p-value they allow is 0.048",
-        "1 of 20 lie that far below their fellows",
+        "1 of 20 have a loss that far below that of other controls",
         "0 % of natural, 25 % of canary",
         "What this does not show",
     ],
@@ -95,9 +101,10 @@ def test_the_summary_says(words):
 
 def test_the_summary_of_a_run_that_memorized_nothing():
     text = summary(made_up(memorized=0).findings())
-    assert "Not in this run: up to step 40 no sample stands as memorized." in text
+    assert "Memorization did not set in: up to step 40 no sample is memorized." in text
     assert "0 of 24 samples memorized (0 %)" in text
-    assert "Memorized most" not in text and "Sample" not in text.split("What this does not show")[0].split("Which")[1]
+    which = text.split("What this does not show")[0].split("Which")[1]
+    assert "largest memorized share" not in text and "Sample" not in which
 
 
 def test_the_summary_without_any_evaluation_says_what_to_pass():
@@ -108,7 +115,7 @@ def test_the_summary_without_any_evaluation_says_what_to_pass():
 def test_the_summary_without_controls_claims_nothing():
     nothing = {name: math.nan for name in ("gap", "gap_memorized", "null_low", "null_high", "null_sd", "threshold")}
     text = summary(told_otherwise(made_up(memorized=0), controls=0, tail="none", **nothing))
-    assert "no usable controls" in text and "That can't be said" in text
+    assert "no usable controls" in text and "Unknown: no sample could be compared with controls" in text
     assert "nan" not in text
 
 
@@ -123,7 +130,8 @@ def test_samples_without_tokens_are_not_measured_per_token():
 
 
 def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
-    write_report(made_up().findings(), tmp_path / "deep" / "told.md", ["W&B run: somewhere"], {})
+    findings = replace(made_up().findings(), logged_runs=["W&B run: somewhere"])
+    write_report(findings, tmp_path / "deep" / "told.md")
     text = (tmp_path / "deep" / "told.md").read_text()
     assert "| 6 | 4 |" in text and "W&B run: somewhere" in text
     files = {file.name for file in (tmp_path / "deep" / "told_files").iterdir()}
@@ -133,7 +141,37 @@ def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
 
 
 def test_the_report_without_figures_links_none():
-    assert "![" not in markdown(made_up().findings(), None)
+    assert "![" not in markdown(run_document(made_up().findings(), ""), None)
+
+
+def test_the_report_is_the_whole_document():
+    """First page, method, settings and versions as in HTML, every section once, and no table twice."""
+    findings = replace(made_up().findings(), settings={"LossTracker": {"flush_every": 50}}, versions={"torch": "9.9"})
+    document = run_document(findings, "2030-01-01T00:00:00+00:00")
+    text = markdown(document, "told_files")
+    assert "\n".join(first_page(document)) in text and "2030-01-01T00:00:00+00:00" in text
+    titles = ["When", "Which", "How sure", "What this does not show", "Method"]
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {title}" for title in titles]
+    tables = [line for line in text.splitlines() if line.startswith("| ---")]
+    assert len(tables) == 3 and "| LossTracker | flush_every=50 |" in text and "| torch | 9.9 |" in text
+    paragraphs = [words for section in document.sections for words in section.paragraphs]
+    assert all(text.count(f"- {words}\n") == 1 for words in paragraphs)
+    for picture in (picture for section in document.sections for picture in section.pictures):
+        assert text.count(f"*{picture.caption}.* [SVG](told_files/{picture.stem}.svg)") == 1
+
+
+def test_the_summary_is_the_sections_of_the_report():
+    """Of those sections that the summary has, it says every sentence of the report."""
+    findings = made_up().findings()
+    text, titles = summary(findings), {section.title for section in SECTIONS if not section.in_summary}
+    for section in run_document(findings, "").sections:
+        assert (section.title in titles) != all(f"\n  {words}" in text for words in section.paragraphs)
+
+
+def test_every_figure_has_a_section_and_a_stem_of_its_own():
+    assert {figure.section for figure in FIGURES} <= {section.title for section in SECTIONS}
+    assert len({figure.stem for figure in FIGURES}) == len(FIGURES)
+    assert len({section.title for section in SECTIONS}) == len(SECTIONS)
 
 
 # The bar --------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import wandb
 from lightning_memsink.callbacks.live_curves import LiveCurves
 from lightning_memsink.callbacks.run_report import RunReport
 from lightning_memsink.detection.verdicts import WORDS
+from lightning_memsink.reporting.loggers.logged_run import LoggedEvaluation
 from lightning_memsink.reporting.loggers.wandb import SafeWandbLogger, offline_without_key
-from lightning_memsink.reporting.loggers.wandb_reader import RecordedRun, read_run
 from lightning_memsink.reporting.loggers.wandb_run import WandbRun
 from lightning_memsink.reporting.scalars import top_memorized
 from tests.support.made_up import ONSET, SAMPLES, made_up
 from tests.support.reported_runs import QUIET, Writer, fit
+from tests.support.wandb_reader import RecordedRun, read_run
 
 KEY = "0" * 40
 pytestmark = [QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -114,8 +115,11 @@ def test_the_report_says_how_to_open_the_run(recorded):
 
 def test_without_the_option_no_text_is_in_the_table():
     made, run = made_up(), MagicMock()
-    samples = top_memorized(made.table, made.flags, 40, top=1)
-    WandbRun(run, {}, text=None).evaluation(made.row([]), samples, torch.zeros(0))
+    row = made.row([])
+    made.flags.gap.fill_(torch.nan)  # nothing measured
+    logged = WandbRun(MagicMock(experiment=run))
+    logged.start({})
+    logged.evaluation(LoggedEvaluation(row, made.table, made.flags, top=1))
     [logged] = run.log.call_args.args
     table = logged["memsink/memorized_samples"]
     assert len(table.data) == 1 and "text" not in table.columns

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
-from lightning_memsink.reporting.run_summary import Findings
+from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.scalars import PlantedIds, scalars
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable

@@ -1,32 +1,27 @@
-"""Weights & Biases that never stops a training: without key or network a run is recorded offline.
+"""Weights & Biases without interruption of training: without an API key or a network, runs are recorded offline.
 
-Nothing here is imported before it is used, and ``wandb`` itself only inside the functions.
+``wandb`` is imported inside the functions only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
-
-from lightning_memsink._lightning import is_a
 
 
 def offline_without_key() -> bool:
-    """Records W&B runs of this process offline if no API key can be found. Never prompts, never asks the network.
+    """Switches this process's W&B runs to offline mode if there is no API key. Needs no prompt and no network.
 
-    Says nothing: who uses W&B reads it in wandb's own opening lines.
-
-    Leaves everything alone where wandb is not installed or ``WANDB_MODE`` is set. Call it before the first run.
+    It prints nothing, because wandb itself prints the mode when a run starts. It changes nothing if wandb is not
+    installed or ``WANDB_MODE`` is set. Call it before the first run starts.
 
     Returns:
-        Whether it switched to offline.
+        Whether it switched to offline mode.
     """
     if "WANDB_MODE" in os.environ or os.environ.get("WANDB_API_KEY") or find_spec("wandb") is None:
         return False
@@ -37,10 +32,10 @@ def offline_without_key() -> bool:
 
 
 def _key_is_known() -> bool:
-    """What ``wandb.init`` would find: a settings file, an identity token, netrc, or a login in this process.
+    """Whether ``wandb.init`` would find a key or another mode: in settings, an identity token, netrc, or a login.
 
-    Settings are read into an object of our own: wandb's global ones are loaded once, and would not see
-    ``WANDB_MODE`` set after that.
+    Settings are read into a new object: wandb loads its global ones once, and would not read a ``WANDB_MODE`` that is
+    set after that.
     """
     from wandb import Settings
     from wandb.sdk.lib import wbauth
@@ -55,12 +50,13 @@ def _key_is_known() -> bool:
 
 
 SECONDS = 30.0
+"""How long `SafeWandbLogger` waits for the server."""
 
 
 class SafeWandbLogger(WandbLogger):
-    """``WandbLogger`` that records offline when a run can't be started online: no key, no network, no server.
+    """A ``WandbLogger`` that records offline if a run can't start online for lack of a key, a network or a server.
 
-    It waits half a minute for the server, where W&B waits a minute and a half; ``settings=`` changes that.
+    It waits half a minute for the server (W&B: a minute and a half); ``settings=`` changes that.
     """
 
     @property
@@ -83,29 +79,3 @@ class SafeWandbLogger(WandbLogger):
                 "upload it later with `wandb sync PATH`."
             )
             return super().experiment
-
-
-def keep_files(logger: Logger, files: Iterable[Path]) -> None:
-    """Files and folders as a W&B artifact of type ``memsink-report``, with the run; nothing for other loggers."""
-    if not is_a(logger, WandbLogger) or logger.experiment.disabled:
-        return
-    from wandb import Artifact
-
-    run = logger.experiment
-    artifact = Artifact(f"memsink-{run.id}", type="memsink-report")
-    for path in files:
-        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path), name=path.name)
-    run.log_artifact(artifact)
-
-
-def how_to_open(logger: Logger) -> str | None:
-    """Where a W&B run is and what to type; None for other loggers and disabled runs."""
-    if not is_a(logger, WandbLogger):
-        return None
-    run = logger.experiment
-    if run.disabled:
-        return None
-    if run.offline:
-        where = run.settings.sync_dir
-        return f"W&B run, recorded offline.\n  Look at it: wandb leet {where}\n  Upload it: wandb sync {where}"
-    return f"W&B run: {run.url}"
