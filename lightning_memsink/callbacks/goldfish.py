@@ -29,6 +29,8 @@ class Goldfish(LossWeighing):
         seed: of the hash, which chooses the tokens.
     """
 
+    saves_samples = False
+
     def __init__(self, k: int = 4, context: int = 13, seed: int = 0) -> None:
         if k < 2:
             raise ValueError(f"k: one in k tokens is dropped, so it is at least 2, but it is {k}.")

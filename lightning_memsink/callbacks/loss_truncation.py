@@ -42,6 +42,8 @@ class LossTruncation(LossWeighing):
         ValueError: for a number out of range.
     """
 
+    saves_samples = False
+
     def __init__(self, fraction: float = 0.05, window: int = 1000) -> None:
         if not 0 < fraction < 1:
             raise ValueError(f"fraction is a share of samples between 0 and 1, but it is {fraction}.")

@@ -35,6 +35,8 @@ class MemorizationDetector(Callback):
         reach: how far from its controls a sample may lie, in units of what 99 % of them lie from one another.
     """
 
+    saves_samples = True
+
     def __init__(
         self,
         alpha: float = 0.05,

@@ -83,6 +83,8 @@ class MemSinks(Mitigation):
             resume, the pool or its seed differ from the checkpoint's.
     """
 
+    saves_samples = False
+
     def __init__(
         self,
         pool_fraction: float = 0.75,

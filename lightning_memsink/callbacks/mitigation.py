@@ -13,8 +13,8 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import Reads, require_support
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.losses.capture import UNREADABLE
 from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.losses.unreadable import InternalError, UnreadableLoss, internal_error
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.samples.batch import batch_size
 
@@ -24,6 +24,8 @@ class Mitigation(Callback, ABC):
     training ends. ``interventions`` is made in ``__init__``."""
 
     reads: ClassVar[Reads] = "losses"
+    saves_samples: ClassVar[bool]
+    """Whether the state refers to samples of the ledger, so that a new ledger leaves it out; see `leave_out`."""
     interventions: InterventionLog
 
     @abstractmethod
@@ -74,7 +76,7 @@ class LossWeighing(Mitigation):
 
     @abstractmethod
     def _weigh(self, opened: OpenLoss) -> None:
-        """Before the backward. Whatever of `UNREADABLE` it raises leaves the step as it is."""
+        """Before the backward. If it raises, the step is left as it is: an `UnreadableLoss` is the user's, others are ours."""
 
     def _samples(self, ledger: Ledger) -> int:
         """Of the batch in hand; where there are none, the step is left as it is."""
@@ -94,8 +96,10 @@ class LossWeighing(Mitigation):
             nodes = None if batch is None else batch.loss_nodes(loss)
             self._open = OpenLoss(loss, size, loss_scale(trainer), nodes)
             self._weigh(self._open)
-        except UNREADABLE as error:
+        except UnreadableLoss as error:
             self._warn("every sample of such a step", str(error))
+        except Exception as error:  # it must not end the training
+            warn_once(self._warnings, f"{internal_error(type(self).__name__, error)}.", category=InternalError)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

@@ -54,6 +54,8 @@ class SampleGradientMask(LossWeighing):
         ValueError: for a number out of range, or (``route``, at the start of fit) a model without hidden layers.
     """
 
+    saves_samples = True
+
     def __init__(
         self,
         mode: Mode = "hold",

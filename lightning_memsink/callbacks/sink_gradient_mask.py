@@ -46,6 +46,7 @@ class SinkGradientMask(Mitigation):
     """
 
     reads = "weights"
+    saves_samples = False
 
     def __init__(
         self, strength: float = 1.0, sinks: Sinks | str | Path | None = None, direction: Direction = "both"

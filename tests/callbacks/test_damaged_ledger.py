@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+import lightning_memsink
 from lightning_memsink import SampleGradientMask, memsink
+from lightning_memsink.callbacks.runtime.checkpointing import leave_out
 from lightning_memsink.ledger import Ledger
 from tests.support.small_runs import TRAIN, TinyLM, fit
 
@@ -128,3 +131,51 @@ def test_weights_and_optimizer_are_resumed_under_a_new_ledger(checkpoint, tmp_pa
 def test_without_the_option_the_ledger_goes_on(checkpoint, tmp_path):
     run = resume(copied(checkpoint), tmp_path)
     assert int(Ledger.of(run).losses.exposures.sum()) == 3 * len(TRAIN)
+
+
+# Which states a new ledger leaves out ---------------------------------------------------------------------------------
+
+WITH_STATE = [
+    kind
+    for kind in (getattr(lightning_memsink, name) for name in lightning_memsink.__all__)
+    if isinstance(kind, type) and issubclass(kind, Callback) and kind.state_dict is not Callback.state_dict
+]
+
+
+@pytest.mark.parametrize("kind", WITH_STATE)
+def test_every_callback_with_a_state_declares_whether_it_refers_to_samples(kind):
+    """In its own class, so that a new one can't be forgotten by inheriting an answer."""
+    assert vars(kind).get("saves_samples") in (True, False)
+
+
+def numbers_in(state):
+    if isinstance(state, torch.Tensor):
+        return {int(number) for number in state.flatten().tolist()} if state.dtype == torch.int64 else set()
+    if isinstance(state, dict):
+        return {number for pair in state.items() for each in pair for number in numbers_in(each)}
+    if isinstance(state, list | tuple | set):
+        return {number for each in state for number in numbers_in(each)}
+    return {state} if isinstance(state, int) else set()
+
+
+def test_a_state_with_sample_ids_is_declared_and_left_out(tmp_path):
+    """Ids are 64-bit hashes of the content here: no other number of a state is equal to one by chance."""
+    more = [
+        lightning_memsink.MemSinks(),
+        lightning_memsink.SinkDropout(who="all"),
+        lightning_memsink.SinkGradientMask(strength=0.1),
+        lightning_memsink.Goldfish(context=3),
+        lightning_memsink.LossTruncation(window=50),
+    ]
+    callbacks = [*crew(), SampleGradientMask("skip"), *more]
+    callbacks = [each for n, each in enumerate(callbacks) if type(each) not in map(type, callbacks[n + 1 :])]
+    run = fit(callbacks, max_epochs=2)[0]
+    ids = set(Ledger.of(run).losses.ids.tolist())
+    ours = [each for each in callbacks if type(each) in WITH_STATE]
+    with_ids = {type(each).__name__ for each in ours if numbers_in(each.state_dict()) & ids}
+    assert {"LossTracker"} <= with_ids <= {type(each).__name__ for each in ours if each.saves_samples}
+    checkpoint = {"callbacks": {each.state_key: {} for each in callbacks}}
+    leave_out(checkpoint, callbacks)
+    assert set(checkpoint["callbacks"]) == {
+        each.state_key for each in callbacks if not getattr(each, "saves_samples", 0)
+    }

@@ -137,7 +137,7 @@ class Excluding(TinyLM):
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.5}], ids=str)
 def test_a_latched_sample_leaves_as_if_detached_by_hand(options):
-    """Latched from the second epoch on, by a mask with the ids set by hand; also in micro-batches and under clipping."""
+    """Ids are latched by hand from the second epoch on; also in micro-batches and under clipping."""
 
     class LatchedAtStep(SampleGradientMask):
         def _latch_flagged(self, ledger):
