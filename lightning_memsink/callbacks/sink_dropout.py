@@ -21,7 +21,7 @@ from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.mitigation.intervention_log import InterventionLog
-from lightning_memsink.mitigation.unit_dropout import draw, rows_of, switched_off
+from lightning_memsink.mitigation.unit_dropout import dropout_mask, samples_in, zero_units
 from lightning_memsink.samples.batch import batch_size
 
 
@@ -44,6 +44,8 @@ class SinkDropout(Mitigation):
     Raises:
         ValueError: at the start, if sinks are empty or of another model, or SinkLocalizer looks at other layers.
     """
+
+    saves_samples = False
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class SinkDropout(Mitigation):
             if self._now is None or not pl_module.training or self._now.units(layer) is None:
                 return None
             off = self._off(self._now, place, layer, args)
-            return None if off is None else (switched_off(args[0], off, layer), *args[1:])
+            return None if off is None else (zero_units(args[0], off, layer), *args[1:])
 
         return drop
 
@@ -124,7 +126,7 @@ class SinkDropout(Mitigation):
             now.samples = self._samples(now.size)
         if not now.samples.any():
             return None
-        rows = rows_of(args[0], layer) if args and isinstance(args[0], Tensor) else None
+        rows = samples_in(args[0], layer) if args and isinstance(args[0], Tensor) else None
         if rows != now.size:
             found = "no batch axis that can be told" if rows is None else f"{rows} rows"
             warn_once(
@@ -137,7 +139,7 @@ class SinkDropout(Mitigation):
         if place not in now.off:
             units = now.units(layer)
             assert units is not None
-            now.off[place] = draw((*now.key, place), now.samples, units, layer.units, self.p)
+            now.off[place] = dropout_mask((*now.key, place), now.samples, units, layer.units, self.p)
         return now.off[place]
 
     def _samples(self, size: int) -> Tensor:

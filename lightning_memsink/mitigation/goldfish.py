@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.losses.per_sample import samples_by_offset
-from lightning_memsink.losses.reweighting import OpenCall, OpenLoss, Unweighable
-from lightning_memsink.losses.saved_tensors import NEGATIVE_LIKELIHOOD, signed
+from lightning_memsink.losses.readers import is_likelihood, saved_value
+from lightning_memsink.losses.reweighting import OpenCall, OpenLoss
+from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.samples.hashing import mixed, shifted
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as int64
@@ -66,15 +67,13 @@ def drop_targets(opened: OpenLoss, k: int, context: int, seed: int = 0) -> Tenso
         loss's coefficients.
 
     Raises:
-        Unweighable: the loss is no cross entropy of tokens.
+        UnreadableLoss: the loss is no cross entropy of tokens.
     """
     size = opened.batch_size
-    token_losses = [
-        each for each in opened.calls if each.node.name() in NEGATIVE_LIKELIHOOD and each.call.losses.numel() != size
-    ]
+    token_losses = [each for each in opened.calls if is_likelihood(each.node) and each.call.losses.numel() != size]
     if not token_losses:
         kinds = ", ".join(dict.fromkeys(each.call.kind for each in opened.calls))
-        raise Unweighable(
+        raise UnreadableLoss(
             f"the loss is {kinds}, which has no targets [B, T]. Use it where a cross entropy of tokens, without label "
             "smoothing, is trained"
         )
@@ -100,9 +99,9 @@ def _texts(calls: list[OpenCall], size: int) -> list[list[OpenCall]]:
 
 def _dropped_in_text(text: Sequence[OpenCall], size: int, k: int, context: int, seed: int) -> list[Tensor]:
     """A bool mask of the dropped targets for each call of ``text``."""
-    targets = torch.cat([each.node._saved_target.reshape(-1) for each in text])
+    targets = torch.cat([saved_value(each.node, "target").reshape(-1) for each in text])
     counted = torch.cat(
-        [(each.node._saved_target != signed(each.node._saved_ignore_index)).reshape(-1) for each in text]
+        [(saved_value(each.node, "target") != saved_value(each.node, "ignore_index")).reshape(-1) for each in text]
     )
     samples = torch.cat([_sample_of_target(each, size) for each in text])
     drop = dropped_targets(targets, samples, counted, k, context, seed)

@@ -1,4 +1,4 @@
-"""Which of a hidden layer's units a sample's gradient passes: gradient routing (Cloud et al. 2024).
+"""Gradient routing (Cloud et al. 2024): the gradient of chosen samples reaches chosen units of a hidden layer only.
 
 B  samples in a batch      U  units
 """
@@ -15,16 +15,17 @@ from lightning_memsink.attribution.hidden_layers import HiddenLayer
 
 
 def reserved_units(layer: HiddenLayer, share: float) -> Tensor:
-    """Bool ``[U]``: the last ``share`` of the layer's units, one at least."""
-    kept = torch.zeros(layer.units, dtype=torch.bool)
-    kept[-max(1, round(share * layer.units)) :] = True
-    return kept
+    """Bool ``[U]``: the last ``share`` (0…1) of the layer's units, at least one."""
+    reserved = torch.zeros(layer.units, dtype=torch.bool)
+    reserved[-max(1, round(share * layer.units)) :] = True
+    return reserved
 
 
 def route(hidden: Tensor, samples: Tensor, units: Tensor, batch_axis: int = 0, unit_axis: int = -1) -> Tensor:
-    """``hidden``, bit for bit, whose gradient comes back for ``samples`` bool ``[B]`` to ``units`` bool ``[U]`` only.
+    """``hidden``, bit for bit, with its gradient routed: for ``samples`` bool ``[B]``, it reaches ``units`` bool
+    ``[U]`` only.
 
-    It is ``m * h + (1 - m) * h.detach()`` for masks of zeros and ones, without the arithmetic.
+    Equals ``m * h + (1 - m) * h.detach()`` with a mask m of zeros and ones, without the arithmetic.
     """
     by_sample = [-1 if axis == batch_axis % hidden.ndim else 1 for axis in range(hidden.ndim)]
     by_unit = [-1 if axis == unit_axis % hidden.ndim else 1 for axis in range(hidden.ndim)]
@@ -33,13 +34,14 @@ def route(hidden: Tensor, samples: Tensor, units: Tensor, batch_axis: int = 0, u
 
 
 def routing_hook(
-    layer: HiddenLayer, units: Tensor, samples: Callable[[], Tensor | None], lost: Callable[[str], None]
+    layer: HiddenLayer, units: Tensor, samples: Callable[[], Tensor | None], on_mismatch: Callable[[str], None]
 ) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    """A pre-hook (with keyword arguments) of ``layer.module`` that routes its first tensor.
+    """A forward pre-hook (with keyword arguments) of ``layer.module`` that routes the gradient of its first tensor.
 
     Args:
-        samples: those of the batch in hand, bool ``[B]``; None: nothing to route.
-        lost: told why, if the layer's input has no axis of B samples.
+        units: bool ``[U]``, those that the gradient reaches.
+        samples: returns bool ``[B]``, the samples of the current batch to route; None for none.
+        on_mismatch: called with the reason if the layer's input has no axis of B samples.
     """
 
     def hook(
@@ -51,7 +53,7 @@ def routing_hook(
             return None
         hidden = args[0] if args else kwargs[name]
         if hidden.shape[layer.batch_axis] != len(chosen):
-            lost(f"the input of {layer.name} is {list(hidden.shape)}, without an axis of {len(chosen)} samples")
+            on_mismatch(f"the input of {layer.name} is {list(hidden.shape)}, without an axis of {len(chosen)} samples")
             return None
         routed = route(hidden, chosen, units, layer.batch_axis, layer.unit_axis)
         return ((routed, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, name: routed})

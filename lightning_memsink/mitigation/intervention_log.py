@@ -1,4 +1,4 @@
-"""What a mitigation did: counted as batches pass, a record an evaluation. Logs and reports read it, nobody else."""
+"""Counts what a mitigation did, one record per evaluation. Only loggers and reports read it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from lightning_memsink._distributed import gather, is_first
 
 
 class InterventionLog:
-    """One mitigation's.
+    """The interventions of one mitigation: visits, samples acted on, and the share removed.
 
-    ``description`` is a sentence for the report: "leaves out the gradient of samples that ...". ``unit`` names what
-    ``removed`` is a share of: "gradient", "units", "tokens". In several processes each counts its own batches, and
-    `close_evaluation` adds them up; a checkpoint holds of what was counted since then the first process's part.
+    With several processes, each counts its own batches, and `close_evaluation` adds the counts up. Of the counts since
+    the last evaluation, a checkpoint holds those of the first process.
+
+    Args:
+        description: a predicate for the report: "leaves out the gradient of samples that ...".
+        unit: names what ``removed`` is a share of: "gradient", "units", "tokens".
 
     >>> log = InterventionLog("leaves samples out", "gradient")
     >>> log.add(visits=8, acted=2, removed=0.25)
@@ -24,36 +27,36 @@ class InterventionLog:
     def __init__(self, description: str, unit: str) -> None:
         self.description, self.unit = description, unit
         self.records: list[dict[str, float]] = []
-        """``visits`` of samples and how many were ``acted`` on since the record before, the mean share ``removed``, and
-        whatever else was counted."""
+        """One per evaluation: its ``step``, and since the previous record the ``visits`` of samples, how many of these
+        were ``acted`` on, the mean share ``removed``, and the further counts."""
         self.latest_step = -1
-        """Of the last evaluation that was closed, whether or not any batch had been counted."""
+        """The step of the last evaluation that was closed, whether or not a batch was counted; -1 before the first."""
         self._steps = 0
         self._open: dict[str, float] = {}
 
     def add(self, visits: int, acted: int, removed: float, **more: int) -> None:
-        """One training batch. ``removed``: 0…1; ``more``: further counts of samples, by name."""
+        """Counts one training batch. ``removed``: a share, 0…1. ``more``: further counts of samples, by name."""
         self._steps += 1
         for name, value in {"visits": visits, "acted": acted, "removed": removed, **more}.items():
             self._open[name] = self._open.get(name, 0) + value
 
     def close_evaluation(self, step: int) -> None:
-        """Adds up what was counted since the evaluation before. Every process calls it: the counts are gathered."""
+        """Adds a record of the batches since the last evaluation. Every process calls it: the counts are gathered."""
         self.latest_step = step
-        everyone = gather((self._steps, self._open))
+        gathered = gather((self._steps, self._open))
         self._steps, self._open = 0, {}
-        steps, record = sum(taken for taken, _ in everyone), dict[str, float]()
-        for _, counted in everyone:
-            for name, value in counted.items():
+        steps, record = sum(steps for steps, _ in gathered), dict[str, float]()
+        for _, counts in gathered:
+            for name, value in counts.items():
                 record[name] = record.get(name, 0.0) + value
         if steps:
             self.records.append({"step": float(step), **record, "removed": record["removed"] / steps})
 
     def total(self, name: str) -> float:
-        """Over the whole run so far: a sum, or for ``removed`` the mean weighed by visits."""
+        """A count over the whole run so far: the sum, or for ``removed`` the mean weighted by visits."""
         if name == "removed":
-            weighed = sum(record["removed"] * record["visits"] for record in self.records)
-            return weighed / max(1.0, self.total("visits"))
+            weighted = sum(record["removed"] * record["visits"] for record in self.records)
+            return weighted / max(1.0, self.total("visits"))
         return sum(record.get(name, 0.0) for record in self.records)
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,5 +71,5 @@ class InterventionLog:
         self.records[:] = [dict(record) for record in state["records"]]
         last = int(self.records[-1]["step"]) if self.records else -1
         self.latest_step = state.get("latest_step", last)  # version 0.1.0 saved none
-        if is_first():  # what it had counted, once
+        if is_first():  # the counts of the first process, restored once
             self._steps, self._open = state["steps"], dict(state["open"])

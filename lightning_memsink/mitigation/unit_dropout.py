@@ -1,4 +1,4 @@
-"""Switching chosen hidden units off at random, sample by sample.
+"""Dropout of chosen hidden units, drawn for each sample.
 
 B  samples in a batch    T  positions of a sample    U  units of a hidden layer    k  units of it that may be dropped
 """
@@ -13,33 +13,33 @@ from torch import Tensor
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 
 
-def draw(key: tuple[int, ...], samples: Tensor, units: Tensor, size: int, p: float) -> Tensor:
-    """Bool ``[B, U]``: which units are off for which samples. A function of its arguments: no global generator.
+def dropout_mask(key: tuple[int, ...], samples: Tensor, units: Tensor, size: int, p: float) -> Tensor:
+    """Bool ``[B, U]``: which units are dropped for which samples. No global generator is used.
 
     Args:
-        key: numbers that name the draw, such as seed, epoch, batch and layer.
-        samples: bool ``[B]``, those that units may be dropped for. The others' draws are made, and not used: one
-            sample's do not depend on which others are among them.
-        units: ``[k]``, those that may be dropped.
+        key: numbers that identify the draw, such as seed, epoch, batch and layer.
+        samples: bool ``[B]``, those that units may be dropped for. The draws of the others are made and not used, so
+            that the draw of a sample does not depend on which others are chosen.
+        units: ``[k]`` indices of those that may be dropped.
         size: U.
-        p: probability in 0…1 for each sample and unit by itself.
+        p: probability in 0…1, independent for each sample and unit.
     """
-    digest = blake2b(repr(key).encode(), digest_size=4).digest()  # torch's generator takes 32 bits of a seed
+    digest = blake2b(repr(key).encode(), digest_size=4).digest()  # torch's generator uses 32 bits of a seed
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     drawn = torch.rand(len(samples), len(units), generator=generator) < p
-    off = torch.zeros(len(samples), size, dtype=torch.bool)
-    off[:, units] = drawn & samples[:, None]
-    return off
+    dropped = torch.zeros(len(samples), size, dtype=torch.bool)
+    dropped[:, units] = drawn & samples[:, None]
+    return dropped
 
 
-def switched_off(hidden: Tensor, off: Tensor, layer: HiddenLayer) -> Tensor:
-    """``hidden`` with zeros where ``off`` ``[B, U]`` says, the same at all of a sample's positions; a new tensor."""
+def zero_units(hidden: Tensor, dropped: Tensor, layer: HiddenLayer) -> Tensor:
+    """A copy of ``hidden`` with zeros where ``dropped`` ``[B, U]`` is true, at all positions of a sample."""
     shape = [1] * hidden.ndim
-    shape[layer.batch_axis], shape[layer.unit_axis] = off.shape
-    return hidden.masked_fill(off.to(hidden.device).view(shape), 0)
+    shape[layer.batch_axis], shape[layer.unit_axis] = dropped.shape
+    return hidden.masked_fill(dropped.to(hidden.device).view(shape), 0)
 
 
-def rows_of(hidden: Tensor, layer: HiddenLayer) -> int | None:
-    """How many samples ``hidden`` seems to hold; None if it has no axis of its own for them, or other units."""
-    spare = layer.unit_axis % hidden.ndim == layer.batch_axis % hidden.ndim
-    return None if spare or hidden.shape[layer.unit_axis] != layer.units else hidden.shape[layer.batch_axis]
+def samples_in(hidden: Tensor, layer: HiddenLayer) -> int | None:
+    """The size of the batch axis of ``hidden``; None if it has no such axis beside the units, or not U units."""
+    is_shared = layer.unit_axis % hidden.ndim == layer.batch_axis % hidden.ndim
+    return None if is_shared or hidden.shape[layer.unit_axis] != layer.units else hidden.shape[layer.batch_axis]

@@ -1,4 +1,4 @@
-"""Taking localized units out of a model for good, as many as held-out loss can bear."""
+"""Removes localized units from a model for good, as many as a budget of held-out loss allows."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from lightning_memsink.localization.ablation import ablated, readers
 from lightning_memsink.localization.sink_layers import sink_layers
 from lightning_memsink.localization.sinks import Sinks
 
-STEP = sqrt(2)
-"""Each rung of the ladder has this many times the units of the one below: the choice falls at most that much short."""
+LADDER_RATIO = sqrt(2)
+"""Ratio of the numbers of units tried one after the other: the number chosen is at most this factor below the best."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What `ablate` did, and what every choice would have cost."""
+    """The units that `ablate` removed, and the cost of every number of units tried."""
 
     sinks: Sinks
-    """The units that are gone; none, if not even the first is within the budget."""
+    """The units removed; none if the best unit alone exceeds the budget."""
     ladder: tuple[tuple[int, float], ...]
-    """Units zeroed, best first, and the loss with them zero; the first row is the model as it was. NaN and infinite
-    losses are beyond any budget."""
+    """For each number of units zeroed, best first: the number, and the loss in nats with them zero. The first row is
+    the unchanged model. NaN and infinite losses exceed any budget."""
     budget: float
+    """Nats that the loss may rise by."""
 
     @property
     def rise(self) -> float:
-        """Nats, of the loss that `ablate` was given; negative if it fell."""
+        """How much the loss rose, in nats; negative if it fell."""
         return dict(self.ladder)[len(self.sinks)] - self.ladder[0][1]
 
     def __str__(self) -> str:
@@ -50,19 +51,19 @@ class Removal:
 
 
 def ablate(model: nn.Module, sinks: Sinks, *, loss: Callable[[], float], budget: float = 0.02) -> Removal:
-    """Zeroes the weights that read the best of ``sinks``, as many as cost at most ``budget``. In place, after training:
-    a step of the optimizer would fill them again.
+    """Zeroes the weights that read the best of ``sinks``, as many as raise the loss by at most ``budget``.
 
-    Counts of a geometric ladder are tried, all of them: loss need not rise with the number of units, so the largest
-    count within the budget may lie above one that is not. Units of several layers are taken by score (`Sinks.top`).
+    Changes the model in place. For after training: a step of the optimizer would fill the weights again. The numbers of
+    units tried grow geometrically. All are tried, since the loss need not rise with the number of units: the largest
+    number within the budget may be above one that exceeds it. Units of several layers are taken by score (`Sinks.top`).
 
     Args:
-        loss: mean loss of ``model`` in nats, on held-out samples, the same each time. Called some ``2 log2(sinks)``
-            times, in evaluation mode and without gradients; it leaves no trace in the global random generators.
-        budget: nats that it may rise by at most.
+        loss: returns the mean loss of ``model`` in nats on held-out samples, the same each time. It is called some
+            ``2 log2(sinks)`` times, in evaluation mode and without gradients; global random state is restored.
+        budget: nats that the loss may rise by.
 
     Raises:
-        ValueError: sinks of another model, a negative budget, or a loss that is no finite number to begin with.
+        ValueError: the sinks are of another model, the budget is negative, or the initial loss is not finite.
     """
     if not budget >= 0:
         raise ValueError(f"budget is how many nats the loss may rise by, at least 0, but it is {budget}.")
@@ -70,7 +71,7 @@ def ablate(model: nn.Module, sinks: Sinks, *, loss: Callable[[], float], budget:
     with isolated_eval(model), torch.no_grad():
         before = float(loss())
         if not isfinite(before):
-            raise ValueError(f"The loss of the model as it is must be finite, to compare others with, but is {before}.")
+            raise ValueError(f"The loss of the unchanged model must be finite, for the comparison, but it is {before}.")
         ladder = [(0, before)]
         for count in _counts(len(sinks)):
             with ablated(layers, _masks(layers, sinks.top(count))):
@@ -83,18 +84,19 @@ def ablate(model: nn.Module, sinks: Sinks, *, loss: Callable[[], float], budget:
 
 
 def _masks(layers: Sequence[HiddenLayer], sinks: Sinks) -> dict[str, Tensor]:
+    """Bool ``[U]`` by name of the layer."""
     masks = sinks.masks()
     return {layer.name: masks[layer.name] for layer in layers}
 
 
 def _counts(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 11, … and ``most``.
+    """Numbers of units to try: 1, 2, 3, 4, 6, 8, 11, … and ``most``.
 
     >>> _counts(10)
     [1, 2, 3, 4, 6, 8, 10]
     """
-    counts, rung = set(), 1.0
-    while rung < most:
-        counts.add(round(rung))
-        rung *= STEP
+    counts, count = set(), 1.0
+    while count < most:
+        counts.add(round(count))
+        count *= LADDER_RATIO
     return sorted(counts | {most}) if most else []

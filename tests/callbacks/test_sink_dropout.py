@@ -19,7 +19,7 @@ from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sinks import Sinks
-from lightning_memsink.mitigation.unit_dropout import draw, rows_of, switched_off
+from lightning_memsink.mitigation.unit_dropout import dropout_mask, samples_in, zero_units
 from tests.support.small_runs import LENGTH, TinyLM, fit, snapshot, watch
 
 UNITS = torch.tensor([5, 0, 77, 127])
@@ -53,19 +53,19 @@ def test_only_what_may_be_dropped_is_dropped_and_the_same_each_time(samples, uni
     generator = torch.Generator().manual_seed(seed)
     among = torch.randperm(units, generator=generator)[:chosen]
     whose = torch.rand(samples, generator=generator) < 0.5
-    off = draw((seed, 3), whose, among, units, 0.7)
+    off = dropout_mask((seed, 3), whose, among, units, 0.7)
     for sample in range(samples):
         for unit in range(units):
             assert not off[sample, unit] or (whose[sample] and unit in among)
-    assert torch.equal(off, draw((seed, 3), whose, among, units, 0.7))
-    everyone = draw((seed, 3), torch.ones_like(whose), among, units, 0.7)
+    assert torch.equal(off, dropout_mask((seed, 3), whose, among, units, 0.7))
+    everyone = dropout_mask((seed, 3), torch.ones_like(whose), among, units, 0.7)
     assert torch.equal(off, everyone & whose[:, None]), "a sample's draw does not depend on the others"
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 1.0])
 def test_each_unit_is_off_with_probability_p(p):
     everyone, units = torch.ones(4, dtype=torch.bool), torch.arange(8)
-    rates = torch.stack([draw((0, step), everyone, units, 8, p) for step in range(2000)]).float().mean(0)
+    rates = torch.stack([dropout_mask((0, step), everyone, units, 8, p) for step in range(2000)]).float().mean(0)
     assert (rates - p).abs().max() <= 4 * (p * (1 - p) / 2000) ** 0.5
 
 
@@ -77,14 +77,14 @@ def test_each_unit_is_off_with_probability_p(p):
 def test_a_unit_is_zero_at_every_position_of_its_sample(axes, shape):
     layer = HiddenLayer("down", nn.Linear(3, 1), 3, *axes)
     hidden, off = torch.randn(shape), torch.tensor([[True, False, False], [False, True, True]])
-    found = switched_off(hidden, off, layer)
+    found = zero_units(hidden, off, layer)
     for sample in range(2):
         for unit in range(3):
             own, before = (
                 one.select(axes[1], sample).select(axes[0] if axes[0] < 0 else 0, unit) for one in (found, hidden)
             )
             assert torch.equal(own, torch.zeros_like(before) if off[sample, unit] else before)
-    assert rows_of(hidden, layer) == 2
+    assert samples_in(hidden, layer) == 2
 
 
 # Whole runs -------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_a_weight_that_two_layers_share_comes_once_with_the_units_of_both():
 def test_a_layer_whose_writer_is_unknown_can_be_held_by_its_columns_only():
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     layers = find_hidden_layers(model, ["2"])
-    with pytest.raises(ValueError, match=r"which module makes them can't be told.*Pass direction='out'"):
+    with pytest.raises(ValueError, match=r"which module writes them.*Pass direction='out'"):
         unit_axes(model, layers)
     assert [axis.axis for axis in unit_axes(model, layers, "out")["2"]] == [1]
 
@@ -163,7 +163,7 @@ def test_a_layer_whose_writer_is_unknown_can_be_held_by_its_columns_only():
 def test_a_computed_weight_has_no_number_of_a_unit():
     model, _ = plain()
     nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.raises(ValueError, match="its weight is computed from others: no number per unit"):
+    with pytest.raises(ValueError, match="its weight is computed from others: it has no row per unit"):
         unit_axes(model, find_hidden_layers(model))
 
 
