@@ -176,8 +176,8 @@ def test_a_look_that_fails_on_one_rank_is_the_end_of_no_run(rank, tmp_path, monk
     for where in (
         "lightning_memsink.callbacks.sink_localizer.shares",
         "lightning_memsink.callbacks.extraction_probe.ask",
-        "lightning_memsink.callbacks.live_curves.top_memorized",
-        "lightning_memsink.callbacks.live_curves.WandbRun.evaluation",  # Lightning logs past it
+        "lightning_memsink.reporting.loggers.logged_run.top_memorized",
+        "lightning_memsink.reporting.loggers.wandb_run.WandbRun.evaluation",  # Lightning logs past it
         "lightning_memsink.callbacks.memsinks.Bench",
     ):
         monkeypatch.setattr(where, fails(pkgutil.resolve_name(where)))
