@@ -1,4 +1,4 @@
-"""``memsink audit``: a model that was trained without us."""
+"""``memsink audit``: tests a finished model for memorized texts."""
 
 from __future__ import annotations
 
@@ -7,42 +7,46 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # comes with jsonargparse
 from jsonargparse import ArgumentParser
 
-from lightning_memsink._files import written_whole
 from lightning_memsink.cli.recipes import config_path
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
-from lightning_memsink.extraction.audit.audit import Audit, AuditConfig, audit
+from lightning_memsink.extraction.audit.audit import audit
+from lightning_memsink.extraction.audit.config import AuditConfig
 from lightning_memsink.extraction.audit.model_loading import load
+from lightning_memsink.extraction.audit.results import Audit
 from lightning_memsink.extraction.audit.texts import read_texts
-from lightning_memsink.reporting.audit_document import audit_document, picture_of
-from lightning_memsink.reporting.document import Document, markdown
+from lightning_memsink.reporting.audit_document import audit_document, draw_figures
+from lightning_memsink.reporting.document import Document
+from lightning_memsink.reporting.document_files import write_document
 
-ASKED = ("prefix", "length", "p", "temperature", "top_k", "top_p")
-"""Settings that answers depend on; the others only judge them."""
+GROUP, OLD_GROUP = "probe", "ask"
+"""The group of options of `AuditConfig`, ``--probe.units``, and its name in earlier versions, which is still read."""
+CACHE_KEYS = ("prefix", "length", "p", "temperature", "top_k", "top_p")
+"""Options that the cached results of a text depend on; the other options only evaluate results."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Audits, writes ``report.html``, ``report.json`` and ``report.md``, and tells the first page."""
-    before = ["", *argv[:-1]]
-    words = [config_path(word) if flag in ("-c", "--config") else word for flag, word in zip(before, argv, strict=True)]
+    """Audits a model, writes ``report.html``, ``report.json`` and ``report.md``, and prints the first page."""
     try:
-        options = _parser().parse_args(words)
-        settings = AuditConfig(**vars(options.ask))
-        _ = settings.scheme, settings.rule  # raise for what can't be asked
-        suspects, controls = (read_texts(Path(each)) for each in (options.suspects, options.controls))
+        options = _parser().parse_args(_resolved(argv))
+        config = AuditConfig(**vars(options.probe))
+        _ = config.probe, config.rule  # raise for values out of range
+        suspects, controls = (read_texts(Path(file)) for file in (options.suspects, options.controls))
         subject = load(Path(options.model), None if options.tokenizer is None else Path(options.tokenizer))
-        about = {"model": subject.fingerprint, **{name: getattr(settings, name) for name in ASKED}}
-        kept = AnswersFile(Path(options.out) / "answers.jsonl", about)
-        looked_at = min(settings.closer, len(suspects))
-        with _progress(len(suspects) + len(controls) + looked_at) as advance:
-            found = audit(subject, suspects, controls, settings, kept, advance)
+        header = {"model": subject.fingerprint, **{name: getattr(config, name) for name in CACHE_KEYS}}
+        cache = AnswersFile(Path(options.out) / "answers.jsonl", header)
+        steps = len(suspects) + len(controls) + min(config.closer, len(suspects))
+        with _Progress(steps) as advance:
+            result = audit(subject, suspects, controls, config, cache, advance)
     except (ArgumentError, ValueError, OSError, MemoryError) as error:
         raise SystemExit(f"memsink audit: {error}") from None
-    document = audit_document(found, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    document = audit_document(result, datetime.now(timezone.utc).isoformat(timespec="seconds"))
     print(_first_page(document))
-    for path in _write(found, document, Path(options.out)):
+    for path in _write(result, document, Path(options.out)):
         print(path)
     return 0
 
@@ -50,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="memsink audit",
-        description="What a model knows of suspected texts, against controls that it was surely not trained on.",
+        description="Tests which suspected texts a model has memorized, against controls that it was not trained on.",
         exit_on_error=False,
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file with these options, or a recipe's name")
@@ -59,31 +63,51 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--suspects", type=str, required=True, help='JSONL: {"text": ..., "group": ...} a line')
     parser.add_argument("--controls", type=str, required=True, help="JSONL of texts that were not trained on")
     parser.add_argument("--out", type=str, default="memsink_audit", help="the folder of the report")
-    parser.add_class_arguments(AuditConfig, "ask")
+    parser.add_class_arguments(AuditConfig, GROUP)
     return parser
 
 
-def _write(found: Audit, document: Document, folder: Path) -> list[Path]:
-    from lightning_memsink.reporting.html_page import write
+def _resolved(argv: Sequence[str]) -> list[str]:
+    """The same command line with recipes replaced by their files, and the old name of the option group by its name."""
+    words = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        flag, equals, value = word.partition("=")
+        if before in ("-c", "--config"):
+            word = _config(word)
+        elif equals and flag in ("-c", "--config"):
+            word = f"{flag}={_config(value)}"
+        elif flag == f"--{OLD_GROUP}" or flag.startswith(f"--{OLD_GROUP}."):
+            word = f"--{GROUP}{word.removeprefix(f'--{OLD_GROUP}')}"
+        words.append(word)
+    return words
 
+
+def _config(name: str) -> str:
+    """The path of a config; or the content of one with the old name of the option group, under the group's name."""
+    path = config_path(name)
     try:
-        figures = picture_of(found)
+        content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return path  # the parser refuses it in its own words
+    if not isinstance(content, dict) or OLD_GROUP not in content:
+        return path
+    options = content.pop(OLD_GROUP) or {}
+    content[GROUP] = {**options, **(content.get(GROUP) or {})}
+    return str(yaml.safe_dump(content))
+
+
+def _write(result: Audit, document: Document, folder: Path) -> list[Path]:
+    """The files of the report, after they are written."""
+    try:
+        figures = draw_figures(result)
     except ImportError:
         print("There are no figures without matplotlib: pip install 'lightning-memsink[report]'", file=sys.stderr)
         figures = {}
-    files, pictures = folder / "report_files", {}
-    if figures:
-        from lightning_memsink.reporting.figures import save_all
-
-        pictures = save_all(figures, files)
-    written = write(document, pictures, folder)
-    if found.located is not None:
-        found.located.sinks.save(folder / "sinks.safetensors")
-        written = [*written, folder / "sinks.safetensors"]
-    path = folder / "report.md"
-    with written_whole(path) as unfinished:
-        unfinished.write_text(markdown(document, files.name if figures else None), encoding="utf-8")
-    return [*written, path]
+    written = write_document(document, figures, folder / "report.md")
+    if result.localized_units is not None:
+        result.localized_units.sinks.save(folder / "sinks.safetensors")
+        written.append(folder / "sinks.safetensors")
+    return written
 
 
 def _first_page(document: Document) -> str:
@@ -91,13 +115,13 @@ def _first_page(document: Document) -> str:
     return "\n".join([document.title, "", *answers, *document.plain, ""])
 
 
-class _progress:
-    """A bar on a terminal; elsewhere a line each tenth."""
+class _Progress:
+    """A progress bar on a terminal; elsewhere one line per tenth of the texts."""
 
     def __init__(self, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar, self.total, self.done = Progress(*columns, transient=True), total, 0
 
     def __enter__(self):  # type: ignore[no-untyped-def]
@@ -110,7 +134,7 @@ class _progress:
         tenths = 10 * self.done // max(1, self.total)
         self.done += done
         if not self.bar.console.is_terminal and 10 * self.done // max(1, self.total) > tenths:
-            print(f"asked for {self.done} of {self.total}", file=sys.stderr, flush=True)
+            print(f"probed {self.done} of {self.total} texts", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()

@@ -1,4 +1,4 @@
-"""What could be extracted of chosen texts, evaluation by evaluation. Logs and reports read it."""
+"""The history of extraction results over training, which loggers and reports read."""
 
 from __future__ import annotations
 
@@ -14,54 +14,56 @@ from lightning_memsink.extraction.probe import ExtractionResults, ProbeConfig
 
 @dataclass
 class ExtractionHistory:
-    """By group of texts; a group may be of texts never trained on, for comparison.
+    """Extraction results by group of texts; a group may hold texts never trained on, for comparison.
 
-    ``rows``: a dict an evaluation, ``step`` and by group the shares ``GROUP/exact`` and ``GROUP/discoverable`` of its
-    texts and the mean share of the suffix that is the ``GROUP/longest_run``.
+    ``rows`` has a dict per evaluation: ``step``, and for each group the shares of its texts that are extracted
+    (``GROUP/exact``, ``GROUP/discoverable``) and the mean share of the suffix in the longest run
+    (``GROUP/longest_run``).
     """
 
-    scheme: ProbeConfig
+    config: ProbeConfig
     sizes: dict[str, int] = field(default_factory=dict)
-    """Texts by group, those that are long enough to be asked for."""
+    """By group, the number of texts that are longer than the prefix."""
     rows: list[dict[str, float]] = field(default_factory=list)
     first: dict[str, Tensor] = field(default_factory=dict)
-    """By group, ``[N]``: the step at which a text first came word for word; -1 if it never did."""
+    """By group, ``[N]``: the step at which a text was first extracted word for word; -1 if it never was."""
 
-    def add(self, step: int, answers: Mapping[str, ExtractionResults]) -> None:
-        """One evaluation."""
+    def add(self, step: int, results: Mapping[str, ExtractionResults]) -> None:
+        """Adds the results of one evaluation, by group."""
         row = {"step": float(step)}
-        for group, told in answers.items():
-            asked = told.suffix > 0
-            self.sizes[group] = int(asked.sum())
-            first = self.first.setdefault(group, torch.full((len(told),), -1))
-            first[told.exact & (first < 0)] = step
-            if asked.any():
-                row[f"{group}/exact"] = float(told.exact[asked].double().mean())
-                row[f"{group}/discoverable"] = float(told.discoverable(self.scheme.n)[asked].double().mean())
-                row[f"{group}/longest_run"] = float((told.longest_run / told.suffix.clamp(min=1))[asked].mean())
+        for group, of_group in results.items():
+            long = of_group.suffix > 0
+            self.sizes[group] = int(long.sum())
+            first = self.first.setdefault(group, torch.full((len(of_group),), -1))
+            first[of_group.exact & (first < 0)] = step
+            if long.any():
+                run_share = of_group.longest_run / of_group.suffix.clamp(min=1)
+                row[f"{group}/exact"] = float(of_group.exact[long].double().mean())
+                row[f"{group}/discoverable"] = float(of_group.discoverable(self.config.n)[long].double().mean())
+                row[f"{group}/longest_run"] = float(run_share[long].mean())
         self.rows.append(row)
 
     def series(self, step: int) -> dict[str, float]:
-        """``extraction/…`` of the evaluation at ``step``; empty if there was none."""
+        """The metrics ``extraction/…`` of the evaluation at ``step``; empty if there was none."""
         last = self.rows[-1] if self.rows else {"step": -1.0}
         if last["step"] != step:
             return {}
         return {f"extraction/{name.replace(' ', '_')}": value for name, value in last.items() if name != "step"}
 
     def words(self) -> list[str]:
-        """A sentence a group."""
-        scheme, last = self.scheme, self.rows[-1] if self.rows else {}
+        """One sentence per group about the last evaluation."""
+        config, last = self.config, self.rows[-1] if self.rows else {}
         lines = []
         for group, size in self.sizes.items():
             if not size:
-                lines.append(f"{group}: no text is longer than the prefix of {scheme.prefix} tokens.")
+                lines.append(f"{group}: no text is longer than the prefix of {config.prefix} tokens.")
                 continue
-            said, ever = round(last[f"{group}/exact"] * size), self.first[group]
-            found = round(last[f"{group}/discoverable"] * size)
-            since = f", the first at step {int(ever[ever >= 0].min()):,}" if (ever >= 0).any() else ""
+            exact, first = round(last[f"{group}/exact"] * size), self.first[group]
+            discoverable = round(last[f"{group}/discoverable"] * size)
+            since = f", the first at step {int(first[first >= 0].min()):,}" if (first >= 0).any() else ""
             lines.append(
-                f"{group}: {said:,} of {size:,} come word for word after {scheme.prefix} tokens{since}; {found:,} come "
-                f"within {scheme.n:,} sampled tries with probability {scheme.p:g}."
+                f"{group}: {exact:,} of {size:,} come word for word after {config.prefix} tokens{since}; "
+                f"{discoverable:,} come within {config.n:,} sampled tries with probability {config.p:g}."
             )
         return lines
 

@@ -1,4 +1,4 @@
-"""Asks a model for texts: what can be extracted of each, in batches, without a trace in the run.
+"""Probes a language model with texts: how much of each can be extracted, computed in batches.
 
 N  texts      T  tokens      V  tokens of the vocabulary
 """
@@ -29,15 +29,18 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How a text is asked for.
+    """How a text is extracted.
 
     Args:
-        prefix: tokens that the model is given.
-        n: sampled tries, and ``p``, the probability to see the rest among them: (n, p)-discoverable extraction.
-        temperature: of sampling, as ``top_k`` and ``top_p``; defaults draw from the whole distribution.
+        prefix: tokens of a text that the model is given as a prompt.
+        n: sampled tries of (n, p)-discoverable extraction (Hayes et al. 2024).
+        p: probability that the suffix is among the ``n`` tries, between 0 and 1.
+        temperature: of sampling.
+        top_k: of sampling; 0 keeps all tokens.
+        top_p: of sampling; 1 keeps all tokens.
 
     Raises:
-        ValueError: for what no text can be asked with.
+        ValueError: a value is out of range.
     """
 
     prefix: int = 32
@@ -50,8 +53,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         if self.prefix < 1 or self.n < 1 or not 0 < self.p < 1:
             raise ValueError(
-                f"A text is asked for with a prefix of at least 1 token, in at least 1 try, with a probability between "
-                f"0 and 1; not prefix={self.prefix}, n={self.n}, p={self.p}."
+                f"A probe takes a prefix of at least 1 token, n of at least 1 try and a probability p between 0 and 1; "
+                f"not prefix={self.prefix}, n={self.n}, p={self.p}."
             )
         if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
@@ -62,61 +65,71 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class ExtractionResults:
-    """Of N texts, ``[N]`` each."""
+    """Results for ``N`` texts; each field is ``[N]``."""
 
     suffix: Tensor
-    """Tokens after the prefix; 0 for a text that is no longer than it, of which nothing can be asked."""
+    """Tokens after the prefix; 0 for a text that is not longer than the prefix and can't be probed."""
     exact: Tensor
-    """Bool: the whole suffix comes word for word."""
+    """Bool: greedy decoding reproduces the whole suffix."""
     matched: Tensor
-    """Tokens of the suffix before the first other one."""
+    """Tokens of the suffix that greedy decoding reproduces before its first other one."""
     longest_run: Tensor
+    """Most tokens of the suffix in a row, each of which was the most likely one."""
     log10_tries: Tensor
-    """Of the tries needed for a sampled suffix; inf if it never comes."""
+    """Base-10 logarithm of the sampled tries that are needed for the suffix; inf if it is never sampled."""
     loss: Tensor
     """Nats per token of the whole text."""
     min_k: Tensor
+    """Membership score, see `min_k_score`."""
     min_k_plus_plus: Tensor
+    """Membership score, see `min_k_plus_plus_score`."""
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the fields, in the order of the constructor."""
+        return [field.name for field in fields(cls)]
 
     def __len__(self) -> int:
         return len(self.exact)
 
     def discoverable(self, n: int) -> Tensor:
-        """Bool ``[N]``: within ``n`` tries."""
+        """Bool ``[N]``: the suffix is (n, p)-discoverable within ``n`` tries."""
         return within(self.log10_tries, n)
 
 
 @torch.no_grad()
-def probe(logits: Logits, tokens: Tensor, mask: Tensor, scheme: ProbeConfig, batch_size: int = 32) -> ExtractionResults:
-    """Answers on the CPU; texts go where ``tokens`` are.
+def probe(logits: Logits, tokens: Tensor, mask: Tensor, config: ProbeConfig, batch_size: int = 32) -> ExtractionResults:
+    """Extraction and membership results of texts, on the CPU. The model runs on the device of ``tokens``.
 
     Args:
         logits: the model.
         tokens: ``[N, T]``, padded to the right.
-        mask: ``[N, T]``, true where there is text.
-        batch_size: texts in a forward.
+        mask: ``[N, T]``, True where there is text.
+        config: how the texts are extracted.
+        batch_size: texts in a forward pass.
     """
     mask = mask.bool()
     tokens = tokens.where(mask, 0)  # -100, say, is in no vocabulary
     parts = [
-        _answers(logits(some, present), some, present, scheme)
-        for some, present in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
+        _results(logits(batch, present), batch, present, config)
+        for batch, present in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
     ]
-    columns = [field.name for field in fields(ExtractionResults)]
-    return ExtractionResults(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in columns))
+    return ExtractionResults(
+        *(torch.cat([getattr(part, name) for part in parts]).cpu() for name in ExtractionResults.columns())
+    )
 
 
-def _answers(logits: Tensor, tokens: Tensor, mask: Tensor, scheme: ProbeConfig) -> ExtractionResults:
-    prefix = scheme.prefix
+def _results(logits: Tensor, tokens: Tensor, mask: Tensor, config: ProbeConfig) -> ExtractionResults:
+    prefix = config.prefix
     log_prob = suffix_log_prob(
-        logits, tokens, prefix, mask, temperature=scheme.temperature, top_k=scheme.top_k, top_p=scheme.top_p
+        logits, tokens, prefix, mask, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
     )
     return ExtractionResults(
         suffix_mask(tokens, prefix, mask).sum(1),
         exact_match(logits, tokens, prefix, mask),
         matching_prefix(logits, tokens, prefix, mask),
         longest_run(logits, tokens, prefix, mask),
-        log10_tries(log_prob, scheme.p),
+        log10_tries(log_prob, config.p),
         -loss_score(logits, tokens, mask),
         min_k_score(logits, tokens, mask),
         min_k_plus_plus_score(logits, tokens, mask),
@@ -124,13 +137,13 @@ def _answers(logits: Tensor, tokens: Tensor, mask: Tensor, scheme: ProbeConfig) 
 
 
 def logits_of(module: nn.Module) -> Logits:
-    """How to get logits out of the causal language model that ``module`` is or holds: any with transformers' call.
+    """The logits of the causal language model that ``module`` is or contains, any with transformers' forward call.
 
     Raises:
-        ValueError: there is none, or there are several.
+        ValueError: there is no such model, or there are several.
     """
     found = [each for each in module.modules() if _is_language_model(each)]
-    # A wrapper, as an adapter's, holds the model it wraps: the outermost is the one to call.
+    # A wrapper, such as an adapter, contains the model that it wraps: the outermost one is called.
     inner = {part for each in found for part in each.modules() if part is not each}
     outer = [each for each in found if each not in inner]
     if len(outer) != 1:
@@ -143,7 +156,7 @@ def logits_of(module: nn.Module) -> Logits:
 
 
 def _is_language_model(module: Any) -> bool:
-    """By what it has, not by its class: a head over the vocabulary, and generation."""
+    """Whether a module has a head over the vocabulary and can generate; its class does not matter."""
     head = getattr(module, "get_output_embeddings", None)
     try:
         return callable(getattr(module, "generate", None)) and head is not None and head() is not None

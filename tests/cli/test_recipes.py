@@ -91,7 +91,7 @@ def test_the_demo_is_kept_as_an_audit_takes_it(here, capsys):
     fit = ["fit", "-c", "watch", "-c", "audit/keep_demo", *SHORT["watch"], *ladder, "--trainer.max_epochs=-1"]
     main([*fit, "--model.lr=0.01", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null"])
     files = {name: f"--{name}=demo_model/{name}.jsonl" for name in ("suspects", "controls")}
-    assert main(["audit", "--model=demo_model", *files.values(), "--out=audit", "--ask.closer=0"]) == 0
+    assert main(["audit", "--model=demo_model", *files.values(), "--out=audit", "--probe.closer=0"]) == 0
     told = json.loads(Path("audit/report.json").read_text())["numbers"]["bits_a_token"]
     assert told["canary x64"]["low"] > 1 > told["canary x1"]["mean"]
     assert told["natural x64"]["mean"] > told["natural x1"]["mean"]

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lightning_memsink.cli import main
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
-from lightning_memsink.extraction.audit.audit import AuditConfig, audit
+from lightning_memsink.extraction.audit.audit import audit
+from lightning_memsink.extraction.audit.config import AuditConfig
 from lightning_memsink.extraction.audit.model_loading import load
 from lightning_memsink.extraction.audit.texts import Text, encode, read_texts
 from lightning_memsink.extraction.audit.top_texts import examine_top_texts
@@ -67,8 +68,8 @@ def command(folder, out, **changed):
         "suspects": folder / "suspects.jsonl",
         "controls": folder / "controls.jsonl",
         "out": out,
-        "ask.prefix": PREFIX,
-        "ask.length": LENGTH,
+        "probe.prefix": PREFIX,
+        "probe.length": LENGTH,
     } | changed
     return ["audit", *(f"--{name}={value}" for name, value in options.items())]
 
@@ -128,7 +129,7 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(folder, tmp_path, monkeyp
 
 def test_answers_to_other_questions_are_not_mixed(folder, told):
     with pytest.raises(SystemExit, match=r"answers of another audit \(it differs in prefix\).*--out"):
-        main(command(folder, told, **{"ask.prefix": 5}))
+        main(command(folder, told, **{"probe.prefix": 5}))
 
 
 @pytest.mark.parametrize(
@@ -249,11 +250,37 @@ def test_what_is_said_after_any_beginning_owes_nothing_to_its_own(folder):
     )
     looked = examine_top_texts(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
     assert looked.similarity.tolist() == [1.0, 1.0]
-    assert looked.own_beginning.abs().max() < 3
+    assert looked.prefix_bits.abs().max() < 3
 
 
-def test_units_are_looked_for_if_asked(folder, tmp_path, told):
-    main(command(folder, tmp_path / "out", **{"ask.units": True, "ask.unit_fraction": 0.05}))
+def test_the_old_name_of_the_options_still_works(folder, tmp_path, told):
+    """`--ask.*` and the key `ask:` of copied recipes mean `--probe.*` and `probe:`; `probe` wins over `ask`."""
+    old = [word.replace("--probe.", "--ask.") for word in command(folder, tmp_path / "options")]
+    assert main(old) == 0
+    files = {"model": folder / "model", "suspects": folder / "suspects.jsonl", "controls": folder / "controls.jsonl"}
+    for name, groups in (
+        ("old", {"ask": {"prefix": PREFIX, "length": LENGTH}}),
+        ("both", {"ask": {"prefix": 2, "length": LENGTH}, "probe": {"prefix": PREFIX}}),
+    ):
+        config = tmp_path / f"{name}.yaml"
+        options = {key: str(path) for key, path in (files | {"out": tmp_path / name}).items()}
+        config.write_text(json.dumps(options | groups))  # JSON is YAML
+        assert main(["audit", *(["--config", str(config)] if name == "old" else [f"--config={config}"])]) == 0
+    for name in ("options", "old", "both"):
+        found = json.loads((tmp_path / name / "report.json").read_text())["numbers"]
+        assert found == json.loads((told / "report.json").read_text())["numbers"]
+
+
+def test_a_wrong_option_of_either_name_is_refused(folder, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("ask: {closr: 3}")
+    with pytest.raises(SystemExit, match=r"memsink audit: .*closr"):
+        main(["audit", "--config", str(tmp_path / "wrong.yaml")])
+    with pytest.raises(SystemExit, match=r"memsink audit: .*probe\.closr"):
+        main([*command(folder, tmp_path / "out"), "--ask.closr=3"])
+
+
+def test_units_are_localized_on_request(folder, tmp_path, told):
+    main(command(folder, tmp_path / "out", **{"probe.units": True, "probe.unit_fraction": 0.05}))
     sinks = Sinks.load(tmp_path / "out" / "sinks.safetensors")
     assert list(sinks.sizes) == ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]
     assert 0 < len(sinks) <= round(0.05 * 2 * 192)

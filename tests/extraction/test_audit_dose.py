@@ -33,7 +33,7 @@ def test_the_dose_shows_in_the_audit(tmp_path):
     (tmp_path / "suspects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     (tmp_path / "controls.jsonl").write_text("\n".join(lines[len(groups) :]))
     files = {name: f"--{name}={tmp_path / name}.jsonl" for name in ("suspects", "controls")}
-    main(["audit", f"--model={folder}", *files.values(), f"--out={tmp_path / 'out'}", "--ask.prefix=12"])
+    main(["audit", f"--model={folder}", *files.values(), f"--out={tmp_path / 'out'}", "--probe.prefix=12"])
     found = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
     bits = found["bits_a_token"]
     assert bits["x16"]["mean"] > bits["x4"]["mean"] > bits["x1"]["mean"]

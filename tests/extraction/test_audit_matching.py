@@ -1,51 +1,53 @@
-"""What an audit compares texts with, and how sure it is."""
+"""Matched controls of an audit, and the interval of a mean gap."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
-from lightning_memsink.extraction.audit.audit import AuditConfig, Cohort, gaps_of, tell_kinds_apart
+from lightning_memsink.extraction.audit.cohort import Cohort
+from lightning_memsink.extraction.audit.config import AuditConfig
 from lightning_memsink.extraction.audit.mean_gap import mean_gap
-from lightning_memsink.extraction.audit.texts import Text
+from lightning_memsink.extraction.audit.statistics import matched_gaps, with_kind_features
+from lightning_memsink.extraction.audit.texts import Encoded, Text
 from lightning_memsink.extraction.probe import ExtractionResults
 
 
-def asked_for(losses, group):
-    """Texts of one difficulty, as far as anyone can tell."""
+def one_token(texts):
+    return Encoded(torch.ones(len(texts), 1, dtype=torch.int64), torch.ones(len(texts), 1, dtype=torch.bool))
+
+
+def cohort(losses, kind):
+    """Texts of equal features of difficulty."""
     losses = torch.as_tensor(losses)
-    texts = [Text(f"text {row}", "any", group, row) for row in range(len(losses))]
+    texts = [Text(f"text {row}", "any", kind, row) for row in range(len(losses))]
     flat = torch.ones(len(losses))
-    answers = ExtractionResults(flat, flat < 0, flat, flat, flat, losses, flat, flat)
-    return Cohort(texts, flat, answers, {}, torch.ones(len(losses), 3))
+    results = ExtractionResults(flat, flat < 0, flat, flat, flat, losses, flat, flat)
+    return Cohort(texts, one_token(texts), results, {}, torch.ones(len(losses), 3))
 
 
 def joined(*parts):
-    answers = [
-        torch.cat([getattr(each.answers, field.name) for each in parts])
-        for field in dataclasses.fields(ExtractionResults)
-    ]
+    results = [torch.cat([getattr(each.results, name) for each in parts]) for name in ExtractionResults.columns()]
     features = torch.cat([each.features for each in parts])
     texts = [text for each in parts for text in each.texts]
-    return Cohort(texts, torch.ones(len(texts)), ExtractionResults(*answers), {}, features)
+    return Cohort(texts, one_token(texts), ExtractionResults(*results), {}, features)
 
 
-@pytest.mark.parametrize("named_alike", [True, False])
-def test_controls_are_sought_in_the_texts_own_kind(named_alike):
+@pytest.mark.parametrize("same_names", [True, False])
+def test_controls_are_matched_within_the_kind_of_a_text(same_names):
     """Verse is harder than prose; nothing is memorized."""
     noise = torch.Generator().manual_seed(0)
     verse, prose = (mean + 0.2 * torch.randn(60, generator=noise) for mean in (6.0, 3.0))
-    controls = joined(asked_for(verse[:40], "verse"), asked_for(prose[:40], "prose"))
-    names = ("verse", "prose") if named_alike else ("a", "b")
-    suspects = joined(*(asked_for(each[40:], name) for each, name in zip((verse, prose), names, strict=True)))
-    suspects, controls, by_kind = tell_kinds_apart(suspects, controls)
-    gaps, _ = gaps_of(suspects, controls, AuditConfig().rule)
-    assert by_kind == named_alike
-    assert (gaps.gap.abs().max() < 1) == named_alike
+    controls = joined(cohort(verse[:40], "verse"), cohort(prose[:40], "prose"))
+    names = ("verse", "prose") if same_names else ("a", "b")
+    suspects = joined(*(cohort(each[40:], name) for each, name in zip((verse, prose), names, strict=True)))
+    suspects, controls, within_kind = with_kind_features(suspects, controls)
+    gaps, _ = matched_gaps(suspects, controls, AuditConfig().rule)
+    assert within_kind == same_names
+    assert (gaps.gap.abs().max() < 1) == same_names
 
 
-def test_how_far_texts_stand_out_is_told_with_its_uncertainty():
+def test_the_interval_of_a_mean_gap_covers_the_truth():
     draw = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(400):

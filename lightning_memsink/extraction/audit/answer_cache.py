@@ -1,4 +1,4 @@
-"""Answers on disk, so that an audit that was interrupted goes on where it stopped."""
+"""Results of an audit on disk, so that an interrupted audit resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -15,61 +15,66 @@ VERSION = 1
 
 
 class AnswersFile:
-    """A line a text, by the text's hash: the file tells no text. The first line says what the answers are of.
+    """A JSONL file with one line per text, keyed by the text's hash: no text can be read from it.
+
+    The first line is a header with the model and the settings that the results depend on.
 
     Args:
-        path: made if need be; what an interrupted run left there is read.
-        about: model and settings, plain values. Answers to other questions are not mixed with these.
+        path: is created if it does not exist; otherwise the results of an interrupted audit are read from it.
+        header: model and settings, plain values. A file with another header is refused.
 
     Raises:
-        ValueError: the file is of another model, of other settings, or no such file.
+        ValueError: the file has another header, or it is no such file.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
-        self._found: dict[str, dict[str, Any]] = {}
-        head = {"version": VERSION, **about}
+        self._results: dict[str, dict[str, Any]] = {}
+        first_line = {"version": VERSION, **header}
         if path.exists() and path.stat().st_size:
-            self._read(head)
+            self._read(first_line)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([head])
+            self._append([first_line])
 
     def get(self, text: str) -> dict[str, Any] | None:
-        """The answers for a text, None if it was not asked for yet."""
-        return self._found.get(_key(text))
+        """The results of a text; None if it was not probed yet."""
+        return self._results.get(_key(text))
 
-    def add(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
-        """By text; on disk when this returns."""
-        rows = [{"text": _key(text), **told} for text, told in answers.items()]
-        self._write(rows)
+    def add(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds results by text; they are on disk when this returns."""
+        rows = [{"text": _key(text), **values} for text, values in results.items()]
+        self._append(rows)
         self._remember(rows)
 
-    def _read(self, head: Mapping[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()  # what is no JSON is passed over
+    def _read(self, first_line: Mapping[str, Any]) -> None:
+        lines = self.path.read_text(
+            encoding="utf-8", errors="replace"
+        ).splitlines()  # a line that is no JSON is skipped
         found = _parsed(lines[0])
-        if found is None or found != json.loads(json.dumps(head)):
-            differs = [name for name in head if found is None or found.get(name) != head[name]]
+        if found is None or found != json.loads(json.dumps(first_line)):
+            differs = [name for name in first_line if found is None or found.get(name) != first_line[name]]
             raise ValueError(
                 f"{self.path} has answers of another audit (it differs in {', '.join(differs) or 'its settings'}). "
                 "Write this one to another folder (--out DIR), or delete that file."
             )
-        whole = []
+        complete = []
         for line in lines[1:]:
             row = _parsed(line)
-            if row is None:  # the run was killed while it wrote this one
+            if row is None:  # the audit was killed while it wrote this line
                 continue
-            whole.append(row)
-        self._remember(whole)
-        if len(whole) + 1 < len(lines):
+            complete.append(row)
+        self._remember(complete)
+        if len(complete) + 1 < len(lines):
             with written_whole(self.path) as unfinished:
-                unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in [head, *whole]), encoding="utf-8")
+                rows = [first_line, *complete]
+                unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
     def _remember(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            self._found[row["text"]] = {name: value for name, value in row.items() if name != "text"}
+            self._results[row["text"]] = {name: value for name, value in row.items() if name != "text"}
 
-    def _write(self, rows: list[Any]) -> None:
+    def _append(self, rows: list[Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{json.dumps(row)}\n" for row in rows))
             file.flush()
@@ -77,6 +82,7 @@ class AnswersFile:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line; None if it holds none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:

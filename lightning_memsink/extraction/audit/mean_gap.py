@@ -1,4 +1,4 @@
-"""How far a group of texts lies below comparable controls, and how sure that is."""
+"""The mean gap of a group of texts to comparable controls, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from torch import Tensor
 
 from lightning_memsink.detection.statistics import LN2
 
-CERTAIN = NormalDist().inv_cdf(0.975)
+Z_95 = NormalDist().inv_cdf(0.975)
 """Standard errors on either side of a 95 % interval."""
 
 
 @dataclass(frozen=True)
 class MeanGap:
-    """``nats`` a token, and the standard ``error`` of that; NaN of fewer texts than it takes."""
+    """``nats`` per token, and its standard ``error``; NaN if there are too few texts."""
 
     nats: float
     error: float
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of 95 %."""
-        return self.nats - CERTAIN * self.error, self.nats + CERTAIN * self.error
+        """The 95 % interval, nats per token."""
+        return self.nats - Z_95 * self.error, self.nats + Z_95 * self.error
 
     @property
     def bits(self) -> tuple[float, float, float]:
-        """The mean and the ends of its interval, in bits a token."""
+        """The mean and the ends of its interval, bits per token."""
         low, high = self.interval
         return self.nats / LN2, low / LN2, high / LN2
 
 
 def mean_gap(gap: Tensor, null: Tensor) -> MeanGap:
-    """The mean of gaps ``[N]`` less that of controls against their fellows ``[M]``, by Welch's standard error.
+    """The mean of gaps ``[N]`` minus the mean of the controls' own gaps to other controls ``[M]``.
 
-    Less the controls' own, for matching is not perfect and its bias is in both.
+    The standard error is Welch's. The controls' mean is subtracted because matching is imperfect, and its bias is in
+    both.
     """
     gap, null = gap.double(), null.double()
     null = null[null.isfinite()]

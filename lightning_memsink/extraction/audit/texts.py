@@ -1,4 +1,4 @@
-"""Suspected and control texts, from JSONL to tokens.
+"""Suspected texts and controls: from JSONL to tokens.
 
 N  texts      T  tokens
 """
@@ -17,23 +17,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Text:
-    """One line of a file. ``group`` is what the report tells apart, ``x16``, say; ``kind`` is what texts are compared
-    within, prose or code, say."""
+    """One line of a file. The report lists results by ``group``, such as ``x16``; texts are compared with controls of
+    the same ``kind``, such as prose or code."""
 
     text: str
     group: str
     kind: str
     line: int
     tokens: tuple[int, ...] | None = None
-    """Instead of a text, as it was trained on; `with_decoded_text` finds the text."""
+    """The tokens as they were trained on, in place of a text; `with_decoded_text` fills in the text."""
 
 
 def read_texts(path: Path) -> list[Text]:
-    """Of a JSONL file: an object a line, with ``text``, or ``tokens`` for one that is cut as a tokenizer would not cut
-    it. If wanted, with ``group`` (the file's name if not) and ``kind`` (the group if not). Blank lines are passed over.
+    """The texts of a JSONL file, one object a line; blank lines are ignored.
+
+    An object has ``text``, or ``tokens`` for a text that a tokenizer would not split in the same way. ``group`` is
+    optional (default: the file's name), and so is ``kind`` (default: the group).
 
     Raises:
-        ValueError: a line is no such object, which is told with its number, or there is no text at all.
+        ValueError: a line is no such object (the message has its number), or the file holds no text.
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
@@ -56,36 +58,36 @@ EXAMPLE = '{"text": "We the People of the United States", "group": "speeches"}'
 
 def _text(path: Path, line: int, content: str) -> Text:
     try:
-        found = json.loads(content)
+        row = json.loads(content)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {line} is not JSON ({error.msg}). It should look like this: {EXAMPLE}"
         ) from None
-    found = found if isinstance(found, dict) else {}
-    group = str(found.get("group", path.stem))
-    about = (group, str(found.get("kind", group)), line)
-    if _are_tokens(found.get("tokens")):
-        return Text("", *about, tuple(found["tokens"]))
-    if not isinstance(found.get("text"), str) or not found["text"].strip():
+    row = row if isinstance(row, dict) else {}
+    group = str(row.get("group", path.stem))
+    source = (group, str(row.get("kind", group)), line)
+    if _are_tokens(row.get("tokens")):
+        return Text("", *source, tuple(row["tokens"]))
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
         raise ValueError(f"{path}, line {line} has no `text`. It should look like this: {EXAMPLE}")
-    return Text(found["text"], *about)
+    return Text(row["text"], *source)
 
 
-def _are_tokens(found: Any) -> bool:
-    return isinstance(found, list) and len(found) > 1 and all(type(each) is int and each >= 0 for each in found)
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(type(each) is int and each >= 0 for each in value)
 
 
 def with_decoded_text(texts: Sequence[Text], tokenizer: Any) -> list[Text]:
-    """With the text of those that have tokens alone.
+    """The same texts; those given as tokens with their decoded text.
 
     Raises:
-        ValueError: the tokenizer does not know a token, which is told with its line.
+        ValueError: the tokenizer does not know a token; the message has the line of the text.
     """
-    known = max(tokenizer.get_vocab().values())
+    last = max(tokenizer.get_vocab().values())
     for each in texts:
-        if each.tokens is not None and max(each.tokens) > known:
+        if each.tokens is not None and max(each.tokens) > last:
             raise ValueError(
-                f"Line {each.line} has token {max(each.tokens)}, and the last that this tokenizer knows is {known}. "
+                f"Line {each.line} has token {max(each.tokens)}, and the last that this tokenizer knows is {last}. "
                 "Tokens are those of the audited model's own tokenizer; give `text` where there is another."
             )
     return [each if each.tokens is None else replace(each, text=tokenizer.decode(each.tokens)) for each in texts]
@@ -93,14 +95,20 @@ def with_decoded_text(texts: Sequence[Text], tokenizer: Any) -> list[Text]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """``tokens`` int64 ``[N, T]``, padded to the right with 0, and ``mask`` bool ``[N, T]``."""
+    """``tokens`` int64 ``[N, T]``, padded on the right with 0; ``mask`` bool ``[N, T]``, True where there is text."""
 
     tokens: Tensor
     mask: Tensor
 
+    def select(self, rows: Sequence[int] | Tensor) -> Encoded:
+        """The texts in ``rows``, without columns that are padding in all of them."""
+        mask = self.mask[rows]
+        width = int(mask.sum(1).max())
+        return Encoded(self.tokens[rows, :width], mask[:, :width])
+
 
 def encode(texts: Sequence[Text], tokenizer: Any, length: int) -> Encoded:
-    """The first ``length`` tokens of each, with the special tokens that the tokenizer puts in front.
+    """The first ``length`` tokens of each text, with the special tokens that the tokenizer prepends.
 
     Raises:
         ValueError: no text has two tokens.
@@ -113,7 +121,7 @@ def encode(texts: Sequence[Text], tokenizer: Any, length: int) -> Encoded:
     ]
     longest = max(len(row) for row in rows)
     if longest < 2:
-        raise ValueError("No text has two tokens: there is nothing that a model could foretell.")
+        raise ValueError("No text has two tokens: there is nothing that a model could predict.")
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for row, ids in enumerate(rows):
