@@ -1,1 +1,1 @@
-"""What the recipes train: small models, data modules and corpora that every machine has."""
+"""Models, data modules and corpora that the recipes train, all available without a download."""

@@ -1,4 +1,4 @@
-"""The demo's model and its planted ladder as `memsink audit` takes them."""
+"""Exports the demo's model and canary groups in the formats that `memsink audit` reads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from lightning_memsink.extraction.canaries import CanaryGroup
 
 
 class KeepForAudit(Callback):
-    """At the end of the demo's training: a transformers folder, and the ladder as suspected texts, its never-trained
-    twins as controls. As tokens, for random canaries are no text that a tokenizer would cut so again.
+    """Saves the demo's model at the end of training, its canary groups as suspected texts and their twins as controls.
+
+    Texts are saved as tokens, because a tokenizer would not split the text of a random canary into the same tokens.
 
     Args:
-        folder: made if need be.
+        folder: of the saved model and texts; it is created if it does not exist.
+
+    Raises:
+        ValueError: at the start, if the model or the data is not the demo's.
     """
 
     def __init__(self, folder: str) -> None:
@@ -38,19 +42,20 @@ class KeepForAudit(Callback):
         if trainer.is_global_zero:
             pl_module.transformer.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
             _save_tokenizer(data, self.folder)
-            rungs = data.rungs()
-            self._write("suspects", (_line(rung, row, rung.name) for rung in rungs for row in rung.sequences.tolist()))
-            kinds = {rung.kind: rung for rung in rungs}  # all rungs of a kind share their twins
-            twins = (_line(rung, row, f"{rung.kind}, never") for rung in kinds.values() for row in rung.twins.tolist())
-            self._write("controls", twins)
+            groups = data.rungs()
+            planted = ((group, row) for group in groups for row in group.sequences.tolist())
+            self._write("suspects", (_line(group, row, group.name) for group, row in planted))
+            by_kind = {group.kind: group for group in groups}  # all groups of a kind share their twins
+            twins = ((group, row) for group in by_kind.values() for row in group.twins.tolist())
+            self._write("controls", (_line(group, row, f"{group.kind}, never") for group, row in twins))
 
     def _write(self, name: str, lines: Iterable[str]) -> None:
         with written_whole(self.folder / f"{name}.jsonl") as file:
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _line(rung: CanaryGroup, tokens: list[int], group: str) -> str:
-    return json.dumps({"tokens": tokens, "group": group, "kind": rung.kind})
+def _line(group: CanaryGroup, tokens: list[int], name: str) -> str:
+    return json.dumps({"tokens": tokens, "group": name, "kind": group.kind})
 
 
 def _save_tokenizer(data: PythonDocs, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the classification recipe trains: digits, some with a wrong label that can only be learned by heart."""
+"""Model and data of the classification recipe: digits, some with a wrong label, which can only be memorized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class DigitClassifier(LightningModule):
-    """A multilayer perceptron on 8×8 digits, large enough to learn wrong labels by heart.
+    """A multilayer perceptron on 8×8 digits, large enough to memorize wrong labels.
 
     Args:
         hidden: units of each of the two hidden layers.
@@ -36,13 +36,16 @@ class DigitClassifier(LightningModule):
 
 
 class Digits(LightningDataModule):
-    """scikit-learn's 1,797 digits with some labels flipped: those can only be learned by heart.
+    """scikit-learn's 1,797 digits with some wrong labels, which can only be memorized.
 
     Args:
         flipped: share of labels replaced by a wrong one, in training and among controls alike, in 0…1.
         held_out: share of the digits that are controls, in 0…1.
-        batch_size: training digits a step.
-        seed: of the split and the flips.
+        batch_size: training digits per step.
+        seed: of the split and of the wrong labels.
+
+    Raises:
+        ImportError: in ``setup``, if scikit-learn is not installed.
     """
 
     def __init__(self, flipped: float = 0.1, held_out: float = 0.33, batch_size: int = 64, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What the text recipes train: a small GPT on Python's documentation, or any Hugging Face causal LM on your text."""
+"""Models and data of the text recipes: a small GPT on Python's documentation, or your causal LM on your text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memsink.examples.corpora import apart, byte_level_bpe, documents_of, python_docs, tokenized, unshared
-from lightning_memsink.extraction.canaries import CanaryGroup, Planted, plant_canaries
+from lightning_memsink.extraction.canaries import CanaryGroup, PlantedCanaries, plant_canaries
 
 
 class CausalLM(LightningModule):
     """A causal language model of transformers that minimizes its own loss: GPT-2 of the given size, or your own.
 
-    Dropout is off, so that losses in training compare with those of controls.
+    Dropout is off, so that training losses can be compared with those of controls.
 
     Args:
         n_layer: transformer blocks; with the defaults the model has 0.93 M parameters.
@@ -28,8 +28,12 @@ class CausalLM(LightningModule):
         context: longest sequence.
         lr: of AdamW.
         weight_decay: of AdamW.
-        pretrained: a local folder saved by ``save_pretrained``; the sizes above then don't matter.
-        config: a local ``config.json`` or its folder: that architecture with fresh weights; sizes as above.
+        pretrained: a local folder saved by ``save_pretrained``; the sizes above are then ignored.
+        config: a local ``config.json`` or its folder: that architecture with new weights, and the sizes above.
+
+    Raises:
+        ValueError: both ``pretrained`` and ``config`` are given.
+        FileNotFoundError: there is no model at that path.
     """
 
     def __init__(
@@ -48,9 +52,7 @@ class CausalLM(LightningModule):
         self.save_hyperparameters()
         self.lr, self.weight_decay = lr, weight_decay
         if pretrained and config:
-            raise ValueError(
-                "CausalLM takes `pretrained` (a folder with weights) or `config` (fresh weights), not both."
-            )
+            raise ValueError("CausalLM takes `pretrained` (a folder with weights) or `config` (new weights), not both.")
         sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "vocab_size": vocab_size}
         self.transformer = _causal_lm(pretrained, config, {**sizes, "n_positions": context})
 
@@ -69,20 +71,20 @@ class CausalLM(LightningModule):
 
 
 class PythonDocs(LightningDataModule):
-    """Python's own documentation with a planted ladder of repeats: what is memorized is known.
+    """Python's own documentation with planted canary groups, so that the memorized sequences are known.
 
     Args:
-        background: sequences of real text, shown once an epoch.
-        controls: sequences of held-out text; the twins of what is planted are added to them.
-        repeats: the ladder, times an epoch.
-        per_rung: real sequences planted at each rung.
-        canaries: sequences of random tokens planted at each rung.
-        easy: sequences easy to predict, shown 64 times, which should not be called memorized.
+        background: sequences of real text, shown once per epoch.
+        controls: sequences of held-out text; the twins of the planted sequences are added to them.
+        repeats: times per epoch that a canary group is shown, one group of each kind for each number.
+        per_rung: real sequences in each group.
+        canaries: sequences of random tokens in each group.
+        easy: sequences that are easy to predict, shown 64 times; they should not be called memorized.
         twins: never-trained twins of each kind.
         vocab_size: of the tokenizer; the model's.
         context: tokens of a sequence; the model's.
-        batch_size: training sequences a step.
-        seed: of what is held out and planted.
+        batch_size: training sequences per step.
+        seed: of the split and of the planted sequences.
     """
 
     def __init__(
@@ -102,10 +104,10 @@ class PythonDocs(LightningDataModule):
         super().__init__()
         self.background, self.controls, self.context, self.vocab_size = background, controls, context, vocab_size
         self.batch_size, self.seed = batch_size, seed
-        self.ladder: dict[str, Any] = dict(
+        self.canary_options: dict[str, Any] = dict(
             repeats=tuple(repeats), per_rung=per_rung, canaries=canaries, easy=easy, twins=twins
         )
-        self._planted: Planted | None = None
+        self._planted: PlantedCanaries | None = None
 
     def setup(self, stage: str = "fit") -> None:
         if self._planted is not None:
@@ -116,23 +118,22 @@ class PythonDocs(LightningDataModule):
         real = corpus.train[torch.randperm(len(corpus.train), generator=generator)]
         background, spare = real[: self.background], real[self.background :]
         held_out = corpus.held_out[torch.randperm(len(corpus.held_out), generator=generator)][: self.controls]
-        # A docstring copied and changed a little would be seen more often than its rung says, and a twin of it
-        # would have been trained on.
+        # Without near-duplicates: they would be shown more often than their group says, and twins be trained on.
         natural = unshared(apart(spare), torch.cat([background, held_out]))
         self._planted = plant_canaries(
-            background, held_out, natural, vocab_size=self.vocab_size, seed=self.seed, **self.ladder
+            background, held_out, natural, vocab_size=self.vocab_size, seed=self.seed, **self.canary_options
         )
 
     @property
-    def planted(self) -> Planted:
-        """What was planted, by rungs. Reads the texts at the first use."""
+    def planted(self) -> PlantedCanaries:
+        """The training data with its canary groups. Reads the texts at the first use."""
         self.setup()
         assert self._planted is not None
         return self._planted
 
     def rungs(self) -> tuple[CanaryGroup, ...]:
-        """The ground truth: which content ids were shown how often, and which never."""
-        return self.planted.rungs
+        """The canary groups: which sequences are shown how often, and twins that are never shown."""
+        return self.planted.groups
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(Sequences(self.planted.train), self.batch_size, shuffle=True, drop_last=True)
@@ -142,17 +143,17 @@ class PythonDocs(LightningDataModule):
 
 
 class TextFile(LightningDataModule):
-    """Your own text, part of it held out as controls.
+    """Your own text, with a part held out as controls.
 
     Args:
         path: a text file, or a folder whose .txt and .md files are all read.
         tokenizer: a local folder with a ``tokenizer.json``, usually the model's; None trains a byte-level BPE.
         vocab_size: of that BPE; the model's.
         context: tokens of a sequence; the model's.
-        held_out: share of the text that is never trained on, in 0…1. Whole passages of some 4,000 characters.
-        max_controls: as many of the held-out sequences are evaluated at each validation.
-        batch_size: training sequences a step.
-        seed: of what is held out.
+        held_out: share of the text that is never trained on, in 0…1, as whole passages of some 4,000 characters.
+        max_controls: held-out sequences that are evaluated at each validation, at most.
+        batch_size: training sequences per step.
+        seed: of the split.
     """
 
     def __init__(

@@ -1,51 +1,67 @@
-"""Ground truth: sequences planted in the training data a known number of times, and twins that never are.
+"""Canaries: sequences planted in the training data a known number of times, and twins that are never trained on.
 
-N  training sequences      M  controls      n  planted sequences of a rung      m  twins      T  tokens
+N  training sequences      M  controls      n  planted sequences of a group      m  twins      T  tokens
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_memsink.samples.hashing import content_ids
 from lightning_memsink.samples.unique import distinct_rows, without
 
 
 @dataclass(frozen=True)
 class CanaryGroup:
-    """One step of the ladder: ``n`` sequences of one kind, each shown ``repeats`` times."""
+    """``n`` sequences of one kind, each shown ``repeats`` times per epoch, and twins that are never shown."""
 
     name: str
     """``natural x64``."""
     kind: str
-    """``natural``: real text. ``canary``: uniformly random tokens. ``easy``: text whose unseen twins are easy too."""
+    """``natural``: real text. ``canary``: uniformly random tokens. ``easy``: text whose twins are easy too."""
     repeats: int
     sequences: Tensor
     """``[n, T]``"""
     twins: Tensor
-    """``[m, T]``: drawn the same way, never trained on. All rungs of a kind share them."""
+    """``[m, T]``: drawn in the same way, never trained on. All groups of a kind share them."""
 
     @property
     def ids(self) -> Tensor:
         """``[n]`` int64: the content ids of the sequences."""
-        return _content_ids(self.sequences)
+        return content_ids(self.sequences)
 
     @property
     def twin_ids(self) -> Tensor:
         """``[m]`` int64: the content ids of the twins."""
-        return _content_ids(self.twins)
+        return content_ids(self.twins)
+
+
+@runtime_checkable
+class HasCanaryGroups(Protocol):
+    """A data module that knows the canary groups in its training data."""
+
+    def rungs(self) -> Sequence[CanaryGroup]: ...
 
 
 @dataclass(frozen=True)
-class Planted:
-    """``train`` ``[N, T]``: shuffled; ``controls`` ``[M, T]``: held-out background, then the twins of each kind."""
+class PlantedCanaries:
+    """Data with canaries in it, and the canary groups."""
 
     train: Tensor
+    """``[N, T]``: background and planted sequences, shuffled."""
     controls: Tensor
-    rungs: tuple[CanaryGroup, ...]
+    """``[M, T]``: held-out background, then the twins of each kind."""
+    groups: tuple[CanaryGroup, ...]
+
+    @property
+    def rungs(self) -> tuple[CanaryGroup, ...]:
+        """The earlier name of ``groups``, for code that uses it."""
+        return self.groups
 
 
 def plant_canaries(
@@ -61,24 +77,27 @@ def plant_canaries(
     easy_repeats: int = 64,
     twins: int = 32,
     seed: int = 0,
-) -> Planted:
-    """Background once, and among it sequences repeated up a ladder: what a detector should find, and what not.
+) -> PlantedCanaries:
+    """Training data with canary groups of different numbers of repeats, to test whether a detector finds them.
 
     Args:
-        background: ``[., T]`` int64, shown once each.
+        background: ``[., T]`` int64, each sequence is shown once.
         held_out: ``[., T]`` of the same text, never shown: the controls of the background.
-        natural: ``[., T]`` more of the same text to plant and to draw twins from; rows that also are in the
-            background or among ``held_out``, and repeated rows, are passed over.
-        vocab_size: canaries are uniform over it.
-        repeats: the ladder, times per epoch.
-        per_rung: natural sequences of each rung.
-        canaries: random sequences of each rung.
-        easy: sequences of the easy family, shown ``easy_repeats`` times: a real phrase said over and over, three
-            of its tokens out of eight choices. Knowing one by heart saves at most 3 ln 8 / (T - 1) nats per
-            token over knowing the family (.10 at T=64), so none of them should be called memorized.
+        natural: ``[., T]`` more of the same text, from which planted sequences and twins are taken; repeated rows, and
+            rows that are also in the background or in ``held_out``, are skipped.
+        vocab_size: canaries are uniform over the vocabulary.
+        repeats: times per epoch that a group is shown; one group of each kind for each number.
+        per_rung: natural sequences in each group.
+        canaries: random sequences in each group.
+        easy: sequences of the easy family, shown ``easy_repeats`` times: a real phrase repeated to the end, in which
+            three tokens are one of eight choices each. Memorizing one saves at most 3 ln 8 / (T - 1) nats per token
+            over knowing the family (.10 at T=64), so none of them should be called memorized.
         easy_repeats: see ``easy``.
-        twins: of each kind, shared by its rungs.
-        seed: decides everything drawn and the order; the global generators are left alone.
+        twins: twins of each kind, shared by its groups.
+        seed: of all draws and of the order; the global generators are not used.
+
+    Raises:
+        ValueError: ``natural`` has too few usable rows, or ``easy + twins`` is over 512.
     """
     generator = torch.Generator().manual_seed(seed)
     context = background.shape[1]
@@ -86,58 +105,52 @@ def plant_canaries(
     needed = len(repeats) * per_rung + (twins if per_rung else 0)
     if len(real) < needed:
         raise ValueError(
-            f"plant_canaries needs {needed} sequences of `natural` ({len(repeats)} rungs of {per_rung}, and {twins} "
+            f"plant_canaries needs {needed} sequences of `natural` ({len(repeats)} groups of {per_rung}, and {twins} "
             f"twins), but {len(real)} of {len(natural)} are left without those that are repeated or also in the "
             f"background. Give more text, or lower per_rung, twins or the number of repeats."
         )
     random = torch.randint(vocab_size, (len(repeats) * canaries + twins, context), generator=generator)
     family = _easy_family(background, easy + twins, vocab_size, generator)
-    rungs = [
-        *_ladder("natural", repeats, per_rung, real, twins),
-        *_ladder("canary", repeats, canaries, random, twins),
-        *_ladder("easy", [easy_repeats], easy, family, twins),
+    groups = [
+        *_groups("natural", repeats, per_rung, real, twins),
+        *_groups("canary", repeats, canaries, random, twins),
+        *_groups("easy", [easy_repeats], easy, family, twins),
     ]
-    planted = [rung.sequences.repeat(rung.repeats, 1) for rung in rungs]
-    twins_by_kind = {rung.kind: rung.twins for rung in rungs}
-    return Planted(
+    planted = [group.sequences.repeat(group.repeats, 1) for group in groups]
+    twins_by_kind = {group.kind: group.twins for group in groups}
+    return PlantedCanaries(
         train=_shuffled(torch.cat([background, *planted]), generator),
         controls=torch.cat([held_out, *twins_by_kind.values()]),
-        rungs=tuple(rungs),
+        groups=tuple(groups),
     )
 
 
-def _ladder(kind: str, repeats: Sequence[int], per_rung: int, pool: Tensor, twins: int) -> list[CanaryGroup]:
-    """Rungs of ``per_rung`` sequences each from the front of ``pool``, all with the ``twins`` that come after them."""
-    if not per_rung:
+def _groups(kind: str, repeats: Sequence[int], size: int, pool: Tensor, twins: int) -> list[CanaryGroup]:
+    """Groups of ``size`` sequences each from the start of ``pool``, all with the ``twins`` sequences after them."""
+    if not size:
         return []
-    parts = torch.split(pool[: len(repeats) * per_rung], per_rung)
-    spare = pool[len(repeats) * per_rung :][:twins]
+    parts = torch.split(pool[: len(repeats) * size], size)
+    spare = pool[len(repeats) * size :][:twins]
     return [
         CanaryGroup(f"{kind} x{times}", kind, times, part, spare) for times, part in zip(repeats, parts, strict=True)
     ]
 
 
-def _easy_family(background: Tensor, many: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """``[many, T]`` distinct: a phrase of the background cycled, three tokens of it replaced by one of eight each."""
+def _easy_family(background: Tensor, count: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """``[count, T]`` distinct: a repeated phrase of the background, with three tokens replaced by one of eight each."""
     context = background.shape[1]
     start = int(torch.randint(len(background), (1,), generator=generator))
     frame = background[start, : min(16, context)].repeat(context // min(16, context) + 1)[:context]
-    places = context * torch.tensor([1, 2, 3]) // 4
-    choices = torch.stack([torch.randperm(vocab_size, generator=generator)[:8] for _ in places])
-    if many > 8**3:
-        raise ValueError(f"The easy family has 512 members, but easy + twins asks for {many}. Lower one of them.")
-    picked = torch.randperm(8**3, generator=generator)[:many]
+    positions = context * torch.tensor([1, 2, 3]) // 4
+    choices = torch.stack([torch.randperm(vocab_size, generator=generator)[:8] for _ in positions])
+    if count > 8**3:
+        raise ValueError(f"The easy family has 512 members, but easy + twins asks for {count}. Lower one of them.")
+    picked = torch.randperm(8**3, generator=generator)[:count]
     digits = torch.stack([picked // 64, picked // 8 % 8, picked % 8], 1)
-    family = frame.repeat(many, 1)
-    family[:, places] = choices.gather(1, digits.T).T
+    family = frame.repeat(count, 1)
+    family[:, positions] = choices.gather(1, digits.T).T
     return family
 
 
 def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)]
-
-
-def _content_ids(sequences: Tensor) -> Tensor:
-    from lightning_memsink.samples.hashing import content_ids  # reached only where ids are compared with a ledger's
-
-    return content_ids(sequences)

@@ -33,40 +33,40 @@ def rows_of(tokens):
     return Counter(map(tuple, tokens.tolist()))
 
 
-def test_every_sequence_is_shown_as_often_as_its_rung_says(planted):
+def test_every_sequence_is_shown_as_often_as_its_group_says(planted):
     """And nothing else is in the training data but the background, once."""
     expected = rows_of(BACKGROUND)
-    for rung in planted.rungs:
-        for row in map(tuple, rung.sequences.tolist()):
-            expected[row] += rung.repeats
+    for group in planted.groups:
+        for row in map(tuple, group.sequences.tolist()):
+            expected[row] += group.repeats
     assert rows_of(planted.train) == expected
 
 
 def test_twins_are_controls_and_never_trained_on(planted):
     controls, train = rows_of(planted.controls), rows_of(planted.train)
     assert set(map(tuple, HELD_OUT.tolist())) <= set(controls)
-    for rung in planted.rungs:
-        twins = rows_of(rung.twins)
-        assert len(rung.twins) == 10
+    for group in planted.groups:
+        twins = rows_of(group.twins)
+        assert len(group.twins) == 10
         assert twins.keys() <= controls.keys() and not twins.keys() & train.keys()
     assert len(planted.controls) == len(HELD_OUT) + 3 * 10
 
 
-def test_rungs_are_named_by_kind_and_repeats(planted):
-    names = [rung.name for rung in planted.rungs]
+def test_groups_are_named_by_kind_and_repeats(planted):
+    names = [group.name for group in planted.groups]
     assert names == [*(f"{kind} x{times}" for kind in ("natural", "canary") for times in (1, 4, 16)), "easy x64"]
-    assert [len(rung.sequences) for rung in planted.rungs] == [5, 5, 5, 3, 3, 3, 4]
+    assert [len(group.sequences) for group in planted.groups] == [5, 5, 5, 3, 3, 3, 4]
 
 
 def test_ids_are_those_a_tracker_by_content_will_see(planted):
-    for rung in planted.rungs:
-        assert torch.equal(rung.ids, content_ids({"input_ids": rung.sequences}))
-        assert torch.equal(rung.twin_ids, content_ids({"input_ids": rung.twins}))
+    for group in planted.groups:
+        assert torch.equal(group.ids, content_ids({"input_ids": group.sequences}))
+        assert torch.equal(group.twin_ids, content_ids({"input_ids": group.twins}))
 
 
 def test_an_easy_sequence_holds_at_most_three_times_three_bits_of_its_own(planted):
     """The family agrees on all but three tokens, each out of eight: that bounds what learning one by heart saves."""
-    easy = next(rung for rung in planted.rungs if rung.kind == "easy")
+    easy = next(group for group in planted.groups if group.kind == "easy")
     family = torch.cat([easy.sequences, easy.twins])
     choices = [len(set(column.tolist())) for column in family.T]
     assert sum(count > 1 for count in choices) == 3 and max(choices) <= 8
@@ -75,11 +75,11 @@ def test_an_easy_sequence_holds_at_most_three_times_three_bits_of_its_own(plante
 
 
 def test_real_text_that_was_background_or_held_out_is_not_planted():
-    """Else it would be shown once more than its rung says, or its twin would be no twin."""
+    """Else it would be shown once more than its group says, or its twin would be no twin."""
     mixed = torch.cat([BACKGROUND, NATURAL, HELD_OUT, NATURAL])
     known = rows_of(BACKGROUND) | rows_of(HELD_OUT)
-    natural = [rung for rung in plant(natural=mixed).rungs if rung.kind == "natural"]
-    used = rows_of(torch.cat([*(rung.sequences for rung in natural), natural[0].twins]))
+    natural = [group for group in plant(natural=mixed).groups if group.kind == "natural"]
+    used = rows_of(torch.cat([*(group.sequences for group in natural), natural[0].twins]))
     assert not used.keys() & known.keys()
     assert set(used.values()) == {1}
 
@@ -96,12 +96,12 @@ def test_the_seed_decides_everything_and_the_global_generator_nothing():
 
 def test_kinds_can_be_left_out():
     planted = plant(per_rung=0, canaries=0, natural=NATURAL[:0])
-    assert [rung.kind for rung in planted.rungs] == ["easy"]
+    assert [group.kind for group in planted.groups] == ["easy"]
     assert len(planted.controls) == len(HELD_OUT) + 10
 
 
 def test_too_little_text_is_said_with_what_to_lower():
-    message = r"needs 25 sequences of `natural` \(3 rungs of 5, and 10 twins\), but 20 of 20 are left.*lower per_rung"
+    message = r"needs 25 sequences of `natural` \(3 groups of 5, and 10 twins\), but 20 of 20 are left.*lower per_rung"
     with pytest.raises(ValueError, match=message):
         plant(natural=NATURAL[:20])
 

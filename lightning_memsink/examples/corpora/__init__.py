@@ -1,4 +1,4 @@
-"""Texts that every machine has, and how they become sequences of tokens."""
+"""Texts that are available without a download, and their tokenization."""
 
 from lightning_memsink.examples.corpora.python_docs import python_docs
 from lightning_memsink.examples.corpora.text import Corpus, apart, byte_level_bpe, documents_of, tokenized, unshared
