@@ -1,42 +1,46 @@
-"""Many rows a few at a time: what is made on the way stays in the cache, and in memory there is room for the result."""
+"""Work on many rows in blocks and threads: intermediate results fit the cache, memory holds only the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 ROWS = 512
+"""Rows of a block, unless another size is given."""
+
 Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 def blocks(rows: int, size: int = ROWS) -> list[slice]:
-    """``rows`` rows, ``size`` at a time."""
+    """Slices that cover ``rows`` rows, ``size`` rows each; the last one may be shorter."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def in_blocks(rows: int, work: Callable[[slice], object], size: int = ROWS) -> None:
-    """``work(part)`` for each block of ``size`` rows, as `in_threads` does."""
-    in_threads(blocks(rows, size), work)
+    """Calls ``work(block)`` for each block of ``size`` rows, in threads.
 
-
-def in_threads(parts: Sequence[Part], work: Callable[[Part], object]) -> None:
-    """``work(part)`` for each of ``parts``, on as many threads as torch may take.
-
-    ``work`` writes what it finds into the rows that it was given, so that the result is the same in any order. Parts
-    are too small to be shared out between threads by torch: each is worked on by one.
+    ``work`` writes its result into the rows of its block and into no others, so the order of the calls is irrelevant.
     """
-    threads = min(len(parts), torch.get_num_threads())
-    if threads < 2:
-        for part in parts:
-            work(part)
-        return
+    for _ in map_in_threads(work, blocks(rows, size)):
+        pass
+
+
+def map_in_threads(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:
+    """Yields ``work(part)`` for each of ``parts``, in their order, computed in as many threads as torch may use.
+
+    Within such a thread torch computes with one thread: a part is too small to be split further.
+    """
     allowed = torch.get_num_threads()
+    threads = min(len(parts), allowed)
+    if threads < 2:
+        yield from map(work, parts)
+        return
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, parts):
-                pass
+            yield from pool.map(work, parts)
     finally:
         torch.set_num_threads(allowed)

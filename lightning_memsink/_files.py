@@ -1,4 +1,4 @@
-"""Files that are whole or not there: nobody reads the half of one that a full disk or a kill has left."""
+"""Atomic file writing: a file is complete or absent, also after a full disk or a killed process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write to, which takes its name at the end. After an error ``path`` is as it was.
+    """A temporary path beside ``path`` to write to, renamed to ``path`` at the end. An error leaves ``path`` unchanged.
 
-    What a kill leaves has one name, ``path`` with ``.part`` behind, and is overwritten the next time.
+    The temporary file is ``path`` with the suffix ``.part`` appended. A killed process leaves it behind, and the next
+    write replaces it.
     """
     unfinished = path.with_name(f"{path.name}.part")
     try:
         yield unfinished
         with unfinished.open("rb+") as written:
-            os.fsync(written.fileno())  # else a power cut may leave the name and not the content
+            os.fsync(written.fileno())  # without it, a power cut may leave the name without the content
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Points that lie together have the same few controls around them: they are sorted, and the rest is left out.
+"""Box-pruned nearest-neighbour search: points are sorted by a k-d tree, and rows far from a part's box are left out.
 
-N  points      M  rows among which they have neighbours      F  features      k  neighbours
+N  points      M  reference rows      F  features      k  neighbours
 """
 
 from __future__ import annotations
@@ -13,97 +13,114 @@ import torch
 from torch import Tensor
 
 from lightning_memsink._chunks import blocks, in_blocks
-from lightning_memsink.detection.knn import Neighbours
+from lightning_memsink.detection.knn import NearestRows
 
-LOT, POINTS, SEEN = 1 << 13, 2048, 32
-"""Most points in a lot; how many a cell has, at least, on average; how many of them the cells are made by."""
-ASKED, WITHIN, WORTH = 32, 0.9, 0.7
-"""Points of a lot that tell how far to look; the share of them that this suffices; the share of rows worth keeping."""
-TOGETHER = 512
-"""Most of the points that look farther which are searched for at once."""
+MAX_PART_POINTS = 1 << 13
+"""Most points of a part."""
+
+LEAF_POINTS = 2048
+"""Points of a leaf of the tree, at least, on average."""
+
+SPLIT_SAMPLE = 32
+"""Points for each leaf from which the splits are computed."""
+
+RADIUS_PROBES = 32
+"""Points of a part whose exact neighbours determine the search radius."""
+
+RADIUS_QUANTILE = 0.9
+"""The search radius is this quantile of the probes' distances to their k-th neighbours."""
+
+MAX_KEPT_SHARE = 0.7
+"""Rows are left out only if less than this share of them remains; else the search among all rows is as fast."""
+
+MAX_REQUERY_POINTS = 512
+"""Most points that are searched for again at once, with a larger radius."""
 
 
-class Cells:
-    """A k-d tree (Bentley 1975): ``seen`` ``[S, F]`` halved ``levels`` times, where they are widest."""
+class KDPartition:
+    """The leaves of a k-d tree (Bentley 1975): ``points`` ``[S, F]`` halved ``levels`` times along the widest axis."""
 
-    def __init__(self, seen: Tensor, levels: int) -> None:
+    def __init__(self, points: Tensor, levels: int) -> None:
         self.levels = levels
-        self._axis, self._at = torch.zeros(2**levels - 1, dtype=torch.int64), torch.zeros(2**levels - 1)
-        held = deque([seen])
+        self._axis, self._split = torch.zeros(2**levels - 1, dtype=torch.int64), torch.zeros(2**levels - 1)
+        pending = deque([points])
         for node in range(2**levels - 1):
-            mine = held.popleft()
-            if len(mine):
-                spread = mine.amax(0) - mine.amin(0)
-                self._axis[node] = axis = int(spread.argmax())
-                self._at[node] = mine[:, axis].median()
-            right = mine[:, self._axis[node]] > self._at[node]
-            held += [mine[~right], mine[right]]
+            inside = pending.popleft()
+            if len(inside):
+                extent = inside.amax(0) - inside.amin(0)
+                self._axis[node] = axis = int(extent.argmax())
+                self._split[node] = inside[:, axis].median()
+            right = inside[:, self._axis[node]] > self._split[node]
+            pending += [inside[~right], inside[right]]
 
-    def of(self, points: Tensor) -> Tensor:
-        """``[N]`` int16: the cell of each of ``points`` ``[N, F]``."""
+    def leaf_of(self, points: Tensor) -> Tensor:
+        """``[N]`` int16: the leaf of each of ``points`` ``[N, F]``."""
         node = torch.zeros(len(points), dtype=torch.int64)
         for _ in range(self.levels):
-            own = points.gather(1, self._axis[node, None])[:, 0]
-            node = 2 * node + 1 + (own > self._at[node])
+            coordinate = points.gather(1, self._axis[node, None])[:, 0]
+            node = 2 * node + 1 + (coordinate > self._split[node])
         return (node - len(self._axis)).short()
 
 
-class Around:
-    """What ``everyone`` finds, among its ``[M, F]`` rows, for points that lie together, and so have few rows around.
+class BoxPrunedSearch:
+    """The result of ``full``, a search among ``[M, F]`` rows, for points that are close to one another.
 
-    Rows farther from the box around the points than some of them need to look are left out. Who needs to look farther
-    knows by then how far at most, and is searched for anew with who needs to look about as far. So what is found is
-    exact.
+    Rows farther from the points' bounding box than the search radius are left out. A point whose ``k``-th neighbour
+    is beyond the radius is searched for again, with that distance as the radius, together with points of similar
+    distance. So the result is exact.
     """
 
-    def __init__(self, everyone: Neighbours) -> None:
-        self.everyone = everyone
+    def __init__(self, full: NearestRows) -> None:
+        self.full = full
 
-    def of(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Neighbours.of`, of points ``[N, F]``."""
-        some = self.everyone.of(points[:: -(-len(points) // ASKED)])[1][:, -1].sort().values
-        reach = some[int(WITHIN * (len(some) - 1))]
-        kept = self.within(reach, points)
+    def query(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """As `NearestRows.query`, of points ``[N, F]``."""
+        probes = self.full.query(points[:: -(-len(points) // RADIUS_PROBES)])[1][:, -1].sort().values
+        radius = probes[int(RADIUS_QUANTILE * (len(probes) - 1))]
+        kept = self.rows_within(radius, points)
         if kept is None:
-            return self.everyone.of(points)
-        index, squared = self._among(kept, points)
-        beyond = (squared[:, -1] > reach).nonzero().flatten()
+            return self.full.query(points)
+        index, squared = self._query_among(kept, points)
+        beyond = (squared[:, -1] > radius).nonzero().flatten()
         beyond = beyond[squared[beyond, -1].argsort()]
-        for part in blocks(len(beyond), TOGETHER):
+        for part in blocks(len(beyond), MAX_REQUERY_POINTS):
             rows = beyond[part]
-            kept = self.within(squared[rows[-1], -1], points[rows])
-            index[rows], squared[rows] = self._among(kept, points[rows])
+            kept = self.rows_within(squared[rows[-1], -1], points[rows])
+            index[rows], squared[rows] = self._query_among(kept, points[rows])
         return index, squared
 
-    def within(self, reach: Tensor, points: Tensor) -> Tensor | None:
-        """The rows ``[K]`` at most ``reach``, squared, from the box around the points; None for all, if most are."""
-        among = self.everyone.among
-        beside = torch.maximum(points.amin(0) - among, among - points.amax(0)).clamp(min=0).square().sum(1)
-        kept = (beside <= 1.001 * reach).nonzero().flatten()
-        return kept if self.everyone.k <= len(kept) < WORTH * len(among) else None
+    def rows_within(self, radius: Tensor, points: Tensor) -> Tensor | None:
+        """Indices ``[K]`` of the rows at most ``radius``, squared, from the points' bounding box; None for all rows.
 
-    def _among(self, kept: Tensor | None, points: Tensor) -> tuple[Tensor, Tensor]:
+        None if fewer than k rows are within it, or too many for a smaller search to be worth its cost.
+        """
+        reference = self.full.reference
+        outside = torch.maximum(points.amin(0) - reference, reference - points.amax(0)).clamp(min=0).square().sum(1)
+        kept = (outside <= 1.001 * radius).nonzero().flatten()
+        return kept if self.full.k <= len(kept) < MAX_KEPT_SHARE * len(reference) else None
+
+    def _query_among(self, kept: Tensor | None, points: Tensor) -> tuple[Tensor, Tensor]:
         if kept is None:
-            return self.everyone.of(points)
-        index, squared = Neighbours(self.everyone.among[kept], self.everyone.k, self.everyone.rooms).of(points)
+            return self.full.query(points)
+        index, squared = NearestRows(self.full.reference[kept], self.full.k, self.full.workspaces).query(points)
         return kept[index], squared
 
 
-def lots(rows: Tensor, points_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """``rows`` ``[N]`` in lots of points that lie together; one lot, if they are few.
+def partition(rows: Tensor, points_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``rows`` ``[N]`` in parts whose points are close to one another; one part, if there are few rows.
 
-    ``points_of``: the points ``[B, F]`` of some of the rows.
+    ``points_of(some_rows)`` returns the points ``[B, F]`` of some of the rows.
     """
-    levels = int(np.log2(max(1, len(rows) // POINTS)))
+    levels = int(np.log2(max(1, len(rows) // LEAF_POINTS)))
     if not levels:
         return [rows] if len(rows) else []
-    seen = rows[:: max(1, len(rows) // (SEEN << levels))]
-    cells, cell = Cells(points_of(seen), levels), torch.empty(len(rows), dtype=torch.int16)
+    sample = rows[:: max(1, len(rows) // (SPLIT_SAMPLE << levels))]
+    tree, leaf = KDPartition(points_of(sample), levels), torch.empty(len(rows), dtype=torch.int16)
 
-    def sort(part: slice) -> None:
-        cell[part] = cells.of(points_of(rows[part]))
+    def assign(part: slice) -> None:
+        leaf[part] = tree.leaf_of(points_of(rows[part]))
 
-    in_blocks(len(rows), sort, 1 << 16)
-    order = torch.from_numpy(np.argsort(cell.numpy(), kind="stable"))
-    by_cell = rows[order].split(torch.bincount(cell.long()).tolist())
-    return [lot for mine in by_cell if len(mine) for lot in mine.split(LOT)]
+    in_blocks(len(rows), assign, 1 << 16)
+    order = torch.from_numpy(np.argsort(leaf.numpy(), kind="stable"))
+    by_leaf = rows[order].split(torch.bincount(leaf.long()).tolist())
+    return [part for members in by_leaf if len(members) for part in members.split(MAX_PART_POINTS)]

@@ -1,6 +1,9 @@
-"""The nearest of a few thousand controls, for each of many samples: exact, and without a matrix of all pairs.
+"""Exact k-nearest-neighbour search: many points among a few thousand reference rows, without the full distance matrix.
 
-N  points      M  rows among which they have neighbours      F  features      k  neighbours
+N  points      M  reference rows      F  features      k  neighbours      B  points of a block
+
+Distances of a block of points to all rows come from one matrix product, and the k smallest from a partial sort. On the
+detector's sizes that is faster than ``scipy.spatial.cKDTree``, which the tests use as the oracle.
 """
 
 from __future__ import annotations
@@ -16,131 +19,140 @@ from torch import Tensor
 
 from lightning_memsink._chunks import ROWS, blocks, in_blocks
 
-GROUP, FEW = 4, 256
-"""Rows that the nearest of them stands for, twice as many among many; as many rows as are ranked without groups."""
-FARTHEST = float(torch.finfo(torch.float32).max)
-"""Stands for what is infinite, whose bits can't carry a number: they would say that it is none."""
+GROUP_SIZE = 4
+"""Reference rows of a group, whose smallest distance represents it; twice as many where there are many rows."""
+
+MAX_UNGROUPED_ROWS = 256
+"""Up to this many reference rows are ranked one by one, without groups."""
+
+MAX_DISTANCE = float(torch.finfo(torch.float32).max)
+"""Replaces infinity: setting further mantissa bits of an infinite double would make it NaN."""
+
+NUMBER_BITS = 29
+"""Mantissa bits of a double that are zero in every converted float32 (52 of a double less 23 of a float)."""
 
 
-class Room:
-    """Space for the distances of a block of points to ``columns`` rows, and for as many numbered ones."""
+class Workspace:
+    """Buffers of one thread for the distances of a block of points to ``columns`` reference rows."""
 
     def __init__(self, columns: int) -> None:
-        entries = ROWS * (columns + 2 * GROUP)  # the last group may have to be filled up
-        self._apart, self._keys = torch.empty(entries), np.empty(entries)
+        entries = ROWS * (columns + 2 * GROUP_SIZE)  # the last group may have to be filled up
+        self._distances, self._keys = torch.empty(entries), np.empty(entries)
 
-    def apart(self, rows: int, columns: int) -> Tensor:
-        return self._apart[: rows * columns].view(rows, columns)
+    def distances(self, rows: int, columns: int) -> Tensor:
+        """An uninitialized ``[rows, columns]`` view of the buffer for distances."""
+        return self._distances[: rows * columns].view(rows, columns)
 
-    def least(self, values: Tensor, numbers: NDArray[np.int64], k: int) -> NDArray[np.float64]:
-        """The ``k`` smallest of each row of ``values`` ``[B, C]``, in any order, which carry their ``numbers`` (below
-        2^29, ``[C]`` or ``[B, C]``) in the bits that double precision has to spare; of equals the lowest numbers."""
+    def smallest_keys(self, values: Tensor, numbers: NDArray[np.int64], k: int) -> NDArray[np.float64]:
+        """``[B, k]`` sort keys of the ``k`` smallest ``values`` ``[B, C]`` of each row, in any order.
+
+        A key is the float32 value as a double whose `NUMBER_BITS` lowest bits, otherwise zero, hold the entry of
+        ``numbers`` (``[C]`` or ``[B, C]``, below 2^29). So one partial sort of doubles selects values and numbers
+        together, and of equal values it selects the lowest numbers.
+        """
         keys = self._keys[: values.numel()].reshape(values.shape)
-        np.copyto(keys, values.clamp_(max=FARTHEST).numpy())
+        np.copyto(keys, values.clamp_(max=MAX_DISTANCE).numpy())
         bits = keys.view(np.int64)
         np.bitwise_or(bits, numbers, out=bits)
         keys.partition(k - 1, 1)
         return keys[:, :k].copy()
 
 
-def number_of(keys: NDArray[np.float64]) -> NDArray[np.int64]:
-    """What `Room.least` let them carry."""
-    return keys.view(np.int64) & ((1 << 29) - 1)
+def numbers_in(keys: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The numbers in the keys of `Workspace.smallest_keys`, same shape."""
+    return keys.view(np.int64) & ((1 << NUMBER_BITS) - 1)
 
 
-class Rooms:
-    """A `Room` for each thread, used again and again: to have it anew takes longer than to fill it."""
+class WorkspacePool:
+    """One `Workspace` for each thread, reused: allocating one takes longer than filling it."""
 
     def __init__(self, columns: int) -> None:
-        self._free: SimpleQueue[Room] = SimpleQueue()
+        self._free: SimpleQueue[Workspace] = SimpleQueue()
         for _ in range(torch.get_num_threads()):
-            self._free.put(Room(columns))
+            self._free.put(Workspace(columns))
 
     @contextmanager
-    def lent(self) -> Iterator[Room]:
-        """One that nobody else uses meanwhile."""
-        room = self._free.get()
+    def borrow(self) -> Iterator[Workspace]:
+        """A workspace that no other thread uses until the block ends."""
+        workspace = self._free.get()
         try:
-            yield room
+            yield workspace
         finally:
-            self._free.put(room)
+            self._free.put(workspace)
 
 
-class Neighbours:
-    """Finds the ``k`` nearest rows of ``among`` ``[M, F]`` (all of them, if there are fewer).
+class NearestRows:
+    """Finds the ``k`` nearest rows of ``reference`` ``[M, F]`` (all of them, if there are fewer).
 
-    Where rows are many they are taken in groups of neighbouring ones: the ``k`` nearest are in those ``k`` groups whose
-    own nearest are the nearest. So two short lists are partitioned and not a long one, which is dear, and on some
-    processors several times dearer than on others.
+    Many rows are searched in groups of consecutive ones: the ``k`` nearest rows lie in the ``k`` groups whose nearest
+    members are nearest. So two short lists are partially sorted instead of one long list, which is expensive, and on
+    some processors several times more expensive than on others.
 
-    ``rooms`` may be those of a search among as many rows or more.
+    ``workspaces`` may be those of another search among as many rows or more.
     """
 
-    def __init__(self, among: Tensor, k: int, rooms: Rooms | None = None) -> None:
-        self.k, self.among = min(k, len(among)), among
-        self.rooms = rooms or Rooms(len(among))
-        width = GROUP if len(among) <= 4 * FEW else 2 * GROUP
-        self._width = width if len(among) > max(FEW, 2 * width * self.k) else 1
-        self._groups = -(-len(among) // self._width)
-        # Column w·groups + g is member w of group g: the smallest of each group is found in one sweep.
+    def __init__(self, reference: Tensor, k: int, workspaces: WorkspacePool | None = None) -> None:
+        self.k, self.reference = min(k, len(reference)), reference
+        self.workspaces = workspaces or WorkspacePool(len(reference))
+        width = GROUP_SIZE if len(reference) <= 4 * MAX_UNGROUPED_ROWS else 2 * GROUP_SIZE
+        self._width = width if len(reference) > max(MAX_UNGROUPED_ROWS, 2 * width * self.k) else 1
+        self._groups = -(-len(reference) // self._width)
+        # Column w·groups + g is member w of group g: one sweep finds the smallest of each group.
         columns = torch.arange(self._width * self._groups)
-        self._column = columns.view(self._width, self._groups).T.flatten()[: len(among)]
-        self._centre = among.mean(0)  # products of small numbers lose less
-        centred = among - self._centre
-        squares = torch.full(columns.shape, FARTHEST)  # a group that is not full has members far from everyone
+        self._column = columns.view(self._width, self._groups).T.flatten()[: len(reference)]
+        self._centre = reference.mean(0)  # products of small numbers lose less precision
+        centred = reference - self._centre
+        squares = torch.full(columns.shape, MAX_DISTANCE)  # fills up the last group with rows far from every point
         squares[self._column] = centred.square().sum(1)
-        factors = torch.zeros(among.shape[1], len(columns))
+        factors = torch.zeros(reference.shape[1], len(columns))
         factors[:, self._column] = -2 * centred.T
         self._squares, self._factors = squares, factors
 
-    def of(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and squared distances ``[N, k]``, nearest first; the latter as exact as coordinates are."""
+    def query(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and squared distances ``[N, k]``, nearest first. Distances have the precision of the coordinates."""
         index = torch.empty(len(points), self.k, dtype=torch.int64)
         squared = torch.empty(len(points), self.k)
         for part in blocks(len(points)):
-            index[part], squared[part] = self.of_block(points[part])
+            index[part], squared[part] = self.query_block(points[part])
         return index, squared
 
-    def of_block(self, points: Tensor, own: slice | None = None) -> tuple[Tensor, Tensor]:
-        """The same of up to ``ROWS`` points.
-
-        ``own``: the rows of ``among`` that the points themselves are, and nobody is its own neighbour.
-        """
+    def query_block(self, points: Tensor, excluded: slice | None = None) -> tuple[Tensor, Tensor]:
+        """`query` for up to ``ROWS`` points. ``excluded``: point n skips the n-th reference row of this slice."""
         points = points - self._centre
-        with self.rooms.lent() as room:
-            apart = room.apart(len(points), len(self._squares))
-            torch.addmm(self._squares, points, self._factors, out=apart)  # squared distance but for the point's square
-            if own is not None:
-                apart[torch.arange(len(points)), self._column[own]] = FARTHEST
-            smallest = self._smallest(room, apart)
-        smallest.sort(1)
-        index = np.minimum(number_of(smallest), len(self.among) - 1)  # who is not a number is near nobody
-        ranked = torch.from_numpy(smallest.astype(np.float32))
+        with self.workspaces.borrow() as workspace:
+            distances = workspace.distances(len(points), len(self._squares))
+            torch.addmm(self._squares, points, self._factors, out=distances)  # squared, less the point's own square
+            if excluded is not None:
+                distances[torch.arange(len(points)), self._column[excluded]] = MAX_DISTANCE
+            keys = self._smallest_keys(workspace, distances)
+        keys.sort(1)
+        index = np.minimum(numbers_in(keys), len(self.reference) - 1)  # the bits of a NaN hold no row number
+        ranked = torch.from_numpy(keys.astype(np.float32))
         return torch.from_numpy(index), (ranked + points.square().sum(1, keepdim=True)).clamp_(min=0)
 
-    def _smallest(self, room: Room, apart: Tensor) -> NDArray[np.float64]:
-        """Keys ``[B, k]`` that carry rows of ``among``."""
+    def _smallest_keys(self, workspace: Workspace, distances: Tensor) -> NDArray[np.float64]:
+        """``[B, k]`` keys that hold the numbers of reference rows."""
         if self._width == 1:
-            return room.least(apart, np.arange(self._groups), self.k)
-        members = apart.view(len(apart), self._width, self._groups)
-        first = torch.from_numpy(np.fmin.reduce(members.numpy(), 1))
-        groups = number_of(room.least(first, np.arange(self._groups), self.k))[:, None]
+            return workspace.smallest_keys(distances, np.arange(self._groups), self.k)
+        members = distances.view(len(distances), self._width, self._groups)
+        of_groups = torch.from_numpy(np.fmin.reduce(members.numpy(), 1))
+        groups = numbers_in(workspace.smallest_keys(of_groups, np.arange(self._groups), self.k))[:, None]
         chosen = members.gather(2, torch.from_numpy(groups).expand(-1, self._width, -1))
         rows = groups * self._width + np.arange(self._width)[:, None]
-        return room.least(chosen.flatten(1), rows.reshape(len(apart), -1), self.k)
+        return workspace.smallest_keys(chosen.flatten(1), rows.reshape(len(distances), -1), self.k)
 
 
-def nearest(points: Tensor, among: Tensor, k: int, *, fellows: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices ``[N, k]`` of the nearest rows of ``among``, nearest first, and the mean distance ``[N]`` to them.
+def nearest(points: Tensor, reference: Tensor, k: int, *, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Indices ``[N, k]`` of the nearest rows of ``reference``, nearest first, and the mean distance ``[N]`` to them.
 
-    ``fellows``: the points are ``among`` themselves, and nobody is its own neighbour.
+    ``leave_one_out``: ``points`` are the rows of ``reference``, and no row is its own neighbour.
     """
-    found = Neighbours(among, min(k, len(among) - fellows))
-    index, distance = torch.empty(len(points), found.k, dtype=torch.int64), torch.empty(len(points))
+    search = NearestRows(reference, min(k, len(reference) - leave_one_out))
+    index, distance = torch.empty(len(points), search.k, dtype=torch.int64), torch.empty(len(points))
 
-    def search(part: slice) -> None:
-        index[part], _ = found.of_block(points[part], part if fellows else None)
-        distance[part] = (points[part, None] - among[index[part]]).square().sum(2).sqrt().mean(1)
+    def query(part: slice) -> None:
+        index[part], _ = search.query_block(points[part], part if leave_one_out else None)
+        distance[part] = (points[part, None] - reference[index[part]]).square().sum(2).sqrt().mean(1)
 
-    in_blocks(len(points), search)
+    in_blocks(len(points), query)
     return index, distance

@@ -1,4 +1,4 @@
-"""What loss do features foretell: ridge regression on the controls."""
+"""Expected losses by ridge regression on the controls' matching features."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ from torch import Tensor
 
 
 class Ridge:
-    """Losses by ridge regression on features and their squares, of what would be means of neighbours otherwise.
+    """Predicts losses from features and their squares (Hoerl & Kennard 1970), where kNN takes means of neighbours.
 
-    ``own`` ``[M, F]`` are the controls' features, ``before`` and ``after`` ``[M]`` their losses at two evaluations;
-    ``expected_of_controls`` ``[M]``, after, leaves each out of its own (PRESS).
+    Args:
+        features: ``[M, F]`` matching features of the controls.
+        before: ``[M]`` losses of the controls at the evaluation before the measured visits.
+        after: ``[M]`` losses at the evaluation after them.
+
+    ``expected_of_controls`` ``[M]``: the predicted loss of each control at ``after``, from a fit to the other controls
+    (leave-one-out residuals from leverages: PRESS, Allen 1974).
     """
 
-    def __init__(self, own: Tensor, before: Tensor, after: Tensor) -> None:
-        design = _design(own)
+    def __init__(self, features: Tensor, before: Tensor, after: Tensor) -> None:
+        design = _design(features)
         gram = design.T @ design + torch.eye(design.shape[1], dtype=torch.float64)
-        pull = torch.linalg.solve(gram, design.T)
-        self._before, self._after = (pull @ loss.double() for loss in (before, after))
-        leverage = (design * pull.T).sum(1).clamp(max=0.99)
+        solver = torch.linalg.solve(gram, design.T)
+        self._before, self._after = (solver @ loss.double() for loss in (before, after))
+        leverage = (design * solver.T).sum(1).clamp(max=0.99)
         residual = (after.double() - design @ self._after) / (1 - leverage)
         self.expected_of_controls = (after - residual).float()
 
-    def expected(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses ``[N]`` of samples with features ``points`` ``[N, F]``, before and after."""
-        at = _design(points)
-        return (at @ self._before).float(), (at @ self._after).float()
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected losses ``[N]``, before and after, of samples with ``features`` ``[N, F]``."""
+        design = _design(features)
+        return (design @ self._before).float(), (design @ self._after).float()
 
 
-def _design(points: Tensor) -> Tensor:
-    return torch.cat([torch.ones(len(points), 1), points, points.square()], 1).double()
+def _design(features: Tensor) -> Tensor:
+    """``[N, 1 + 2F]``: a constant, the features and their squares."""
+    return torch.cat([torch.ones(len(features), 1), features, features.square()], 1).double()

@@ -9,7 +9,7 @@ import torch
 from benchmarks.scale import benchmark as scale
 from benchmarks.scale.runs import CONTROLS, STEPS, Sized, Stepped, filled, ids_of, look_at_controls, visit_all
 from lightning_memsink.detection.evaluate import evaluate, known_controls, samples_of
-from lightning_memsink.detection.matched_controls import SPREAD, DetectionRule, farthest, standardize
+from lightning_memsink.detection.matched_controls import SCALE_NEIGHBOURS, DetectionRule, farthest, standardize
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.samples.loss_table import LossTable
 
@@ -51,7 +51,7 @@ def test_the_evaluation_in_blocks_is_that_of_a_matrix_of_all_pairs(judged):
     apart = torch.cdist(static.double(), own_static.double()).sort(1).values[:, : rule.k].mean(1)
     reached = apart <= float(farthest(own_static, rule.k, rule.reach))
     assert torch.equal(flags.verdict[:1000] != 6, reached)
-    assert SPREAD * rule.k < CONTROLS
+    assert SCALE_NEIGHBOURS * rule.k < CONTROLS
 
 
 def test_who_is_planted_far_below_controls_is_found(judged):

@@ -176,7 +176,7 @@ def test_nearest_is_what_sorting_all_distances_gives(seed, n, m, k):
         apart = sorted((float((points[row] - other).norm()), at) for at, other in enumerate(among))[:k]
         assert index[row].tolist() == [at for _, at in apart]
         assert float(distance[row]) == pytest.approx(sum(d for d, _ in apart) / len(apart), rel=1e-3, abs=1e-3)
-    assert all(row not in index for row, index in enumerate(nearest(among, among, k, fellows=True)[0].tolist()))
+    assert all(row not in index for row, index in enumerate(nearest(among, among, k, leave_one_out=True)[0].tolist()))
 
 
 def test_the_fitted_tail_is_the_normal_one():
