@@ -58,8 +58,10 @@ NAMES = {
     "judge_injection": "localization.evaluation.evaluate_injection",
     "measure": "localization.evaluation.ablation_curves.mean_losses",
     "prefix_stress": "localization.evaluation.perturb_prompts",
+    "random_scores": "localization.localizers.reference.random_scores",
     "separation": "extraction.separation.separation",
     "undisturbed": "_evaluation.isolated_eval",
+    "weight_norm": "localization.localizers.reference.weight_norm",
     "without": "samples.unique.without",
 }
 """Names that an old module had and its new module lacks, with the full path of each below the package."""

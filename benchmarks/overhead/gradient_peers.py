@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from lightning_memsink.attribution.ghost_norms import outer_squared_norm
-from lightning_memsink.attribution.gradient_norms import GradientNorms, total
+from lightning_memsink.attribution.gradient_norms import GradientNorms, total_squared_norm
 from lightning_memsink.attribution.gradient_rules import outer_of
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.attribution.unit_recorder import UnitRecorder
@@ -89,7 +89,7 @@ def norms(model: nn.Module) -> Step:
     def gradients(inputs: Tensor, targets: Tensor) -> Tensor:
         recorder.open()
         mean_loss(model(inputs), targets).backward()
-        return total(recorder.finish(len(inputs), torch.full((len(inputs),), 1 / len(inputs))))
+        return total_squared_norm(recorder.finish(len(inputs), torch.full((len(inputs),), 1 / len(inputs))))
 
     return _training(model, gradients)
 

@@ -23,27 +23,27 @@ def attribute(
     batch_size: int,
     objective: Literal["loss", "margin"] = "loss",
 ) -> dict[str, Tensor]:
-    """Signed effects ``[B, U]`` by layer of one batch, outside of training. No parameter's ``.grad`` is touched.
+    """Signed unit effects ``[B, U]`` by layer of one batch, outside of training. No parameter's ``.grad`` is written.
 
     Args:
         model_loss: runs the forward and returns the scalar loss. Frozen parameters are fine.
-        objective: ``"loss"``: by how many nats of its own mean loss a sample would lose without the unit.
-            ``"margin"``: how much lower its `margins` would be. Either way a unit with a positive effect helps.
+        objective: ``"loss"``: by how many nats a sample's own mean loss would rise without the unit. ``"margin"``: how
+            much lower its `margins` would be. Either way a unit with a positive effect helps the sample.
 
     Raises:
-        ValueError: the loss has no graph, or a layer has no ``[B, U]`` effects. Reentrant checkpointing, which can't be
-            differentiated outside of ``backward()``, is refused by torch.
+        ValueError: the loss has no graph, or a layer has no ``[B, U]`` effects.
+        RuntimeError: from torch, under reentrant checkpointing, which can't be differentiated outside ``backward()``.
     """
     hidden: list[Tensor] = []
 
-    def differentiable(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        given = args[0] if args else None
-        if not isinstance(given, Tensor) or not torch.is_grad_enabled():
+    def make_differentiable(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        inputs = args[0] if args else None
+        if not isinstance(inputs, Tensor) or not torch.is_grad_enabled():
             return None
-        hidden.append(given if given.requires_grad else given.detach().requires_grad_())
+        hidden.append(inputs if inputs.requires_grad else inputs.detach().requires_grad_())
         return hidden[-1], *args[1:]
 
-    handles = [layer.module.register_forward_pre_hook(differentiable) for layer in layers]
+    handles = [layer.module.register_forward_pre_hook(make_differentiable) for layer in layers]
     recorder = UnitRecorder(layers)
     try:
         recorder.open()

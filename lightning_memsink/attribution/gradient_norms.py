@@ -1,34 +1,37 @@
 """Exact per-sample gradient norms of a model's layers, read in the user's own backward.
 
-B  samples in a batch    T  positions of a sample    U  outputs of a module
+B  samples in a batch    K  blocks of modules    T  positions of a sample    U  outputs of a module
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_memsink.attribution.broadcast_gradients import Broadcasts, picked_rows
+from lightning_memsink.attribution.broadcast_gradients import BroadcastGradients, has_selected_rows
 from lightning_memsink.attribution.ghost_norms import Contribution, Outer, Tied, samples_of, squared_norm, tie
-from lightning_memsink.attribution.gradient_rules import (
-    FEATURES_FIRST,
-    GradientRule,
-    rule_of,
-    samples_first,
-    wants_gradient,
-)
-from lightning_memsink.attribution.module_hooks import ModuleCalls
+from lightning_memsink.attribution.gradient_rules import GradientRule, rule_of, samples_first, wants_gradient
+from lightning_memsink.attribution.module_hooks import ModuleCalls, first_tensor
 from lightning_memsink.attribution.unit_effects import divide_by_weights
+from lightning_memsink.attribution.update_norms import block_of
 
 
-def total(norms: Mapping[str, Tensor]) -> Tensor:
+def total_squared_norm(norms: Mapping[str, Tensor]) -> Tensor:
     """``[B]`` squared norm over all layers."""
     return torch.stack(list(norms.values())).sum(0)
+
+
+def block_norms(squared_norms: Mapping[str, Tensor], blocks: Sequence[str], batch_size: int) -> Tensor:
+    """Float32 ``[B, K]`` on the CPU: gradient norms by block, from squared norms ``[B]`` by module."""
+    norms = torch.zeros(batch_size, len(blocks))
+    for name, squared in squared_norms.items():
+        norms[:, blocks.index(block_of(f"{name}.weight"))] += squared.float().cpu()
+    return norms.sqrt()
 
 
 class GradientNorms:
@@ -52,8 +55,8 @@ class GradientNorms:
         self._parameters: dict[int, nn.Parameter] = {}
         self._keys: dict[str, dict[str, int]] = {}  # of a module by local name: FSDP2 puts others in their place
         self._users: dict[int, list[str]] = defaultdict(list)
-        self._never: dict[str, str] = {}
-        self._now: dict[str, str] = {}
+        self._never_read: dict[str, str] = {}
+        self._missed: dict[str, str] = {}  # in the last step
         for name, module, rule in _trainable(model):
             own = {local: weight for local, weight in module._parameters.items() if wants_gradient(weight)}
             self._keys[name] = {local: id(weight) for local, weight in own.items()}
@@ -61,25 +64,25 @@ class GradientNorms:
                 self._parameters[id(weight)] = weight
                 self._users[id(weight)].append(name)
             if isinstance(rule, str):
-                self._never[name] = rule
+                self._never_read[name] = rule
             else:
                 self._modules[name], self._rules[name] = module, rule
-        self._broadcasts = Broadcasts(batch_axis)
-        self._calls = ModuleCalls(self._modules, "output", self._on_pair)
+        self._broadcasts = BroadcastGradients(batch_axis)
+        self._calls = ModuleCalls(self._modules, "output", self._read_call)
         self._handles = [
-            module.register_forward_pre_hook(self._before(name, module), with_kwargs=True)
+            module.register_forward_pre_hook(self._before_forward(name, module), with_kwargs=True)
             for name, module in self._modules.items()
         ] + [
             module.register_forward_hook(self._after_lookup(name))
             for name, module in self._modules.items()
             if isinstance(module, nn.Embedding)
         ]
-        self._forget()
+        self._reset()
 
     @property
     def uncovered(self) -> dict[str, str]:
         """Modules whose parameters are not, or in the last step were not, read in full; and why."""
-        return {**self._never, **self._now}
+        return {**self._never_read, **self._missed}
 
     @property
     def covered(self) -> float:
@@ -91,17 +94,17 @@ class GradientNorms:
         return 1 - missing / max(1, sum(weight.numel() for weight in self._parameters.values()))
 
     def open(self) -> None:
-        """From the next forward on."""
-        self._forget()
-        self._now.clear()
+        """Records from the next forward on."""
+        self._reset()
+        self._missed.clear()
         self._calls.open()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Inside, a backward passes unseen."""
+        """Inside, a backward is not recorded."""
         return self._calls.paused()
 
     def finish(self, batch_size: int, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Squared norms ``[B]`` by module, of parameters that are read in full. Closes.
+        """Squared norms ``[B]`` by module, of parameters that are read in full. Stops recording.
 
         Args:
             batch_size: B.
@@ -110,43 +113,43 @@ class GradientNorms:
         """
         uses = self._calls.uses()
         for name in self._calls.close():
-            self._now[name] = "its input was gone before its gradient came"
-        for key in list(self._parts):
-            self._settle(key)
+            self._missed[name] = "its input was freed before its gradient came"
+        for key in list(self._contributions):
+            self._compute_norm(key)
         for key, norm in self._norms.items():
             if len(norm) != batch_size:
-                found = f"its input has {len(norm)} rows along the batch axis, not {batch_size}"
-                self._now.update((name, self._now.get(name, found)) for name in self._users[key])
-        self._miss_unseen(uses)
+                reason = f"its input has {len(norm)} rows along the batch axis, not {batch_size}"
+                self._missed.update((name, self._missed.get(name, reason)) for name in self._users[key])
+        self._report_without_gradient(uses)
         reasons = self.uncovered
         norms: dict[str, Tensor] = {}
         for key, users in self._users.items():
             if key in self._norms and not reasons.keys() & set(users):
-                home = users[0]
-                norms[home] = norms[home] + self._norms[key] if home in norms else self._norms[key]
-        self._forget()
+                first = users[0]
+                norms[first] = norms[first] + self._norms[key] if first in norms else self._norms[key]
+        self._reset()
         if weights is None:
             return norms
         return {name: divide_by_weights(norm, weights, power=2) for name, norm in norms.items()}
 
     def remove(self) -> None:
-        """Takes the hooks away; a second time does nothing."""
+        """Removes the hooks; a second call does nothing."""
         self._calls.remove()
-        self._forget()
+        self._reset()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _forget(self) -> None:
-        self._parts: dict[int, list[Contribution]] = defaultdict(list)
+    def _reset(self) -> None:
+        self._contributions: dict[int, list[Contribution]] = defaultdict(list)
         self._norms: dict[int, Tensor] = {}
-        self._expected: dict[int, int] = {}
-        self._held: dict[str, list[Tensor]] = defaultdict(list)
+        self._expected_calls: dict[int, int] = {}
+        self._kept_inputs: dict[str, list[Tensor]] = defaultdict(list)
         self._ids: dict[str, list[Tensor]] = defaultdict(list)
-        self._broadcasts.forget()
+        self._broadcasts.reset()
 
-    def _miss_unseen(self, uses: Mapping[str, int]) -> None:
-        """A module that was not called has no gradient, unless its weights were used without it."""
+    def _report_without_gradient(self, uses: Mapping[str, int]) -> None:
+        """Adds modules to the missed ones: called without a gradient, or with a gradient though not called."""
         for key, users in self._users.items():
             if key in self._norms or self.uncovered.keys() & set(users):
                 continue
@@ -155,87 +158,87 @@ class GradientNorms:
                 reason = (
                     "its gradient never came" if called else "it was not called, though its weights have a gradient"
                 )
-                self._now.update((name, reason) for name in users)
+                self._missed.update((name, reason) for name in users)
 
-    def _before(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
-        by_rows, looks_up = isinstance(module, (nn.Linear, nn.LayerNorm)), isinstance(module, nn.Embedding)
+    def _before_forward(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
+        by_rows, is_lookup = isinstance(module, (nn.Linear, nn.LayerNorm)), isinstance(module, nn.Embedding)
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if not self._calls.is_open:
                 return
-            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if given is None:
+            inputs = first_tensor(args, kwargs)
+            if inputs is None:
                 return
-            self._broadcasts.seek(given)
-            if by_rows and given.ndim == 2 and picked_rows(given):
-                self._now[name] = "its input is rows picked out of a flattened batch"
-            if looks_up:
-                self._ids[name].append(given)
+            self._broadcasts.search(inputs)
+            if by_rows and inputs.ndim == 2 and has_selected_rows(inputs):
+                self._missed[name] = "its input is rows picked out of a flattened batch"
+            if is_lookup:
+                self._ids[name].append(inputs)
             # Autograd may keep only a view or a copy in another precision. A checkpoint keeps nothing and runs again.
             if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-                self._held[name].append(given)
+                self._kept_inputs[name].append(inputs)
 
-        return enter
+        return hook
 
     def _after_lookup(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._calls.is_open and self._ids[name] and output.grad_fn is not None:
                 self._broadcasts.expect(name, self._ids[name][-1], output)
 
-        return leave
+        return hook
 
-    def _on_pair(self, name: str, given: Tensor, gradient: Tensor) -> None:
+    def _read_call(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
         # A backward within autocast would take these products in half precision.
         if torch.is_autocast_enabled(gradient.device.type):
             with torch.autocast(gradient.device.type, enabled=False):
-                self._read(name, given, gradient)
+                self._read(name, inputs, gradient)
         else:
-            self._read(name, given, gradient)
+            self._read(name, inputs, gradient)
 
-    def _read(self, name: str, given: Tensor, gradient: Tensor) -> None:
-        if name in self._now:
+    def _read(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        if name in self._missed:
             return
-        if not self._expected:
+        if not self._expected_calls:
             uses = self._calls.uses()
-            self._expected = {key: sum(uses.get(user, 0) for user in users) for key, users in self._users.items()}
-        module = self._modules[name]
-        looks_up = isinstance(module, nn.Embedding)
-        if looks_up:
-            full = self._broadcasts.resolve(name, given, gradient)
-            if full is None:
-                self._now[name] = "its output is broadcast over the samples in a way that could not be followed"
+            self._expected_calls = {key: sum(uses.get(user, 0) for user in users) for key, users in self._users.items()}
+        module, rule = self._modules[name], self._rules[name]
+        is_lookup = isinstance(module, nn.Embedding)
+        if is_lookup:
+            per_sample = self._broadcasts.resolve(name, inputs, gradient)
+            if per_sample is None:
+                self._missed[name] = "its output is broadcast over the samples in a way that could not be followed"
                 return
-            given, gradient = full
-        axis = 0 if isinstance(module, FEATURES_FIRST) else self.batch_axis
-        given, gradient = samples_first(given, axis, features=not looks_up), samples_first(gradient, axis)
+            inputs, gradient = per_sample
+        axis = 0 if rule.batch_first else self.batch_axis
+        inputs, gradient = samples_first(inputs, axis, features=not is_lookup), samples_first(gradient, axis)
         keys = self._keys[name]
-        for local, part in self._rules[name](module, given, gradient).items():
-            self._add(name, keys[local], part)
-        if all(self._expected[key] <= 1 for key in keys.values()):
-            self._held.pop(name, None)
+        for local, contribution in rule.read(module, inputs, gradient).items():
+            self._add(name, keys[local], contribution)
+        if all(self._expected_calls[key] <= 1 for key in keys.values()):
+            self._kept_inputs.pop(name, None)
 
-    def _add(self, name: str, key: int, part: Contribution) -> None:
+    def _add(self, name: str, key: int, contribution: Contribution) -> None:
         if key in self._norms:
-            self._now[name] = "it was used again after its gradient was taken (in a reentrant checkpoint, say)"
+            self._missed[name] = "it was used again after its gradient was taken (in a reentrant checkpoint, say)"
             return
-        parts = self._parts[key]
-        parts.append(self._tied(key, part) if isinstance(part, Outer) and not parts else part)
-        if len(parts) >= self._expected[key]:
-            self._settle(key)
+        others = self._contributions[key]
+        others.append(self._tied(key, contribution) if isinstance(contribution, Outer) and not others else contribution)
+        if len(others) >= self._expected_calls[key]:
+            self._compute_norm(key)
 
     def _tied(self, key: int, outer: Outer) -> Outer | Tied:
         """What to keep of an output layer's gradient until that of the embedding it shares comes."""
         ids = [each for user in self._users[key] for each in self._ids.get(user, [])]
-        if self._expected[key] != 2 or len(ids) != 1 or ids[0].shape[:1] != outer.left.shape[:1] or self.batch_axis:
+        if self._expected_calls[key] != 2 or len(ids) != 1 or ids[0].shape[:1] != outer.left.shape[:1]:
             return outer
-        return tie(outer, ids[0].reshape(len(ids[0]), -1))
+        return outer if self.batch_axis else tie(outer, ids[0].reshape(len(ids[0]), -1))
 
-    def _settle(self, key: int) -> None:
-        parts = self._parts.pop(key)
-        if len({samples_of(part) for part in parts}) > 1:
-            self._now.update((name, "its calls differ in their number of rows") for name in self._users[key])
+    def _compute_norm(self, key: int) -> None:
+        contributions = self._contributions.pop(key)
+        if len({samples_of(each) for each in contributions}) > 1:
+            self._missed.update((name, "its calls differ in their number of rows") for name in self._users[key])
         else:
-            self._norms[key] = squared_norm(parts, self._parameters[key].shape)
+            self._norms[key] = squared_norm(contributions, self._parameters[key].shape)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, GradientRule | str]]:

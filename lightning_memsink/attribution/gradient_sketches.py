@@ -24,14 +24,14 @@ from lightning_memsink.attribution.unit_effects import divide_by_weights
 
 
 def projection(size: int, rank: int, seed: int) -> Tensor:
-    """``[size, rank]`` of random signs over ``sqrt(rank)``, from a generator of its own: ``R R'`` is 1 on average."""
+    """``[size, rank]`` random signs over ``sqrt(rank)``, drawn by a generator of its own: ``R R'`` is 1 on average."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (size, rank), generator=generator).float() * 2 - 1
     return signs / math.sqrt(rank)
 
 
 def sketch(left: Tensor, right: Tensor, left_projection: Tensor, right_projection: Tensor) -> Tensor:
-    """``[B, r * r]`` of each sample's gradient, the sum over positions of ``left`` times ``right``.
+    """``[B, r * r]`` projections of each sample's gradient, the sum over positions of ``left`` times ``right``.
 
     Args:
         left: ``[B, T, O]`` gradient at a linear layer's output.
@@ -43,7 +43,7 @@ def sketch(left: Tensor, right: Tensor, left_projection: Tensor, right_projectio
 
 
 def cosine(sketches: Tensor, control: Tensor) -> Tensor:
-    """``[B]``, in [-1, 1]: of each of ``sketches`` ``[B, D]`` with ``control`` ``[D]``; 0 where either is 0."""
+    """``[B]`` cosines in -1…1 of ``sketches`` ``[B, D]`` with ``control`` ``[D]``; 0 where either is 0."""
     lengths = sketches.norm(dim=1) * control.norm()
     return torch.where(lengths > 0, (sketches @ control) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
 
@@ -62,28 +62,28 @@ class GradientSketches:
     def __init__(self, model: nn.Module, rank: int = 16, seed: int = 0, batch_axis: int = 0) -> None:
         self.rank, self.seed, self.batch_axis = rank, seed, batch_axis
         self._modules: dict[str, nn.Module] = {}
-        self._home: dict[str, str] = {}
-        homes: dict[int, str] = {}
+        self._first_user: dict[str, str] = {}  # the first layer with the same weight
+        first_users: dict[int, str] = {}
         for name, module in model.named_modules():
             if outer_of(module) is not None:
                 self._modules[name] = module
-                self._home[name] = homes.setdefault(id(module._parameters["weight"]), name)
+                self._first_user[name] = first_users.setdefault(id(module._parameters["weight"]), name)
         self._projections: dict[tuple[str, Literal["left", "right"]], Tensor] = {}
         self._sketches: dict[str, Tensor] = {}
-        self._calls = ModuleCalls(self._modules, "output", self._on_pair)
+        self._calls = ModuleCalls(self._modules, "output", self._read_call)
 
     @property
     def layers(self) -> list[str]:
-        """Whose sketches follow one another in `finish`, ``rank ** 2`` numbers each."""
-        return list(dict.fromkeys(self._home.values()))
+        """The layers whose sketches follow one another in `finish`, ``rank ** 2`` numbers each."""
+        return list(dict.fromkeys(self._first_user.values()))
 
     def open(self) -> None:
-        """From the next forward on."""
+        """Records from the next forward on."""
         self._sketches.clear()
         self._calls.open()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Inside, a backward passes unseen."""
+        """Inside, a backward is not recorded."""
         return self._calls.paused()
 
     def finish(self, batch_size: int, weights: Tensor | None = None) -> Tensor:
@@ -96,32 +96,32 @@ class GradientSketches:
         """
         self._calls.close()
         device = next((each.device for each in self._sketches.values()), torch.device("cpu"))
-        nothing = torch.zeros(batch_size, self.rank**2, device=device)
-        parts = [self._sketches.get(name, nothing) for name in self.layers]
-        whole = torch.cat([part if len(part) == batch_size else nothing for part in parts], 1)
+        zeros = torch.zeros(batch_size, self.rank**2, device=device)
+        parts = [self._sketches.get(name, zeros) for name in self.layers]
+        sketches = torch.cat([part if len(part) == batch_size else zeros for part in parts], 1)
         self._sketches.clear()
-        return whole if weights is None else divide_by_weights(whole, weights)
+        return sketches if weights is None else divide_by_weights(sketches, weights)
 
     def remove(self) -> None:
-        """Takes the hooks away; a second time does nothing."""
+        """Removes the hooks; a second call does nothing."""
         self._calls.remove()
         self._sketches.clear()
 
-    def _on_pair(self, name: str, given: Tensor, gradient: Tensor) -> None:
-        outer = outer_of(self._modules[name])
-        if outer is None:
+    def _read_call(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        make_outer = outer_of(self._modules[name])
+        if make_outer is None:  # frozen since
             return
-        part = outer(samples_first(given, self.batch_axis), samples_first(gradient, self.batch_axis))
-        home = self._home[name]
-        left = self._projection(home, "left", part.left)
+        outer = make_outer(samples_first(inputs, self.batch_axis), samples_first(gradient, self.batch_axis))
+        key = self._first_user[name]
+        left = self._projection(key, "left", outer.left)
         with torch.autocast(gradient.device.type, enabled=False):
-            each = sketch(part.left, part.right, left, self._projection(home, "right", part.right))
-        before = self._sketches.get(home)
-        self._sketches[home] = each if before is None or len(before) != len(each) else before + each
+            own = sketch(outer.left, outer.right, left, self._projection(key, "right", outer.right))
+        before = self._sketches.get(key)
+        self._sketches[key] = own if before is None or len(before) != len(own) else before + own
 
     def _projection(self, name: str, side: Literal["left", "right"], like: Tensor) -> Tensor:
-        known = self._projections.get((name, side))
-        if known is None or (known.device, known.dtype) != (like.device, like.dtype):
+        cached = self._projections.get((name, side))
+        if cached is None or (cached.device, cached.dtype) != (like.device, like.dtype):
             seed = zlib.crc32(f"{self.seed} {name} {side}".encode())
-            known = self._projections[name, side] = projection(like.shape[2], self.rank, seed).to(like)
-        return known
+            cached = self._projections[name, side] = projection(like.shape[2], self.rank, seed).to(like)
+        return cached

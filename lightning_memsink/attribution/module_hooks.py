@@ -1,4 +1,4 @@
-"""What went into a module and what gradient came back, brought together in the user's own backward."""
+"""Pairs of a module's input and gradient, brought together in the user's own backward."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-Meet = Callable[[str, Tensor, Tensor], None]
+OnPair = Callable[[str, Tensor, Tensor], None]
+"""Of a module's name, its input and the gradient."""
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor among the arguments of a forward."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 @dataclass
 class _Call:
-    """One call of a module. Its input is kept by autograd, and by nobody if the region is checkpointed."""
+    """One call of a module. Autograd keeps its input; nothing keeps it if the region is checkpointed."""
 
     weak: TensorWeakRef
     strong: Tensor | None = None  # from the forward that a checkpoint ran again
@@ -27,27 +33,27 @@ class _Call:
     def input(self) -> Tensor | None:
         return self.strong if self.strong is not None else self.weak()
 
-    def hold(self) -> None:
-        given = self.input()
-        if not self.done and given is not None:
-            self.strong = given.detach()
+    def keep_input(self) -> None:
+        inputs = self.input()
+        if not self.done and inputs is not None:
+            self.strong = inputs.detach()
 
 
 class ModuleCalls:
-    """Hooks on ``modules`` that call ``meet(name, input, gradient)`` once per module call and backward.
+    """Hooks on ``modules`` that call ``on_pair(name, input, gradient)`` once per module call and backward.
 
     Args:
         modules: by name. Attach before the first compiled call: later hooks are ignored by compiled code.
         side: at which end of the module the gradient is taken: of its ``input`` or of its ``output``.
-        meet: gets the detached input and the gradient of whatever is differentiated. It runs within backward, where an
-            error of ours must not end the user's training: the first one is kept in `failed`, for `close`.
+        on_pair: gets the detached input and the gradient of whatever is differentiated. It runs within backward, where
+            an error of ours must not end the user's training: the first one is kept in `failed`, and `close` raises it.
 
-    Nothing is kept alive that autograd would have let go: in a checkpointed region the input is taken from the forward
+    No tensor is kept alive longer than autograd keeps it: in a checkpointed region the input is taken from the forward
     that backward runs again. Closed, a hook costs a function call.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], side: Literal["input", "output"], meet: Meet) -> None:
-        self.side, self.meet = side, meet
+    def __init__(self, modules: Mapping[str, nn.Module], side: Literal["input", "output"], on_pair: OnPair) -> None:
+        self.side, self.on_pair = side, on_pair
         self.is_open = False
         self.failed: Exception | None = None
         self._calls: dict[str, list[_Call]] = {name: [] for name in modules}
@@ -55,13 +61,13 @@ class ModuleCalls:
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
             self._handles += [
-                module.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                module.register_forward_hook(self._after(name)),
+                module.register_forward_pre_hook(self._before_forward(name), with_kwargs=True),
+                module.register_forward_hook(self._after_forward(name)),
             ]
 
     def open(self) -> None:
-        """From the next forward on."""
-        self._forget()
+        """Records from the next forward on."""
+        self._reset()
         self.failed = None
         self.is_open = True
 
@@ -71,12 +77,12 @@ class ModuleCalls:
 
     def inputs(self) -> list[Tensor]:
         """Of all calls so far, those that still exist and have a gradient to come."""
-        given = [call.input() for calls in self._calls.values() for call in calls]
-        return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+        inputs = [call.input() for calls in self._calls.values() for call in calls]
+        return [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, a backward passes unseen, and what was forwarded waits for the next."""
+        """Inside, a backward is not recorded; recorded forwards wait for the next backward."""
         was_open, self.is_open = self.is_open, False
         try:
             yield
@@ -84,9 +90,13 @@ class ModuleCalls:
             self.is_open = was_open
 
     def close(self) -> list[str]:
-        """No more; the names of modules whose gradient came but whose input never did. Raises what `meet` raised."""
+        """Stops recording and returns the modules whose gradient came but whose input never did.
+
+        Raises:
+            Exception: the first that ``on_pair`` raised.
+        """
         lost = [name for name, calls in self._calls.items() for call in calls if call.gradient is not None]
-        self._forget()
+        self._reset()
         self.is_open = False
         failed, self.failed = self.failed, None
         if failed is not None:
@@ -94,76 +104,76 @@ class ModuleCalls:
         return lost
 
     def remove(self) -> None:
-        """Takes the hooks away; a second time does nothing."""
-        self._forget()
+        """Removes the hooks; a second call does nothing."""
+        self._reset()
         self.is_open = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._entered.clear()
         for calls in self._calls.values():
             calls.clear()
 
-    def _before(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if self.is_open and given is not None:
-                self._enter(name, given)
+    def _before_forward(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            inputs = first_tensor(args, kwargs)
+            if self.is_open and inputs is not None:
+                self._enter(name, inputs)
 
-        return enter
+        return hook
 
-    def _enter(self, name: str, given: Tensor) -> None:
+    def _enter(self, name: str, inputs: Tensor) -> None:
         if torch._C._current_graph_task_id() != -1:  # within backward: a checkpointed forward, run again
             calls = self._calls[name]
-            if any(call.weak() is given for call in calls):
+            if any(call.weak() is inputs for call in calls):
                 return
             waiting = next((call for call in calls if not call.done and call.input() is None), None)
             if waiting is not None:
-                waiting.strong = given.detach()
-                self._try(name, waiting)
+                waiting.strong = inputs.detach()
+                self._report_if_complete(name, waiting)
                 return
-        self._entered[name] = _Call(TensorWeakRef(given))
+        self._entered[name] = _Call(TensorWeakRef(inputs))
 
-    def _after(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = self._entered.pop(name, None)
             if call is None or not isinstance(output, Tensor) or not output.requires_grad:
                 return
             self._calls[name].append(call)
             if self.side == "output":
-                output.register_hook(self._arrival(name, call))
+                output.register_hook(self._take_gradient(name, call))
                 return
-            given = call.input()
-            if given is not None and given.requires_grad:
-                # The module's own backward lets go of its input before the gradient comes out at that end.
-                output.register_hook(self._keeper(call))
-                given.register_hook(self._arrival(name, call))
+            inputs = call.input()
+            if inputs is not None and inputs.requires_grad:
+                # The module's own backward frees its input before the gradient comes out at that end.
+                output.register_hook(self._keep_input(call))
+                inputs.register_hook(self._take_gradient(name, call))
 
-        return leave
+        return hook
 
-    def _keeper(self, call: _Call) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
+    def _keep_input(self, call: _Call) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
             if self.is_open:
-                call.hold()
+                call.keep_input()
 
-        return keep
+        return hook
 
-    def _arrival(self, name: str, call: _Call) -> Callable[[Tensor], None]:
-        def arrive(gradient: Tensor) -> None:
+    def _take_gradient(self, name: str, call: _Call) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
             if self.is_open and not call.done:
                 call.gradient = gradient.detach()
-                self._try(name, call)
+                self._report_if_complete(name, call)
 
-        return arrive
+        return hook
 
-    def _try(self, name: str, call: _Call) -> None:
-        given = call.input()
-        if given is None or call.gradient is None:
+    def _report_if_complete(self, name: str, call: _Call) -> None:
+        inputs = call.input()
+        if inputs is None or call.gradient is None:
             return
         gradient, call.gradient, call.strong, call.done = call.gradient, None, None, True
         try:
-            self.meet(name, given.detach(), gradient)
+            self.on_pair(name, inputs.detach(), gradient)
         except Exception as error:
             self.failed = self.failed or error

@@ -73,6 +73,15 @@ def _total_size(effects: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([effect.abs().sum(1) for effect in effects.values()]).sum(0)[:, None]
 
 
+def concatenated(by_layer: Mapping[str, Tensor], sizes: Mapping[str, int], batch_size: int) -> Tensor:
+    """Float32 ``[B, sum(sizes)]`` on the CPU of values ``[B, U]`` by layer, in the order of ``sizes``.
+
+    A layer of ``sizes`` without values gets zeros.
+    """
+    zeros = {name: torch.zeros(batch_size, units) for name, units in sizes.items()}
+    return torch.cat([by_layer.get(name, zero).float().cpu() for name, zero in zeros.items()], 1)
+
+
 def divide_by_weights(values: Tensor, weights: Tensor, power: int = 1) -> Tensor:
     """``values`` per unit of each sample's weight in the loss, so of its own mean loss; 0 where the weight is 0.
 

@@ -1,6 +1,6 @@
-"""Which layers and units carry memorized samples, and how that moves while training goes on.
+"""The history of localization: which layers and units carry memorized samples at each evaluation of a run.
 
-N  samples known      B  samples in a batch      R  samples remembered      U  units of all hidden layers together
+N  samples known      B  samples in a batch      R  samples kept      U  units of all hidden layers together
 L  hidden layers      K  blocks of modules       G  groups of samples
 """
 
@@ -18,27 +18,34 @@ from lightning_memsink.detection.matched_controls import standardize
 from lightning_memsink.detection.verdicts import Flags, Verdict, verdicts_of
 from lightning_memsink.localization.concentration import Concentration, concentration_test
 from lightning_memsink.localization.locate import locate
+from lightning_memsink.localization.sample_attribution import RecentSamples, StepAttribution
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.samples.loss_table import LossTable
 
 GROUPS = {"memorized": Verdict.MEMORIZED, "learned": Verdict.LEARNED, "hard": Verdict.HARD}
-MOST_REMEMBERED = 96
-BUDGET = 1 << 23
-"""Shares remembered of each kind of sample, at most: 16 MiB."""
-MOST_PERMUTATIONS, FEW_PERMUTATIONS, MANY_UNITS = 199, 39, 1 << 16
-"""A test at every evaluation must cost less than a step; fewer permutations where there are many units."""
-FELLOWS = 3
-"""Unflagged samples that a memorized one is matched with."""
+MAX_KEPT = 96
+"""Samples of each kind whose shares are kept."""
+MAX_KEPT_SHARES = 1 << 23
+"""Shares kept of each kind of sample: 16 MiB in half precision."""
+MIN_KEPT = 8
+"""Samples of each kind that are kept whatever the number of units."""
+PERMUTATIONS = 199
+PERMUTATIONS_OF_MANY_UNITS = 39
+"""A test at every evaluation must cost less than a step, so there are fewer permutations above `MANY_UNITS`."""
+MANY_UNITS = 1 << 16
+MATCHES = 3
+"""Unflagged samples that each memorized one is matched with."""
 
 
 @dataclass(frozen=True)
 class EvaluationProfile:
-    """How attribution, gradient and movement were spread over the layers between two evaluations.
+    """How attribution, gradients and updates were spread over the layers between two evaluations.
 
     ``shares[group]`` ``[L]`` and ``norms[group]`` ``[K]``: mean over the group's visits of a sample's share of its
     attribution, and of its squared gradient norm; each sums to 1. A group without visits is absent. ``movement``
-    ``[K]``: norm of an optimizer step of each block's weights, mean over looks; ``by_memorized`` ``[K]``: the part in
-    0…1 that memorized samples have in the sum of all samples' gradient norms there.
+    ``[K]``: norm of an optimizer step of each block's weights, mean over recorded steps; ``by_memorized`` ``[K]``: the
+    part in 0…1 that memorized samples have in the sum of all samples' gradient norms there. Checkpoints hold the
+    fields under these names.
     """
 
     step: int
@@ -54,11 +61,11 @@ class EvaluationProfile:
 
 
 class LocalizationHistory:
-    """The spread at every evaluation so far, and the newest samples' attribution by unit.
+    """The profile of every evaluation so far, and the attribution of the most recent samples by unit.
 
     Args:
         units: hidden layers and how many units each has, in the order of the model.
-        blocks: names of the ``K`` groups of modules that gradient norms and movement are told of.
+        blocks: names of the ``K`` groups of modules that gradient and update norms are summed over.
         fraction: of all units, to be named as sinks.
     """
 
@@ -70,67 +77,61 @@ class LocalizationHistory:
         self.fraction = fraction
         self.rows: list[EvaluationProfile] = []
         self.sinks: Sinks | None = None
-        self.memorized, self.others = _Newest(), _Newest()
-        self._window = _Window()
+        self.memorized, self.others = RecentSamples(), RecentSamples()
+        self._sums = RunningSums()
 
-    def of_model(self, units: Mapping[str, int], blocks: Sequence[str]) -> None:
-        """Once the model is built. Raises ValueError if a checkpoint's, restored before, are others."""
+    def set_model(self, units: Mapping[str, int], blocks: Sequence[str]) -> None:
+        """Sets hidden layers and blocks once the model is built.
+
+        Raises:
+            ValueError: a checkpoint that was restored before has other hidden layers.
+        """
         if self.units:
             _require_same(self.units, units)
         self.units, self.blocks = dict(units), list(blocks)
 
-    def record(
-        self,
-        ids: Tensor,
-        verdicts: Tensor,
-        shares: Tensor,
-        norms: Tensor | None = None,
-        movement: Tensor | None = None,
-        agreement: Tensor | None = None,
-    ) -> None:
-        """One look: ``ids`` and ``verdicts`` ``[B]`` (codes), signed ``shares`` ``[B, U]``, ``norms`` ``[B, K]`` (not
-        squared yet), ``movement`` ``[K]``, ``agreement`` ``[B]``. A sample without any gradient, as a mitigation that
-        leaves samples out makes it, or with one that is NaN or overflowed, as a gradient scaler provokes it now and
-        then, tells nothing of where it sits, and is passed over.
+    def record(self, step: StepAttribution, verdicts: Tensor, update_norms: Tensor | None = None) -> None:
+        """Adds one training step: its attribution, the verdicts ``[B]`` (codes) and the update norms ``[K]``.
+
+        A sample is left out if it has no gradient, as under a mitigation that removes samples, or if its attribution is
+        not finite, as when a gradient scaler provokes an overflow: neither says where the sample is memorized.
         """
-        found = shares if norms is None else torch.cat([shares, norms], 1)
-        told = found.any(1) & found.isfinite().all(1)
-        ids, verdicts, shares = ids[told], verdicts[told], shares[told]
-        norms = None if norms is None else norms[told]
-        agreement = None if agreement is None else agreement[told]
-        layers = torch.stack([part.sum(1) for part in shares.abs().split(list(self.units.values()), 1)], 1)
-        self._window.add(verdicts, layers, norms, movement, agreement)
-        most = max(8, min(MOST_REMEMBERED, BUDGET // max(1, shares.shape[1])))
-        stands = verdicts == Verdict.MEMORIZED
-        self.memorized.put(ids[stands], shares[stands], most)
-        judged = (verdicts == Verdict.LEARNED) | (verdicts == Verdict.HARD)
-        self.others.put(ids[judged], shares[judged], most)
+        values = step.shares if step.norms is None else torch.cat([step.shares, step.norms], 1)
+        usable = values.any(1) & values.isfinite().all(1)
+        step, verdicts = step.select(usable), verdicts[usable]
+        layers = torch.stack([part.sum(1) for part in step.shares.abs().split(list(self.units.values()), 1)], 1)
+        self._sums.add(step, verdicts, layers, update_norms)
+        most = max(MIN_KEPT, min(MAX_KEPT, MAX_KEPT_SHARES // max(1, step.shares.shape[1])))
+        is_memorized = verdicts == Verdict.MEMORIZED
+        self.memorized.add(step.ids[is_memorized], step.shares[is_memorized], most)
+        is_other = (verdicts == Verdict.LEARNED) | (verdicts == Verdict.HARD)
+        self.others.add(step.ids[is_other], step.shares[is_other], most)
 
     def close_evaluation(self, table: LossTable, flags: Flags) -> None:
         """After an evaluation: a new row and new sinks. A second call for the same evaluation does nothing."""
         last = flags.evaluations[-1].step if flags.evaluations else -1
-        if last <= (self.rows[-1].step if self.rows else -1) or not self._window.looks:
+        if last <= (self.rows[-1].step if self.rows else -1) or not self._sums.steps:
             return
-        target, control = self._contrast(table, flags)
-        concentration = _clustering(target.abs(), control.abs())
-        self.rows.append(self._window.spread(last, concentration))
-        self._window = _Window()
+        target, control = self._matched_shares(table, flags)
+        concentration = _concentration(target.abs(), control.abs())
+        self.rows.append(self._sums.profile(last, concentration))
+        self._sums = RunningSums()
         if len(target) and len(control):
             self.sinks = locate(self._by_layer(target), self._by_layer(control), self.fraction)
 
-    def _contrast(self, table: LossTable, flags: Flags) -> tuple[Tensor, Tensor]:
-        """Shares ``[R, U]`` of samples that stand as memorized now, and of the others that are most like them."""
-        verdicts = [verdicts_of(newest.ids, table, flags) for newest in (self.memorized, self.others)]
-        stands, stays = verdicts[0] == Verdict.MEMORIZED, verdicts[1] != Verdict.MEMORIZED
-        target, control = self.memorized.shares[stands].float(), self.others.shares[stays].float()
+    def _matched_shares(self, table: LossTable, flags: Flags) -> tuple[Tensor, Tensor]:
+        """Shares ``[R, U]`` of the samples that are memorized now, and of the others that are nearest to them."""
+        verdicts = [verdicts_of(recent.ids, table, flags) for recent in (self.memorized, self.others)]
+        is_target, is_control = verdicts[0] == Verdict.MEMORIZED, verdicts[1] != Verdict.MEMORIZED
+        target, control = self.memorized.shares[is_target].float(), self.others.shares[is_control].float()
         if not len(target) or not len(control):
             return target, control
-        points, own = (
+        points, reference = (
             torch.cat([table.features[rows].float(), table.early_loss[rows, None].float()], 1)
-            for rows in (table.index.find(self.memorized.ids[stands]), table.index.find(self.others.ids[stays]))
+            for rows in (table.index.find(self.memorized.ids[is_target]), table.index.find(self.others.ids[is_control]))
         )
-        fellows = nearest(*standardize(points, own), FELLOWS)[0]
-        return target, control[fellows.unique()]
+        matched = nearest(*standardize(points, reference), MATCHES)[0]
+        return target, control[matched.unique()]
 
     def _by_layer(self, shares: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.units, shares.split(list(self.units.values()), 1), strict=True))
@@ -142,12 +143,16 @@ class LocalizationHistory:
             "rows": [asdict(row) for row in self.rows],
             "memorized": self.memorized.state_dict(),
             "others": self.others.state_dict(),
-            "window": self._window.state_dict(),
-            "sinks": None if self.sinks is None else _plain(self.sinks),
+            "window": self._sums.state_dict(),
+            "sinks": None if self.sinks is None else _sinks_state(self.sinks),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint's hidden layers are others than the model's, where these are known."""
+        """Restores the state.
+
+        Raises:
+            ValueError: the hidden layers of the checkpoint differ from those of the model, where these are known.
+        """
         if self.units:
             _require_same(state["units"], self.units)
         self.units, self.blocks = dict(state["units"]), list(state["blocks"])
@@ -159,68 +164,40 @@ class LocalizationHistory:
         ]
         for name in ("memorized", "others"):
             getattr(self, name).load_state_dict(state[name])
-        self._window.load_state_dict(state["window"])
+        self._sums.load_state_dict(state["window"])
         self.sinks = None if state["sinks"] is None else Sinks(**state["sinks"])
 
 
-class _Newest:
-    """The shares of the samples seen last, a row a sample: ``ids`` ``[R]``, signed ``shares`` ``[R, U]`` f16."""
+class RunningSums:
+    """Sums over the training steps since the last evaluation, by name; per group of samples where named after one."""
 
     def __init__(self) -> None:
-        self.ids = torch.zeros(0, dtype=torch.int64)
-        self.shares = torch.zeros(0, 0, dtype=torch.float16)
-
-    def put(self, ids: Tensor, shares: Tensor, most: int) -> None:
-        """Newest first; of a sample that is there already, or twice in ``ids``, only the last visit stays."""
-        if not len(ids):
-            return
-        old = ~torch.isin(self.ids, ids)
-        fresh = [n for n, sample in enumerate(ids.tolist()) if not bool((ids[n + 1 :] == sample).any())][::-1]
-        kept = self.shares[old] if len(self.ids) else shares.new_zeros(0, shares.shape[1]).half()
-        self.ids = torch.cat([ids[fresh], self.ids[old]])[:most]
-        self.shares = torch.cat([shares[fresh].half(), kept])[:most]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"ids": self.ids, "shares": self.shares}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.ids, self.shares = state["ids"], state["shares"]
-
-
-class _Window:
-    """Sums since the last evaluation, as tensors that are added to: by group where a group is named."""
-
-    def __init__(self) -> None:
-        self.looks = self.moves = 0
+        self.steps = self.updates = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(
-        self,
-        verdicts: Tensor,
-        layers: Tensor,
-        norms: Tensor | None,
-        movement: Tensor | None,
-        agreement: Tensor | None,
-    ) -> None:
-        self.looks += 1
+    def add(self, step: StepAttribution, verdicts: Tensor, layers: Tensor, update_norms: Tensor | None) -> None:
+        """Adds one step, with its shares summed over the units of each layer: ``layers`` ``[B, L]``."""
+        self.steps += 1
+        norms, alignment = step.norms, step.alignment
         for group, verdict in GROUPS.items():
             rows = verdicts == verdict
             if rows.any():
                 self._add(f"visits/{group}", rows.sum())
                 self._add(f"shares/{group}", layers[rows].sum(0))
-                if agreement is not None:
-                    self._add(f"agreement/{group}", torch.stack([agreement[rows].sum(), rows.sum()]))
+                if alignment is not None:
+                    self._add(f"agreement/{group}", torch.stack([alignment[rows].sum(), rows.sum()]))
                 if norms is not None:
                     squared = norms[rows].square()
                     self._add(f"norms/{group}", (squared / squared.sum(1, keepdim=True).clamp(min=1e-30)).sum(0))
         if norms is not None:
             self._add("gradient/all", norms.nansum(0))
             self._add("gradient/memorized", norms[verdicts == Verdict.MEMORIZED].nansum(0))
-        if movement is not None:
-            self.moves += 1
-            self._add("movement", movement)
+        if update_norms is not None:
+            self.updates += 1
+            self._add("movement", update_norms)
 
-    def spread(self, step: int, concentration: Concentration | None) -> EvaluationProfile:
+    def profile(self, step: int, concentration: Concentration | None) -> EvaluationProfile:
+        """The means of all sums, for the evaluation at ``step``."""
         visits = {group: int(self.sums[f"visits/{group}"]) for group in GROUPS if f"visits/{group}" in self.sums}
         means = {
             kind: {
@@ -231,7 +208,7 @@ class _Window:
             for kind in ("shares", "norms")
         }
         none = torch.zeros(0)
-        movement = self.sums.get("movement", none) / max(1, self.moves)
+        update_norms = self.sums.get("movement", none) / max(1, self.updates)
         part = self.sums.get("gradient/memorized", none) / self.sums.get("gradient/all", none).clamp(min=1e-30)
         agreement = {
             group: float(self.sums[f"agreement/{group}"][0] / self.sums[f"agreement/{group}"][1])
@@ -239,7 +216,14 @@ class _Window:
             if f"agreement/{group}" in self.sums
         }
         return EvaluationProfile(
-            step, visits, means["shares"], means["norms"], movement.tolist(), part.tolist(), concentration, agreement
+            step,
+            visits,
+            means["shares"],
+            means["norms"],
+            update_norms.tolist(),
+            part.tolist(),
+            concentration,
+            agreement,
         )
 
     def _add(self, name: str, values: Tensor) -> None:
@@ -247,21 +231,21 @@ class _Window:
         self.sums[name] = self.sums[name] + values if name in self.sums else values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"looks": self.looks, "moves": self.moves, "sums": dict(self.sums)}
+        return {"looks": self.steps, "moves": self.updates, "sums": dict(self.sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.looks, self.moves, self.sums = state["looks"], state["moves"], dict(state["sums"])
+        self.steps, self.updates, self.sums = state["looks"], state["moves"], dict(state["sums"])
 
 
-def _clustering(target: Tensor, control: Tensor) -> Concentration | None:
+def _concentration(target: Tensor, control: Tensor) -> Concentration | None:
     if not len(target) or not len(control):
         return None
-    permutations = MOST_PERMUTATIONS if target.shape[1] <= MANY_UNITS else FEW_PERMUTATIONS
-    found = concentration_test(target, control, permutations)
-    return found if isinstance(found, Concentration) else None
+    permutations = PERMUTATIONS if target.shape[1] <= MANY_UNITS else PERMUTATIONS_OF_MANY_UNITS
+    result = concentration_test(target, control, permutations)
+    return result if isinstance(result, Concentration) else None
 
 
-def _plain(sinks: Sinks) -> dict[str, Any]:
+def _sinks_state(sinks: Sinks) -> dict[str, Any]:
     columns = {"units": dict(sinks.units), "scores": dict(sinks.scores), "sizes": dict(sinks.sizes)}
     return {**columns, "method": sinks.method, "stability": sinks.stability}
 

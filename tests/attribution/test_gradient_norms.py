@@ -294,5 +294,5 @@ def test_closed_it_sees_nothing_and_frozen_models_have_no_hooks():
     recorder = GradientNorms(model)
     mean_square(model, torch.randn(4, 3)).backward()
     model.zero_grad()
-    assert not recorder._norms and not recorder._held and not model[1]._forward_pre_hooks
+    assert not recorder._norms and not recorder._kept_inputs and not model[1]._forward_pre_hooks
     assert recorder.finish(4) == {} and recorder.covered == 1

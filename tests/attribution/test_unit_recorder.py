@@ -121,9 +121,9 @@ def test_what_is_kept_for_a_frozen_layer_is_let_go_when_its_gradient_comes():
     recorder = UnitRecorder(find_hidden_layers(model))
     recorder.open()
     loss = model(TOKENS).sum()
-    assert [len(kept) for kept in recorder._kept.values()] == [1, 1]
+    assert [len(kept) for kept in recorder._kept_inputs.values()] == [1, 1]
     loss.backward()
-    assert not any(recorder._kept.values())
+    assert not any(recorder._kept_inputs.values())
 
 
 def mlp() -> nn.Module:

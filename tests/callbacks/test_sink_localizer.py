@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path, localized):
 
 def test_a_failure_of_ours_is_said_once_and_training_goes_on(monkeypatch, plain):
     monkeypatch.setattr("lightning_memsink.attribution.unit_recorder.unit_effects", lambda *_: 1 / 0)
-    with pytest.warns(UserWarning, match="SinkLocalizer failed to attribute a step and looks no more"):
+    with pytest.warns(UserWarning, match="SinkLocalizer failed on a step and stops recording"):
         _, model = fit([*watch(), SinkLocalizer(every=1)], DeepLM())
     assert all(torch.equal(weight, plain[name]) for name, weight in model.state_dict().items())
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lightning_memsink._evaluation import isolated_eval
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
-from lightning_memsink.localization.localizers import DEFAULT, METHODS, Batch, Task
+from lightning_memsink.localization.localizers import DEFAULT, METHODS, Batch, Task, localizer
 from lightning_memsink.localization.localizers.attribution_methods import (
     _path_effects,
     activation_times_gradient,
@@ -47,6 +47,34 @@ def task():
         batches[:2],
         batches[2:],
     )
+
+
+def test_methods_keep_their_names_and_order():
+    assert list(METHODS) == [
+        DEFAULT,
+        "activation x gradient, margin",
+        "activation x gradient, less controls",
+        "|activation x gradient|, less controls",
+        "activations",
+        "integrated gradients",
+        "zero-out",
+        "slimming",
+        "hard concrete",
+        "weight norm",
+        "random",
+    ]
+
+
+def test_a_decorated_localizer_is_a_method(task, monkeypatch):
+    monkeypatch.setattr("lightning_memsink.localization.localizers.task.METHODS", registered := {})
+
+    @localizer("constant, 2", value=2.0)
+    @localizer("constant")
+    def constant(task, value=1.0):
+        return {layer.name: torch.full((layer.units,), value) for layer in task.layers}
+
+    assert list(registered) == ["constant", "constant, 2"]
+    assert all((own == 2).all() for own in registered["constant, 2"](task).values())
 
 
 @pytest.mark.parametrize("method", METHODS)

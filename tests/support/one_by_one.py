@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_memsink.attribution.gradient_norms import GradientNorms, total
+from lightning_memsink.attribution.gradient_norms import GradientNorms, total_squared_norm
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 VOCABULARY, SAMPLES, LENGTH = 23, 4, 6
@@ -53,7 +53,7 @@ def agree(model: nn.Module, batch: Tensor, loss: Loss = mean_square, axis: int =
     oracle = one_by_one(model, batch, loss, axis)
     norms, recorder = in_one(model, batch, loss, axis)
     assert recorder.covered == 1 and not recorder.uncovered
-    assert_close(total(norms), torch.stack(list(oracle.values())).sum(0), rtol=rtol, atol=0)
-    floor = 1e-7 * float(total(norms).max())
+    assert_close(total_squared_norm(norms), torch.stack(list(oracle.values())).sum(0), rtol=rtol, atol=0)
+    floor = 1e-7 * float(total_squared_norm(norms).max())
     for name in norms.keys() & oracle.keys():
         assert_close(norms[name], oracle[name], rtol=rtol, atol=floor, msg=lambda told, name=name: f"{name}: {told}")

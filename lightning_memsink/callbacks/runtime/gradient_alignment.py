@@ -1,4 +1,4 @@
-"""How far each sample's gradient points where that of held-out samples does.
+"""Gradient alignment: the cosine of each sample's gradient with that of held-out samples.
 
 B  samples in a batch      D  numbers of a sketch
 """
@@ -22,45 +22,45 @@ from lightning_memsink.samples.batch import batch_size
 class GradientAlignment:
     """Cosine of each sample's gradient with the mean gradient of one batch of controls, by random projections.
 
-    A sample whose gradient is long and at right angles to the controls' helps only itself. The controls' gradient is
-    taken by a forward and backward of our own, once after each validation, without a trace in weights, ``.grad``,
+    A sample whose gradient is long and orthogonal to that of the controls improves only itself. The gradient of the
+    controls is taken by one more forward and backward after each validation, without a trace in weights, ``.grad``,
     random state or logs.
     """
 
     def __init__(self, module: LightningModule, batch_axis: int = 0) -> None:
         self._sketches = GradientSketches(module, batch_axis=batch_axis)
-        self._waiting: Any = None
-        self._control: Tensor | None = None
+        self._new_controls: Any = None  # a batch whose gradient is not taken yet
+        self._control_sketch: Tensor | None = None
 
     def keep(self, batch: Any) -> None:
-        """A batch of controls, of which the gradient is due."""
-        self._waiting = batch
+        """Keeps a batch of controls; the next `open` takes its gradient."""
+        self._new_controls = batch
 
     def open(self, trainer: Trainer, module: LightningModule) -> None:
-        """Before the forward of a training batch that is looked at."""
-        if self._waiting is not None:
+        """Records from the next forward on. Call it before the forward of a recorded training step."""
+        if self._new_controls is not None:
             # Validation may run in inference mode, whose tensors autograd refuses: copies are made outside of it.
-            batch = tree_map_only(Tensor, torch.clone, self._waiting)
-            self._waiting = None
-            self._control = self._gradient(trainer, module, move_data_to_device(batch, module.device))
+            batch = tree_map_only(Tensor, torch.clone, self._new_controls)
+            self._new_controls = None
+            self._control_sketch = self._mean_sketch(trainer, module, move_data_to_device(batch, module.device))
         self._sketches.open()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Inside, a backward passes unseen."""
+        """Inside, a backward is not recorded."""
         return self._sketches.paused()
 
     def finish(self, size: int) -> Tensor | None:
         """``[B]`` cosines in -1…1, after the backward; None before the first validation."""
         sketches = self._sketches.finish(size)
-        return None if self._control is None else cosine(sketches, self._control.to(sketches))
+        return None if self._control_sketch is None else cosine(sketches, self._control_sketch.to(sketches))
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         self._sketches.remove()
-        self._waiting = self._control = None
+        self._new_controls = self._control_sketch = None
 
-    def _gradient(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
-        """``[D]``"""
+    def _mean_sketch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+        """``[D]`` mean over the samples of ``batch``."""
         trained = [weight for weight in module.parameters() if weight.requires_grad]
         with without_trace(module), torch.enable_grad():
             self._sketches.open()

@@ -1,11 +1,11 @@
-"""Localizers that ask what a unit does in the model as it is.
+"""Localizers that measure what a unit does in the model as it is: attribution, activations and ablation.
 
 B  samples in a batch      N  target samples      U  units of a hidden layer
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,20 +16,26 @@ from lightning_memsink.attribution.attribute import attribute
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.attribution.unit_effects import shares
 from lightning_memsink.localization.ablation import readers
-from lightning_memsink.localization.localizers.task import Batch, Scores, Task, gated, mean_loss, open_gates
+from lightning_memsink.localization.localizers.task import Batch, Scores, Task, gated, localizer, mean_loss, open_gates
 from lightning_memsink.localization.locate import contrast
 
+DEFAULT = "activation x gradient"
 
+
+@localizer("|activation x gradient|, less controls", signed=False, contrasted=True)
+@localizer("activation x gradient, less controls", contrasted=True)
+@localizer("activation x gradient, margin", objective="margin")
+@localizer(DEFAULT)
 def activation_times_gradient(
     task: Task, objective: Literal["loss", "margin"] = "loss", signed: bool = True, contrasted: bool = False
 ) -> Scores:
-    """Mean over the targets of a unit's share of what all units do for a sample, to first order.
+    """Mean over the targets of a unit's share of the effects of all units on a sample, to first order.
 
     One forward and backward of each batch.
 
     Args:
         task: which units of which model.
-        objective: ``"margin"``: what is done for the lead of the right class, whose gradient stays when that of the
+        objective: ``"margin"``: the effect on the lead of the right class, whose gradient remains when that of the
             loss is gone.
         signed: effects keep their sign, so only units that help rank high; else their sizes count.
         contrasted: less the same of the controls, if the task has any.
@@ -40,10 +46,11 @@ def activation_times_gradient(
     return contrast(target, control)
 
 
+@localizer("activations")
 def activations(task: Task) -> Scores:
     """``|mean h_j| ||w_j||`` over all positions of the targets: what a unit adds to the next layer.
 
-    Chang et al. 2024 take the mean before the absolute value, so signs cancel.
+    Chang et al., NAACL 2024, take the mean before the absolute value, so signs cancel.
     """
     means = {layer.name: torch.zeros(layer.units) for layer in task.layers}
     total = sum(size for _, size in task.targets)
@@ -51,30 +58,21 @@ def activations(task: Task) -> Scores:
         for batch, size in task.targets:
             for name, hidden in hidden_units(task, batch).items():
                 means[name] += hidden.mean(0) * size / total
-    return {layer.name: means[layer.name].abs() * _norms(layer) for layer in task.layers}
+    return {layer.name: means[layer.name].abs() * weight_norms(layer) for layer in task.layers}
 
 
-def weight_norm(task: Task) -> Scores:
-    """``||w_j||`` alone, which knows of no sample: what a score that holds it gets for free."""
-    return {layer.name: _norms(layer) for layer in task.layers}
-
-
-def random_scores(task: Task, seed: int = 0) -> Scores:
-    """Uniform, from an own generator."""
-    generator = torch.Generator().manual_seed(seed)
-    return {layer.name: torch.rand(layer.units, generator=generator) for layer in task.layers}
-
-
+@localizer("integrated gradients")
 def integrated_gradients(task: Task, steps: int = 20) -> Scores:
-    """The effect of a unit along the way from all units of all layers at zero to where they are.
+    """Mean signed shares of a unit's effect along the path from all hidden activations at zero to their values.
 
     All hidden activations are scaled together by ``(n + 1/2) / steps``, so the effects of a sample sum to its loss
-    without hidden units less its loss with them (Sundararajan et al. 2017, completeness). The mean of signed shares.
+    without hidden units less its loss with them (Sundararajan et al. 2017, completeness).
     """
     with isolated_eval(task.model):
         return contrast(shares(_path_effects(task, task.targets, steps), signed=True))
 
 
+@localizer("zero-out")
 def zero_out(task: Task) -> Scores:
     """``loss(h_j = 0) - loss`` of the targets, exact, in nats: one forward a unit and batch, so slow."""
     scores = {}
@@ -94,21 +92,28 @@ def zero_out(task: Task) -> Scores:
 
 def hidden_units(task: Task, batch: Any) -> dict[str, Tensor]:
     """One forward: the activations ``[positions, U]`` by layer name, over samples and tokens or space."""
-    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in task.layers}
+    recorded: dict[str, list[Tensor]] = {layer.name: [] for layer in task.layers}
 
-    def look(layer: HiddenLayer) -> Any:
-        def before(module: nn.Module, given: tuple[Any, ...]) -> None:
-            seen[layer.name].append(given[0].detach().movedim(layer.unit_axis, -1).reshape(-1, layer.units).float())
+    def record(layer: HiddenLayer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            hidden = args[0].detach().movedim(layer.unit_axis, -1)
+            recorded[layer.name].append(hidden.reshape(-1, layer.units).float())
 
-        return before
+        return hook
 
-    handles = [layer.module.register_forward_pre_hook(look(layer)) for layer in task.layers]
+    handles = [layer.module.register_forward_pre_hook(record(layer)) for layer in task.layers]
     try:
         task.loss(batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts).cpu() for name, parts in seen.items()}
+    return {name: torch.cat(parts).cpu() for name, parts in recorded.items()}
+
+
+def weight_norms(layer: HiddenLayer) -> Tensor:
+    """``[U]`` norm of all weights that read each unit, adapters included."""
+    norms: Tensor = torch.stack([weight.float().flatten(1).norm(dim=1) for weight in readers(layer)]).norm(dim=0)
+    return norms.cpu()
 
 
 def _sample_shares(
@@ -140,9 +145,3 @@ def _path_effects(task: Task, batches: Sequence[Batch], steps: int) -> dict[str,
         for name, effect in sums.items():
             rows[name].append(effect.cpu())
     return {name: torch.cat(own) for name, own in rows.items()}
-
-
-def _norms(layer: HiddenLayer) -> Tensor:
-    """``[U]`` over all that reads the unit, adapters too."""
-    norms: Tensor = torch.stack([weight.float().flatten(1).norm(dim=1) for weight in readers(layer)]).norm(dim=0)
-    return norms.cpu()

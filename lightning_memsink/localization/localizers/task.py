@@ -1,4 +1,4 @@
-"""What every localizer is given, and how it may touch a model without leaving a trace.
+"""The interface of a localizer: its task, its registration, and gates that act on a model without leaving a trace.
 
 B  samples in a batch      N  target samples      U  units of a hidden layer
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Which units of ``model`` carry ``targets``, and not what is like them?"""
+    """The question for a localizer: which units of ``model`` carry ``targets``, and not what is similar to them."""
 
     model: nn.Module
     layers: Sequence[HiddenLayer]
@@ -37,8 +38,8 @@ class Task:
     """The mean loss of a batch, a scalar with its graph; runs ``model``."""
     targets: Sequence[Batch]
     controls: Sequence[Batch] = ()
-    """Never trained on, and otherwise like the targets. Methods that contrast need them to tell what is general from
-    what is memorized; without, they score the targets alone."""
+    """Never trained on, and otherwise like the targets. Methods that contrast need them to separate what is general
+    from what is memorized; without, they score the targets alone."""
 
     def __post_init__(self) -> None:
         if not self.layers or not self.targets:
@@ -49,24 +50,41 @@ class Task:
 
 
 Localizer = Callable[[Task], Scores]
+L = TypeVar("L", bound=Callable[..., Scores])
+
+METHODS: dict[str, Localizer] = {}
+"""Localizers by name. All leave weights, gradients, modes and random generators bit-identical."""
+
+
+def localizer(name: str, **options: Any) -> Callable[[L], L]:
+    """Registers the decorated localizer in `METHODS`, to be called with ``options``.
+
+    A function may have several names: the decorator next to it is registered first.
+    """
+
+    def register(function: L) -> L:
+        METHODS[name] = partial(function, **options) if options else function
+        return function
+
+    return register
 
 
 @contextmanager
 def gated(layers: Sequence[HiddenLayer], gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, the units of each named layer are multiplied with its gate, ``[U]`` for all samples or ``[B, U]``.
+    """Inside, the units of each named layer are multiplied by its gate, ``[U]`` for all samples or ``[B, U]``.
 
-    A gate may need a gradient: that of the loss with respect to it is what its unit does.
+    A gate may need a gradient: that of the loss with respect to it is the effect of its unit.
     """
 
     def multiply(layer: HiddenLayer, gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def before(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            shape = [1] * given[0].ndim
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            shape = [1] * args[0].ndim
             shape[layer.unit_axis] = layer.units
             if gate.ndim == 2:
                 shape[layer.batch_axis] = len(gate)
-            return given[0] * gate.to(given[0].dtype).reshape(shape), *given[1:]
+            return args[0] * gate.to(args[0].dtype).reshape(shape), *args[1:]
 
-        return before
+        return hook
 
     handles = [
         layer.module.register_forward_pre_hook(multiply(layer, gates[layer.name]))
