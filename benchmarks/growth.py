@@ -22,9 +22,9 @@ from lightning.pytorch import seed_everything
 from rich.table import Table
 from torch.utils.data import Dataset
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
-from benchmarks.common.interleaving import SETTLING, Turn, in_turns, ratio, typical
-from benchmarks.common.memory import MEBIBYTE, forget_peak, keep_freed, resident, told_by_fork
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
+from benchmarks.common.interleaving import UNTIMED_STEPS, StepTimer, interleave, seconds_per_step, time_ratio
+from benchmarks.common.memory import MEBIBYTE, keep_freed_memory, memory_in_use, reset_peak, run_forked
 from benchmarks.common.training import Sequences, TextModel
 from benchmarks.common.workloads import VOCABULARY, Workload
 from benchmarks.overhead.runs import PLAIN, run
@@ -81,11 +81,11 @@ class Cost:
     memory: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, way: str) -> float:
-        return ratio(self.seconds[way], self.seconds[PLAIN])
+        return time_ratio(self.seconds[way], self.seconds[PLAIN])
 
     def added(self, way: str) -> float:
         """Seconds a step above plain."""
-        return typical(self.seconds[way]) - typical(self.seconds[PLAIN])
+        return seconds_per_step(self.seconds[way]) - seconds_per_step(self.seconds[PLAIN])
 
     def extra_memory(self, way: str) -> float:
         """MiB above plain."""
@@ -103,19 +103,19 @@ def measure(point: Point, seeds: Sequence[int], steps: int) -> Cost:
 
 def memory_of(point: Point, seed: int, steps: int, way: str) -> float:
     """MiB at most above what was resident before."""
-    before = resident()
-    forget_peak()
-    fit(point, seed, steps, way, Turn())
-    return (resident("VmHWM") - before) / MEBIBYTE
+    before = memory_in_use()
+    reset_peak()
+    fit(point, seed, steps, way, StepTimer())
+    return (memory_in_use("VmHWM") - before) / MEBIBYTE
 
 
 def times_of(point: Point, seed: int, steps: int) -> dict[str, list[float]]:
     """By way, seconds of each step."""
-    keep_freed()
-    return in_turns({way: partial(fit, point, seed, steps, way) for way in WAYS}, seed)
+    keep_freed_memory()
+    return interleave({way: partial(fit, point, seed, steps, way) for way in WAYS}, seed)
 
 
-def fit(point: Point, seed: int, steps: int, way: str, turn: Turn) -> None:
+def fit(point: Point, seed: int, steps: int, way: str, turn: StepTimer) -> None:
     seed_everything(seed, verbose=False)
     workload = point.workload(steps)
     watching = [] if way == PLAIN else memsink(path=None, identity="index", **WAYS[way])
@@ -128,7 +128,7 @@ def in_a_fork(work: partial[Told]) -> Told:
     Raises:
         RuntimeError: it did not end well.
     """
-    told: Told | None = told_by_fork(work)
+    told: Told | None = run_forked(work)
     if told is None:
         raise RuntimeError(f"A fit failed: {work.args}. Run benchmarks.growth.fit on it to see why.")
     return told
@@ -172,14 +172,14 @@ def _table(axis: str, found: Mapping[int, Cost]) -> Table:
     title = f"{axis}: time of a step against plain, and MiB above it"
     table = Table(axis, "plain, ms", "MiB", *[*WAYS][1:], title=title)
     for size, cost in found.items():
-        plain = (1000 * typical(cost.seconds[PLAIN]), cost.memory[PLAIN])
+        plain = (1000 * seconds_per_step(cost.seconds[PLAIN]), cost.memory[PLAIN])
         ways = (f"{cost.ratio(way):.3f}  {cost.extra_memory(way):+.0f}" for way in [*WAYS][1:])
         table.add_row(f"{size:,}", f"{plain[0]:.1f}", f"{plain[1]:.0f}", *ways)
     return table
 
 
 def _plain(found: Mapping[int, Cost]) -> list[float]:
-    return [typical(cost.seconds[PLAIN]) for cost in found.values()]
+    return [seconds_per_step(cost.seconds[PLAIN]) for cost in found.values()]
 
 
 def _ratios(found: Mapping[int, Cost]) -> dict[str, dict[str, float]]:
@@ -191,13 +191,13 @@ def _median(costs: Costs, way: str) -> float:
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("growth", "How the cost of watching grows.", seeds=3)
+    parser = argument_parser("growth", "How the cost of watching grows.", seeds=3)
     options = parser.parse_args(arguments_given)
     seeds, steps = fresh_seeds(options), 20 if options.quick else 30
-    settle_down()
+    configure_process()
     with redirect_stdout(io.StringIO()):  # the reports' own words would bury the tables
         for way in WAYS:  # imports and the first allocations
-            fit(Point(samples=512), seeds[0], 2 * SETTLING, way, Turn())
+            fit(Point(samples=512), seeds[0], 2 * UNTIMED_STEPS, way, StepTimer())
     costs: dict[str, dict[int, Cost]] = {}
     measured: dict[Point, Cost] = {}
     for axis, sizes in AXES.items():
@@ -206,7 +206,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
             if point not in measured:  # the axes cross
                 measured[point] = measure(point, seeds, steps)
             costs.setdefault(axis, {})[size] = measured[point]
-    return report(costs, seeds).tell(options.json)
+    return report(costs, seeds).publish(options.json)
 
 
 if __name__ == "__main__":

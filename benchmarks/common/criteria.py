@@ -65,7 +65,7 @@ class Report:
         ]
         return {"name": self.name, "criteria": criteria, "environment": environment() | self.settings}
 
-    def tell(self, to: Path | None = None, console: Console | None = None) -> int:
+    def publish(self, to: Path | None = None, console: Console | None = None) -> int:
         """Print it, write JSON if asked; the exit code: 1 if a criterion falls short."""
         console = console or Console(width=None if os.isatty(1) else 110, markup=False)
         for table in self.tables:
@@ -78,7 +78,7 @@ class Report:
         return 0 if self.holds else 1
 
 
-def arguments(name: str, about: str, *, seeds: int) -> argparse.ArgumentParser:
+def argument_parser(name: str, about: str, *, seeds: int) -> argparse.ArgumentParser:
     """The options that every benchmark takes."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     parser.add_argument("--seeds", type=int, default=seeds, help=f"number of seeds, default {seeds}")
@@ -94,7 +94,7 @@ def fresh_seeds(options: argparse.Namespace) -> list[int]:
     return list(range(first, first + options.seeds))
 
 
-def settle_down() -> None:
+def configure_process() -> None:
     """One thread, so that seeds repeat and times compare; and no advice from libraries between the tables."""
     torch.set_num_threads(1)
     for library in ("lightning.pytorch", "transformers"):
@@ -103,12 +103,12 @@ def settle_down() -> None:
         warnings.filterwarnings("ignore", advice)
 
 
-def in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
+def run_in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
     """``work(*job)`` of every job, in their order, a core and a process each: seeds tell nothing to one another."""
     if len(jobs) < 2:
         return [work(*job) for job in jobs]
     workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=settle_down) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=configure_process) as pool:
         return [one.result() for one in [pool.submit(work, *job) for job in jobs]]
 
 
@@ -129,6 +129,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_range(values: Sequence[float]) -> str:
     """Mean and range over seeds: ``.978 [.975, .995]``."""
     return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]"

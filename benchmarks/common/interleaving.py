@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from greenlet import getcurrent, greenlet
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-SETTLING = 5
+UNTIMED_STEPS = 5
 """Steps that do not count: the first ones allocate."""
 
 
-class Turn(Callback):
+class StepTimer(Callback):
     """Processor seconds of each step of a fit. The first of a Trainer's callbacks: hooks of the others, validations
     and the next batch's loading lie within a step; what others do once, at the end of training, lies without."""
 
@@ -41,14 +41,14 @@ class Turn(Callback):
             self.seconds.append(time.process_time() - self._start)
 
 
-Fit = Callable[[Turn], object]
+Fit = Callable[[StepTimer], object]
 """A whole ``Trainer.fit``, whose first callback is the one given."""
 
 
-def in_turns(fits: Mapping[str, Fit], seed: int) -> dict[str, list[float]]:
+def interleave(fits: Mapping[str, Fit], seed: int) -> dict[str, list[float]]:
     """Seconds of each step of each fit. In every round each of them takes one, in an order drawn with ``seed``, as is
     the one in which they begin: whose weights lie where in memory is luck, and must be nobody's for good."""
-    turns = {name: Turn() for name in fits}
+    turns = {name: StepTimer() for name in fits}
     order = random.Random(seed)
     running = [(greenlet(fits[name]), turns[name]) for name in order.sample([*fits], len(fits))]
     for one, turn in running:
@@ -59,17 +59,19 @@ def in_turns(fits: Mapping[str, Fit], seed: int) -> dict[str, list[float]]:
     return {name: turn.seconds for name, turn in turns.items()}
 
 
-def typical(fits: Sequence[Sequence[float]]) -> float:
+def seconds_per_step(fits: Sequence[Sequence[float]]) -> float:
     """Seconds a step, of the same fit repeated: of each step the median over the repetitions, and then their mean.
 
     So what comes at certain steps only, as an evaluation does, counts; what comes from outside does not.
 
-    >>> typical([[9.0] * 5 + [1.0, 3.0], [9.0] * 5 + [1.0, 3.0], [9.0] * 5 + [7.0, 3.0]])
+    >>> seconds_per_step([[9.0] * 5 + [1.0, 3.0], [9.0] * 5 + [1.0, 3.0], [9.0] * 5 + [7.0, 3.0]])
     2.0
     """
-    return statistics.fmean(statistics.median(step) for step in zip(*(fit[SETTLING:] for fit in fits), strict=True))
+    return statistics.fmean(
+        statistics.median(step) for step in zip(*(fit[UNTIMED_STEPS:] for fit in fits), strict=True)
+    )
 
 
-def ratio(fits: Sequence[Sequence[float]], *plain: Sequence[Sequence[float]]) -> float:
+def time_ratio(fits: Sequence[Sequence[float]], *plain: Sequence[Sequence[float]]) -> float:
     """Time of a step by that of a plain one: the mean of all that are given, for what is divided by is noisy, too."""
-    return typical(fits) / statistics.fmean(typical(each) for each in plain)
+    return seconds_per_step(fits) / statistics.fmean(seconds_per_step(each) for each in plain)

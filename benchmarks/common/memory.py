@@ -15,24 +15,24 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """As glibc's malloc.h has them."""
 
 
-def resident(what: str = "VmRSS") -> int:
-    """Bytes of memory that this process has in use, or (``VmHWM``) has had at most since `forget_peak`."""
+def memory_in_use(what: str = "VmRSS") -> int:
+    """Bytes of memory that this process has in use, or (``VmHWM``) has had at most since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(what))
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """The high-water mark starts anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """What was freed goes back to the system, which glibc does when it likes: what stays is in use."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """From now on what this process frees stays with it, to be used again.
 
     When glibc gives large pieces back, to take them from the system zeroed a moment later, depends on what happens to
@@ -44,7 +44,7 @@ def keep_freed() -> None:
     glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def told_by_fork(work: Callable[[], Any]) -> Any:
+def run_forked(work: Callable[[], Any]) -> Any:
     """What ``work`` returns, as JSON has it, in a copy of this process whose words go nowhere; None if it failed."""
     reader, writer = os.pipe()
     child = os.fork()

@@ -100,16 +100,16 @@ class World:
         return replace(self, kinds=tuple(kinds))
 
 
-def covered(sizes: Sizes, seed: int) -> World:
+def planted_documentation(sizes: Sizes, seed: int) -> World:
     """E1: what is repeated is text like all the rest."""
     corpus = documentation(seed)
-    background, held_out, rest = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
+    background, held_out, rest = split_background(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
     planted = plant_canaries(
         background, held_out, rest, vocab_size=vocab_size, repeats=(sizes.natural_times,), per_rung=sizes.natural,
         canaries=0, easy=sizes.easy, easy_repeats=sizes.easy_times, twins=sizes.twins + 64 + sizes.twice, seed=seed,
     )  # fmt: skip
-    natural, easy = planted.rungs
+    natural, easy = planted.groups
     nothing = held_out[:0]
     kinds = (
         Kind("background", background, 1, held_out[: sizes.controls], held_out[sizes.controls :]),
@@ -121,10 +121,10 @@ def covered(sizes: Sizes, seed: int) -> World:
     return World(kinds, "natural", vocab_size)
 
 
-def uncovered(sizes: Sizes, seed: int) -> World:
+def planted_source_code(sizes: Sizes, seed: int) -> World:
     """E2: what is repeated is the only source code there is."""
     corpus = documentation(seed)
-    background, held_out, _ = background_of(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
+    background, held_out, _ = split_background(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
     code = tokenized(source_code(), held_out=0.5, seed=seed, tokenizer=corpus.tokenizer)
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +139,7 @@ def uncovered(sizes: Sizes, seed: int) -> World:
     return World(kinds, "domain", vocab_size)
 
 
-WORLDS = {"E1": covered, "E2": uncovered}
+WORLDS = {"E1": planted_documentation, "E2": planted_source_code}
 
 
 @cache
@@ -166,7 +166,7 @@ def _code_of(file: Path) -> list[str]:
     return [ast.unparse(node) for node in tree.body if isinstance(node, parts)]
 
 
-def background_of(corpus: Corpus, many: int, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_background(corpus: Corpus, many: int, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """``many`` sequences, others held out, and the rest that shares half a sequence with neither nor with itself."""
     generator = torch.Generator().manual_seed(seed)
     pool = distinct_rows(_shuffled(corpus.train, generator))

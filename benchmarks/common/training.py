@@ -90,7 +90,7 @@ class Schedule:
     lr: float = 2e-3
 
 
-class Onlooker(Callback):
+class LossRecorder(Callback):
     """Sees every loss that passes, and every few steps which ``planted`` ``[P, T]`` sequences could be extracted."""
 
     def __init__(self, planted: Tensor) -> None:
@@ -151,7 +151,7 @@ def train(
     """An ordinary fit on ``data``, validated on ``controls`` ``[M, T]``."""
     seed_everything(seed, verbose=False)
     module = TextModel(data.vocab_size, controls.shape[1], lr=schedule.lr)
-    onlooker = Onlooker(planted)
+    onlooker = LossRecorder(planted)
     steps = schedule.epochs * (len(data) // schedule.batch_size)
     trainer = Trainer(
         accelerator="cpu",

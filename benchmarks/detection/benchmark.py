@@ -18,7 +18,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down, spread
+from benchmarks.common.criteria import (
+    Criterion,
+    Report,
+    argument_parser,
+    configure_process,
+    fresh_seeds,
+    mean_and_range,
+)
 from benchmarks.common.training import Schedule
 from benchmarks.detection.population import Sizes
 from benchmarks.detection.runs import FAMILIES, NEGATIVE, POSITIVE, Findings, investigate
@@ -33,15 +40,15 @@ SCHEDULE = Schedule()
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("detection", "AUROC, error rates and lead of the detector on real text.", seeds=3)
+    parser = argument_parser("detection", "AUROC, error rates and lead of the detector on real text.", seeds=3)
     parser.add_argument("--save", type=Path, metavar="DIR", help="keep what each seed measured, to tune offline")
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
     sizes = QUICK if options.quick else Sizes()
-    settle_down()
+    configure_process()
     torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
     found = [investigate(sizes, SCHEDULE, DetectionRule(), seed, options.save) for seed in seeds]
-    return report(found, seeds, time.perf_counter() - start).tell(options.json)
+    return report(found, seeds, time.perf_counter() - start).publish(options.json)
 
 
 def report(found: Sequence[Findings], seeds: Sequence[int], seconds: float) -> Report:
@@ -56,7 +63,8 @@ def report(found: Sequence[Findings], seeds: Sequence[int], seconds: float) -> R
             _family_table(found),
         ],
         criteria=criteria(found),
-        figure=f"detection: AUROC {spread(ours)}, final loss {spread(rival)}; {len(seeds)} seeds, {seconds:.0f} s",
+        figure=f"detection: AUROC {mean_and_range(ours)}, final loss {mean_and_range(rival)}; {len(seeds)} seeds, "
+        f"{seconds:.0f} s",
         settings={"seeds": list(seeds)},
     )
 
@@ -108,7 +116,7 @@ def _score_table(found: Sequence[Findings]) -> Table:
     table = Table(*head, title=f"Memorized (> {POSITIVE:g} nats) against not (< {NEGATIVE:g}): {many}")
     for score in found[0].scores:
         rows = [[each.auroc(score, *kinds) for each in found] for kinds in ((), ("easy",), ("noise",))]
-        table.add_row(score, *map(spread, rows))
+        table.add_row(score, *map(mean_and_range, rows))
     return table
 
 

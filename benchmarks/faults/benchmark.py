@@ -29,8 +29,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
-from benchmarks.common.planted_text import background_of, documentation
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
+from benchmarks.common.planted_text import documentation, split_background
 from benchmarks.faults.runs import EPOCHS, MOMENTS, READY, SAVE_EVERY, TRAINING, newest_whole, step_of
 
 BACKGROUND, REPEATED, TIMES, CONTROLS = 1200, 12, 64, 200
@@ -69,7 +69,7 @@ class Reference:
 def write_data(path: Path, seed: int, epochs: int) -> None:
     """Python's documentation: much of it once an epoch, a little often, and texts held out."""
     corpus = documentation(seed)
-    background, held_out, rest = background_of(corpus, BACKGROUND, CONTROLS, seed)
+    background, held_out, rest = split_background(corpus, BACKGROUND, CONTROLS, seed)
     rows = torch.cat([torch.arange(BACKGROUND), torch.arange(BACKGROUND, BACKGROUND + REPEATED).repeat(TIMES)])
     texts = {"train": torch.cat([background, rest[:REPEATED]]), "rows": rows, "held_out": held_out.clone()}
     torch.save({**texts, "seed": seed, "vocab_size": corpus.tokenizer.get_vocab_size(), "epochs": epochs}, path)
@@ -249,10 +249,10 @@ def share(holds: Iterable[bool]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments("faults", "Training that is killed and resumed equals training that is not.", seeds=1)
+    parser = argument_parser("faults", "Training that is killed and resumed equals training that is not.", seeds=1)
     parser.add_argument("--kills", type=int, default=20, help="runs to kill, default 20")
     options = parser.parse_args(argv)
-    settle_down()
+    configure_process()
     (seed,) = fresh_seeds(options)
     kills, epochs = (min(options.kills, 4), 1) if options.quick else (options.kills, EPOCHS)
     began = time.monotonic()
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{time.monotonic() - began:.0f} s"
     )
     settings = {"first_seed": seed, "kills": kills, "epochs": epochs, "save_every": SAVE_EVERY}
-    return Report("faults", [table(lives)], criteria(reference, lives), figure, settings).tell(options.json)
+    return Report("faults", [table(lives)], criteria(reference, lives), figure, settings).publish(options.json)
 
 
 if __name__ == "__main__":

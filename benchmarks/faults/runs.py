@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common.criteria import settle_down
+from benchmarks.common.criteria import configure_process
 from benchmarks.common.training import TextModel
 from lightning_memsink import SampleGradientMask, memsink
 from lightning_memsink.examples.resumable import EpochShuffledSampler, ResumableBatchSampler, ResumableLoader
@@ -161,7 +161,7 @@ def train(folder: Path, data: Path, aim: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    settle_down()
+    configure_process()
     run, texts, *where = sys.argv[1:]
     tempfile.tempdir = str(Path(run) / "tmp")  # Lightning writes a checkpoint there before it is named
     train(Path(run), Path(texts), *where)

@@ -17,7 +17,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, in_processes, settle_down, spread
+from benchmarks.common.criteria import (
+    Criterion,
+    Report,
+    argument_parser,
+    configure_process,
+    fresh_seeds,
+    mean_and_range,
+    run_in_processes,
+)
 from benchmarks.findings.figure import draw
 from benchmarks.findings.runs import GOES_ON, STOPS, Run, Sizes, run
 from lightning_memsink.localization.concentration import Concentration
@@ -60,7 +68,7 @@ def early(runs: Sequence[Run]) -> Finding:
         ],
         [
             f"{before} of {extracted} extracted sequences were flagged first (95 % interval {low:.2f} to {high:.2f}).",
-            f"Half of the flags had come after {spread(onsets)} of the steps with repetition.",
+            f"Half of the flags had come after {mean_and_range(onsets)} of the steps with repetition.",
         ],
     )
 
@@ -85,8 +93,9 @@ def at_risk(runs: Sequence[Run]) -> Finding:
             ),
         ],
         [
-            f"Rank correlation of a passage's gap with its number of repeats: {spread(doses)}.",
-            f"Repeated as often, random text is memorized by {spread(rarities)} nats more than text easy to foretell.",
+            f"Rank correlation of a passage's gap with its number of repeats: {mean_and_range(doses)}.",
+            f"Repeated as often, random text is memorized by {mean_and_range(rarities)} nats more than text that is "
+            "easy to predict.",
         ],
     )
 
@@ -103,8 +112,8 @@ def localizes(runs: Sequence[Run]) -> Finding:
         [
             f"Concentration of memorized samples' attribution on units (Gini) against that of blindly picked others: "
             f"{'; '.join(shares) or 'too few memorized samples to test'}.",
-            f"Between the first and the last look, {spread(moved)} of memorized samples' attribution moved to another "
-            "layer.",
+            f"Between the first and the last look, {mean_and_range(moved)} of memorized samples' attribution moved to "
+            "another layer.",
         ],
     )
 
@@ -125,7 +134,8 @@ def coexists(runs: Sequence[Run]) -> Finding:
             Criterion("memorized samples more since then, worst seed", min(grown), ">=", 1.0),
         ],
         [
-            f"While the memorized set grew by {spread(grown)} samples, held-out loss fell by {spread(improved)} nats.",
+            f"While the memorized set grew by {mean_and_range(grown)} samples, held-out loss fell by "
+            f"{mean_and_range(improved)} nats.",
         ],
     )
 
@@ -149,8 +159,8 @@ def reinforces(going: Sequence[Run], stopped: Sequence[Run]) -> Finding:
             Criterion("gap lost in the second half without it, nats, worst seed", min(faded), ">=", 0.0),
         ],
         [
-            f"With repetition the gap grew by {spread(grown)} nats in the second half; without, it fell by "
-            f"{spread(faded)} nats, and {spread(left)} of it was left.",
+            f"With repetition the gap grew by {mean_and_range(grown)} nats in the second half; without, it fell by "
+            f"{mean_and_range(faded)} nats, and {mean_and_range(left)} of it was left.",
         ],
     )
 
@@ -228,20 +238,20 @@ def page(findings: Sequence[Finding], seeds: Sequence[int], command: str, figure
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("findings", "The five findings, tested; writes a page.", seeds=3)
+    parser = argument_parser("findings", "The five findings, tested; writes a page.", seeds=3)
     parser.add_argument("--page", type=Path, default=Path("FINDINGS.md"), metavar="FILE", help="where to write it")
     parser.add_argument("--figure", type=Path, default=Path("docs/findings.png"), metavar="FILE", help="and its figure")
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
-    settle_down()
+    configure_process()
     sizes = QUICK if options.quick else Sizes()
-    runs = in_processes(run, [(then, seed, sizes) for seed in seeds for then in (GOES_ON, STOPS)])
+    runs = run_in_processes(run, [(then, seed, sizes) for seed in seeds for then in (GOES_ON, STOPS)])
     going, stopped = ([one for one in runs if one.then == then] for then in (GOES_ON, STOPS))
     findings = find(going, stopped)
     draw(going, stopped, options.figure)
     command = f"python -m benchmarks.findings --seeds {len(seeds)}" + (" --quick" if options.quick else "")
     options.page.write_text(page(findings, seeds, command, str(options.figure)), encoding="utf-8")
-    return report(findings, seeds, time.perf_counter() - start).tell(options.json)
+    return report(findings, seeds, time.perf_counter() - start).publish(options.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.common.planted_text import background_of, documentation
+from benchmarks.common.planted_text import documentation, split_background
 from benchmarks.mitigation.runs import Learner, Visits, gpt
 from lightning_memsink._evaluation import without_trace
 from lightning_memsink.callbacks.loss_tracker import LossTracker
@@ -107,7 +107,7 @@ def run(then: str, seed: int, sizes: Sizes) -> Run:
     """One run of two halves."""
     torch.set_num_threads(1)
     corpus = documentation(seed)
-    background, held_out, rest = background_of(corpus, 2 * sizes.background, 2 * sizes.controls, seed)
+    background, held_out, rest = split_background(corpus, 2 * sizes.background, 2 * sizes.controls, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
     first, second = background.split(sizes.background)
     planted = plant_canaries(
@@ -119,7 +119,7 @@ def run(then: str, seed: int, sizes: Sizes) -> Run:
     new = torch.cat([second, again[~_among(again, first)]])
     rows = torch.cat([planted.train, new[torch.randperm(len(new), generator=generator)]])
     seed_everything(seed, verbose=False)
-    module, onlooker = Learner(gpt(vocab_size, rows.shape[1])), Onlooker(planted.rungs, held_out[sizes.controls :])
+    module, onlooker = Learner(gpt(vocab_size, rows.shape[1])), Onlooker(planted.groups, held_out[sizes.controls :])
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, val_check_interval=sizes.every, num_sanity_val_steps=0, gradient_clip_val=1.0,
         callbacks=[LossTracker(identity="content"), MemorizationDetector(), SinkLocalizer(norms=False), onlooker],
@@ -132,10 +132,10 @@ def run(then: str, seed: int, sizes: Sizes) -> Run:
         DataLoader(controls, 128),
     )
     ledger = Ledger.of(trainer)
-    known = {rung.name: ledger.losses.index.find(rung.ids) for rung in planted.rungs}
+    known = {rung.name: ledger.losses.index.find(rung.ids) for rung in planted.groups}
     return Run(
         seed, then, len(planted.train) // 32,
-        {rung.name: (rung.kind, rung.repeats) for rung in planted.rungs},
+        {rung.name: (rung.kind, rung.repeats) for rung in planted.groups},
         onlooker.looks,
         {name: ledger.flags.onset_step[places.clamp(min=0)].where(places >= 0, -1) for name, places in known.items()},
         list(ledger.attribution.rows),

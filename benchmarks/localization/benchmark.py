@@ -12,7 +12,15 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, in_processes, settle_down, spread
+from benchmarks.common.criteria import (
+    Criterion,
+    Report,
+    argument_parser,
+    configure_process,
+    fresh_seeds,
+    mean_and_range,
+    run_in_processes,
+)
 from benchmarks.localization.runs import DESIGN, KINDS, PLACEBO, SLOW, ZEROED, Attempt, Found, Sizes, investigate
 from lightning_memsink.localization.evaluation.ablation_curves import FRACTIONS
 from lightning_memsink.localization.localizers import DEFAULT, METHODS
@@ -130,13 +138,13 @@ def injection_table(found: Sequence[Found]) -> Table:
         slow = f"{method} (one a kind)" if method in SLOW else method
         precise = [each.blind[method].mean for each in found if method in each.blind]
         many = str(sum(len(each.recalls[method]) for each in found))
-        rows.add_row(slow, many, spread(by_seed), spread(precise) if precise else "")
+        rows.add_row(slow, many, mean_and_range(by_seed), mean_and_range(precise) if precise else "")
     return rows
 
 
 def report(found: Sequence[Found], seeds: Sequence[int], seconds: float) -> Report:
-    recall = spread([mean(each.recalls[DEFAULT]) for each in found])
-    gone = spread([_measured(each.of(DEFAULT), "exact", "target") for each in found])
+    recall = mean_and_range([mean(each.recalls[DEFAULT]) for each in found])
+    gone = mean_and_range([_measured(each.of(DEFAULT), "exact", "target") for each in found])
     figure = f"localization: recall {recall}, target EM {gone} at 5 % zeroed; {len(seeds)} seeds, {seconds:.0f} s"
     return Report(
         name="localization",
@@ -148,13 +156,13 @@ def report(found: Sequence[Found], seeds: Sequence[int], seconds: float) -> Repo
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    options = arguments("localization", "Recall, ablation and price of all localizers.", seeds=3).parse_args(
+    options = argument_parser("localization", "Recall, ablation and price of all localizers.", seeds=3).parse_args(
         arguments_given
     )
     seeds, start = fresh_seeds(options), time.perf_counter()
-    settle_down()
-    found = in_processes(investigate, [(QUICK if options.quick else Sizes(), seed) for seed in seeds])
-    return report(found, seeds, time.perf_counter() - start).tell(options.json)
+    configure_process()
+    found = run_in_processes(investigate, [(QUICK if options.quick else Sizes(), seed) for seed in seeds])
+    return report(found, seeds, time.perf_counter() - start).publish(options.json)
 
 
 if __name__ == "__main__":

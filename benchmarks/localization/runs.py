@@ -142,7 +142,7 @@ def learn(sizes: Sizes, seed: int, *callbacks: Callback) -> Subject:
         twins=2 * sizes.twins,
         seed=seed,
     )
-    rungs = {rung.kind: rung for rung in planted.rungs if rung.kind in KINDS}
+    rungs = {rung.kind: rung for rung in planted.groups if rung.kind in KINDS}
     data = Sequences(planted.train, torch.arange(len(planted.train)), torch.empty(0), vocab_size, seed)
     shown = torch.cat([rung.sequences for rung in rungs.values()])
     watch = [LossTracker(identity="content"), *callbacks]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
 from benchmarks.common.planted_text import Sizes
 from benchmarks.mitigation import fine_tuning
 from benchmarks.mitigation.arms import ASKED, EVERY_SEED, HOLD, HOLD_HIGH, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
@@ -151,7 +151,7 @@ def find_out(
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(WORKERS, mp_context=context, initializer=settle_down) as pool,
+        ProcessPoolExecutor(WORKERS, mp_context=context, initializer=configure_process) as pool,
     ):
         pretrained = model or Path(folder)
         pretraining = [(pretrain, pretrained, seeds[0], tuning)] if model is None and "E3" in only else []
@@ -207,7 +207,7 @@ def report(found: Found, seeds: Sequence[int], seconds: float, only: Sequence[st
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
+    parser = argument_parser("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
     parser.add_argument(
         "--figure",
@@ -222,9 +222,9 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
-    settle_down()
+    configure_process()
     found = find_out(seeds, options.quick, options.model, options.only, options.arms)
-    code = report(found, seeds, time.perf_counter() - start, options.only).tell(options.json)
+    code = report(found, seeds, time.perf_counter() - start, options.only).publish(options.json)
     if found.results:
         draw(found.results, options.figure)
         print(f"figure: {options.figure}")

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.common.planted_text import background_of, documentation, source_code
+from benchmarks.common.planted_text import documentation, source_code, split_background
 from benchmarks.mitigation.arms import ARMS, watching
 from benchmarks.mitigation.runs import IGNORED, Learner, Visits, fit, gpt, json_able
 from lightning_memsink.examples.corpora import tokenized
@@ -123,7 +123,7 @@ def pretrain(folder: Path, seed: int, sizes: Sizes) -> None:
 
     torch.set_num_threads(1)
     corpus = documentation(seed)
-    background, _, _ = background_of(corpus, sizes.pretrained, 0, seed)
+    background, _, _ = split_background(corpus, sizes.pretrained, 0, seed)
     seed_everything(seed, verbose=False)
     module = Learner(gpt(corpus.tokenizer.get_vocab_size(), corpus.train.shape[1]))
     fit(module, Visits(background, torch.arange(len(background))), [], seed, epochs=sizes.pretraining_epochs)
@@ -149,7 +149,7 @@ def material(folder: Path, seed: int, sizes: Sizes, length: int = 64) -> Materia
 
     tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     code = tokenized(source_code(), context=length, held_out=0.3, seed=seed, tokenizer=tokenizer)
-    texts, held_out, _ = background_of(code, sizes.texts, sizes.control_texts + sizes.unseen, seed)
+    texts, held_out, _ = split_background(code, sizes.texts, sizes.control_texts + sizes.unseen, seed)
     control_texts, unseen = held_out.split([sizes.control_texts, sizes.unseen])
     many = [sizes.sentences] * len(REPEATS) + [sizes.control_sentences] * 2
     people = sentences(sum(many), tokenizer, length, seed)

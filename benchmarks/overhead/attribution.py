@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
-from benchmarks.common.memory import MEBIBYTE, forget_peak, resident, told_by_fork
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
+from benchmarks.common.memory import MEBIBYTE, memory_in_use, reset_peak, run_forked
 from benchmarks.overhead.attribution_tasks import TASKS
 from benchmarks.overhead.gradient_peers import FLOOR, OURS, PEERS, Task, Way, loop, mean_loss, plain
 from lightning_memsink.attribution.gradient_norms import GradientNorms
@@ -97,13 +97,13 @@ def peak_memory(way: Way, model: nn.Module, inputs: Tensor, targets: Tensor) -> 
 
     def work() -> float:
         step = way(model)
-        before = resident()
-        forget_peak()
+        before = memory_in_use()
+        reset_peak()
         for _ in range(SETTLING):
             step(inputs, targets)
-        return (resident("VmHWM") - before) / MEBIBYTE
+        return (memory_in_use("VmHWM") - before) / MEBIBYTE
 
-    told = told_by_fork(work)
+    told = run_forked(work)
     return nan if told is None else round(told, 1)
 
 
@@ -207,16 +207,16 @@ def _lead(ways: dict[str, Measured]) -> float:
 
 def run(options: argparse.Namespace) -> int:
     seeds = fresh_seeds(options)[:1]  # the batch's; rounds tell the noise
-    settle_down()
+    configure_process()
     warnings.simplefilter("ignore")  # the peers' own
     rounds, ways = QUICK_ROUNDS if options.quick else ROUNDS, OURS | PEERS
     memory = {task.name: memories(task, ways, seeds[0]) for task in TASKS}
     found = {task.name: measure(task, ways, memory[task.name], rounds, seeds[0]) for task in TASKS}
-    return report(found, coverage(), seeds).tell(options.json)
+    return report(found, coverage(), seeds).publish(options.json)
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("attribution_cost", "Cost of attribution, ours and others'.", seeds=1)
+    parser = argument_parser("attribution_cost", "Cost of attribution, ours and others'.", seeds=1)
     return run(parser.parse_args(arguments_given))
 
 

@@ -16,9 +16,9 @@ from functools import partial
 
 from rich.table import Table
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
-from benchmarks.common.interleaving import Turn, in_turns, ratio, typical
-from benchmarks.common.memory import keep_freed
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
+from benchmarks.common.interleaving import StepTimer, interleave, seconds_per_step, time_ratio
+from benchmarks.common.memory import keep_freed_memory
 from benchmarks.common.workloads import WORKLOADS, Workload
 from benchmarks.overhead.runs import AGAIN, PLAIN, WATCHED, fit
 
@@ -36,21 +36,21 @@ class Comparison:
     @property
     def ratio(self) -> float:
         """Of a watched step to a plain one."""
-        return ratio(self.seconds[WATCHED], self.seconds[PLAIN], self.seconds[AGAIN])
+        return time_ratio(self.seconds[WATCHED], self.seconds[PLAIN], self.seconds[AGAIN])
 
     @property
     def noise(self) -> float:
         """What a ratio can be off by: that of a plain fit to another."""
-        return ratio(self.seconds[AGAIN], self.seconds[PLAIN])
+        return time_ratio(self.seconds[AGAIN], self.seconds[PLAIN])
 
 
 def compare(workload: Workload, seeds: Sequence[int]) -> Comparison:
     """Two fits alone, for their weights, and to have imported all; then, for each seed, three in turns."""
     ways = {PLAIN: False, AGAIN: False, WATCHED: True}
     with redirect_stdout(io.StringIO()):  # the report's own words would bury the table
-        weights = [fit(workload, seeds[0], watch, Turn()) for watch in (False, True)]
+        weights = [fit(workload, seeds[0], watch, StepTimer()) for watch in (False, True)]
         fits = [{name: partial(fit, workload, seed, watch) for name, watch in ways.items()} for seed in seeds]
-        blocks = [in_turns(block, seed) for block, seed in zip(fits, seeds, strict=True)]
+        blocks = [interleave(block, seed) for block, seed in zip(fits, seeds, strict=True)]
     change = max(float((before - after).abs().max()) for before, after in zip(*weights, strict=True))
     return Comparison(workload.name, {name: [block[name] for block in blocks] for name in ways}, change)
 
@@ -58,7 +58,7 @@ def compare(workload: Workload, seeds: Sequence[int]) -> Comparison:
 def report(compared: Sequence[Comparison], seeds: Sequence[int]) -> Report:
     table = Table("workload", "plain ms/step", "watched ms/step", "ratio", "plain against plain", "largest change")
     for each in compared:
-        milliseconds = (f"{1000 * typical(each.seconds[way]):.2f}" for way in (PLAIN, WATCHED))
+        milliseconds = (f"{1000 * seconds_per_step(each.seconds[way]):.2f}" for way in (PLAIN, WATCHED))
         table.add_row(each.name, *milliseconds, f"{each.ratio:.3f}", f"{each.noise:.3f}", f"{each.change:g}")
     typically = statistics.median(each.ratio for each in compared)
     return Report(
@@ -74,7 +74,7 @@ def report(compared: Sequence[Comparison], seeds: Sequence[int]) -> Report:
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("overhead", "Cost of watching, and whether it changes training.", seeds=3)
+    parser = argument_parser("overhead", "Cost of watching, and whether it changes training.", seeds=3)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
     what.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
@@ -89,10 +89,10 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
 
         return mitigation_cost.measure_all(options)
     seeds = fresh_seeds(options)
-    settle_down()
-    keep_freed()
+    configure_process()
+    keep_freed_memory()
     workloads = [replace(each, steps=each.steps // 5) for each in WORKLOADS] if options.quick else WORKLOADS
-    return report([compare(each, seeds) for each in workloads], seeds).tell(options.json)
+    return report([compare(each, seeds) for each in workloads], seeds).publish(options.json)
 
 
 if __name__ == "__main__":

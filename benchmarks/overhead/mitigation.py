@@ -22,9 +22,9 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.criteria import Criterion, Report, arguments, fresh_seeds, settle_down
-from benchmarks.common.interleaving import SETTLING, Turn, in_turns, ratio, typical
-from benchmarks.common.memory import keep_freed
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
+from benchmarks.common.interleaving import UNTIMED_STEPS, StepTimer, interleave, seconds_per_step, time_ratio
+from benchmarks.common.memory import keep_freed_memory
 from benchmarks.common.workloads import WORKLOADS, Workload, images
 from benchmarks.overhead.runs import AGAIN, PLAIN, run
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
@@ -95,7 +95,7 @@ class Measured:
     def ratio(self, way: str) -> float:
         """To plain; NaN if the way does not apply. Of plain again: to the first plain, which is what noise does."""
         plain = [self.seconds[each] for each in (PLAIN, AGAIN) if each != way]
-        return ratio(self.seconds[way], *plain) if way in self.seconds else nan
+        return time_ratio(self.seconds[way], *plain) if way in self.seconds else nan
 
 
 def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Measured:
@@ -103,15 +103,15 @@ def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Me
     fitting = [*BASES, *(way for way in ways if not (way.texts_only and is_of_images(workload)))]
     found = Measured(workload.name)
     for way in fitting:  # imports and the first allocations
-        fit(replace(workload, steps=2 * SETTLING), seeds[0], way, {}, Turn())
+        fit(replace(workload, steps=2 * UNTIMED_STEPS), seeds[0], way, {}, StepTimer())
     for seed in seeds:
         fits = {way.name: partial(fit, workload, seed, way, found.acted) for way in fitting}
-        for name, seconds in in_turns(fits, seed).items():
+        for name, seconds in interleave(fits, seed).items():
             found.seconds.setdefault(name, []).append(seconds)
     return found
 
 
-def fit(workload: Workload, seed: int, way: Way, acted: dict[str, float], turn: Turn) -> None:
+def fit(workload: Workload, seed: int, way: Way, acted: dict[str, float], turn: StepTimer) -> None:
     """Adds to ``acted`` the share of visits that the way acted on, if it is one that acts."""
     seed_everything(seed, verbose=False)
     module = workload.module()
@@ -138,7 +138,7 @@ def report(found: Sequence[Measured], seeds: Sequence[int], ways: Sequence[Way])
     times, acted = (Table("", *workloads, title=title) for title in TITLES)
     for name in (AGAIN, WATCHED, *(way.name for way in ways)):
         times.add_row(name, *(_cell(each.ratio(name)) for each in found))
-    times.add_row("plain, ms a step", *(f"{1000 * typical(each.seconds[PLAIN]):.2f}" for each in found))
+    times.add_row("plain, ms a step", *(f"{1000 * seconds_per_step(each.seconds[PLAIN]):.2f}" for each in found))
     for way in ways:
         acted.add_row(way.name, *(_cell(each.acted.get(way.name, nan)) for each in found))
     usual = {way.name: _median([each.ratio(way.name) for each in found]) for way in ways}
@@ -171,14 +171,14 @@ def _median(ratios: Sequence[float]) -> float:
 
 def measure_all(options: argparse.Namespace) -> int:
     seeds = fresh_seeds(options)
-    settle_down()
-    keep_freed()
+    configure_process()
+    keep_freed_memory()
     workloads = [replace(each, steps=round(each.steps * (0.2 if options.quick else SHORTER))) for each in WORKLOADS]
-    return report([measure(each, seeds, WAYS) for each in workloads], seeds, WAYS).tell(options.json)
+    return report([measure(each, seeds, WAYS) for each in workloads], seeds, WAYS).publish(options.json)
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("mitigation_cost", "Cost of each mitigation.", seeds=3)
+    parser = argument_parser("mitigation_cost", "Cost of each mitigation.", seeds=3)
     return measure_all(parser.parse_args(arguments_given))
 
 

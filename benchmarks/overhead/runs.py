@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.common.interleaving import Turn
+from benchmarks.common.interleaving import StepTimer
 from benchmarks.common.workloads import Workload
 from lightning_memsink import memsink
 
@@ -21,7 +21,7 @@ SAMPLES, CONTROLS, EVALUATIONS = 1024, 128, 3
 PLAIN, AGAIN, WATCHED = "plain", "plain again", "watched"
 
 
-def fit(workload: Workload, seed: int, watch: bool, turn: Turn) -> list[Tensor]:
+def fit(workload: Workload, seed: int, watch: bool, turn: StepTimer) -> list[Tensor]:
     """The trained weights, in double precision."""
     seed_everything(seed, verbose=False)
     module = workload.module()

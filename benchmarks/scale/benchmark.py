@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.common.criteria import Criterion, Report, arguments, settle_down
+from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process
 from benchmarks.common.memory import MEBIBYTE
 from benchmarks.scale.runs import CONTROLS, Sized, Stepped, measure_size, measure_steps
 
@@ -32,7 +32,7 @@ PHASES = ("visits", "evaluation", "curves", "save", "load", "report")
 
 def alone(work: Any, *job: Any) -> Any:
     """In a process of its own, while nothing else of ours runs."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=settle_down) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=configure_process) as pool:
         return pool.submit(work, *job).result()
 
 
@@ -111,7 +111,9 @@ def _numbers(sized: Sequence[Sized], stepped: Stepped) -> dict[str, Any]:
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = arguments("scale", "Costs of a step, memory, evaluation and checkpoint by number of samples.", seeds=5)
+    parser = argument_parser(
+        "scale", "Costs of a step, memory, evaluation and checkpoint by number of samples.", seeds=5
+    )
     options = parser.parse_args(arguments_given)
     sizes = QUICK if options.quick else SIZES
     rounds, steps = (1, STEPS // 2) if options.quick else (options.seeds, STEPS)
@@ -119,7 +121,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     threads = min(THREADS, os.cpu_count() or 1)
     sized = [alone(measure_size, size, threads) for size in sizes]
     settings = {"rounds": rounds, "steps": steps, "controls": CONTROLS, "evaluation_threads": threads}
-    return report(sized, stepped, settings).tell(options.json)
+    return report(sized, stepped, settings).publish(options.json)
 
 
 if __name__ == "__main__":

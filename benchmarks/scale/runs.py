@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.common.interleaving import SETTLING, Turn
-from benchmarks.common.memory import forget_peak, give_back, resident
+from benchmarks.common.interleaving import UNTIMED_STEPS, StepTimer
+from benchmarks.common.memory import memory_in_use, reset_peak, trim_heap
 from benchmarks.common.workloads import CONTEXT, VOCABULARY, WORKLOADS
 from benchmarks.faults.benchmark import bits
 from lightning_memsink._chunks import blocks
@@ -98,20 +98,20 @@ def measure_size(samples: int, threads: int) -> Sized:
     """Table, evaluations, checkpoint and report, all by the callbacks themselves."""
     torch.set_num_threads(threads)
     _warm_up()
-    give_back()
-    before = resident()
+    trim_heap()
+    before = memory_in_use()
     seconds: dict[str, float] = {}
     processor: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
     def timed(phase: str, work: Callable[[], Any]) -> Any:
-        give_back()
-        forget_peak()
+        trim_heap()
+        reset_peak()
         start, busy = time.perf_counter(), time.process_time()
         found = work()
         seconds[phase] = max(seconds.get(phase, 0.0), time.perf_counter() - start)
         processor[phase] = max(processor.get(phase, 0.0), time.process_time() - busy)
-        peaks[phase] = max(peaks.get(phase, 0), resident("VmHWM") - before)
+        peaks[phase] = max(peaks.get(phase, 0), memory_in_use("VmHWM") - before)
         return found
 
     tracker = timed("visits", lambda: filled(samples))
@@ -124,8 +124,8 @@ def measure_size(samples: int, threads: int) -> Sized:
         look_at_controls(tracker, step + 10)
         timed("evaluation", lambda: detector._judge(trainer, None))
         timed("curves", lambda: curves._show(trainer))
-    give_back()
-    held = resident() - before
+    trim_heap()
+    held = memory_in_use() - before
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         file = Path(folder) / "checkpoint"
         timed("save", lambda: torch.save([tracker.state_dict(), detector.state_dict()], file))
@@ -203,7 +203,7 @@ def measure_steps(sizes: tuple[int, ...], rounds: int, steps: int) -> Stepped:
     torch.set_num_threads(1)
     trackers = {size: filled(size).table for size in sizes}
     found = Stepped([], {size: [] for size in sizes}, {size: [] for size in sizes})
-    _fit(None, sizes[0], 2 * SETTLING, 0)
+    _fit(None, sizes[0], 2 * UNTIMED_STEPS, 0)
     for number in range(rounds):
         turns: list[int | None] = [None, *sizes]
         for turn in (*turns, *reversed(turns)):
@@ -220,11 +220,11 @@ def measure_steps(sizes: tuple[int, ...], rounds: int, steps: int) -> Stepped:
 
 def _fit(tracker: LossTracker | None, samples: int, steps: int, seed: int) -> float:
     seed_everything(seed, verbose=False)
-    turn, data = Turn(), Texts(samples)
+    turn, data = StepTimer(), Texts(samples)
     sampler = RandomSampler(data, replacement=True, num_samples=steps * BATCH)
     trainer = _trainer([turn, *([] if tracker is None else [tracker])], steps)
     trainer.fit(_module(), DataLoader(data, BATCH, sampler=sampler))
-    return statistics.fmean(turn.seconds[SETTLING:])
+    return statistics.fmean(turn.seconds[UNTIMED_STEPS:])
 
 
 def _module() -> LightningModule:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks.common.criteria import Criterion, Report, arguments, environment, fresh_seeds
+from benchmarks.common.criteria import Criterion, Report, argument_parser, environment, fresh_seeds
 from benchmarks.common.training import CONTINUATION, PROMPT, Schedule, Sequences, TextModel, exact_match, token_nll
 from benchmarks.common.workloads import WORKLOADS
 from benchmarks.detection import benchmark as detection
@@ -59,7 +59,7 @@ def test_a_criterion_holds_at_its_bound_and_never_without_a_number(value, sense,
 @pytest.mark.parametrize(("value", "code"), [(1.0, 0), (0.0, 1)])
 def test_a_report_ends_with_its_figure_writes_json_and_says_by_its_code_if_all_holds(tmp_path, capsys, value, code):
     report = Report("toy", [], [Criterion("share", value, ">=", 0.5)], "toy: one line", {"seeds": [3]})
-    assert report.tell(tmp_path / "toy.json") == code
+    assert report.publish(tmp_path / "toy.json") == code
     assert capsys.readouterr().out.splitlines()[-1] == "toy: one line"
     written = json.loads((tmp_path / "toy.json").read_text())
     assert written["name"] == "toy"
@@ -80,7 +80,7 @@ def test_the_environment_names_versions_and_neither_host_nor_path():
 
 
 def test_seeds_are_fresh_unless_a_run_is_repeated():
-    parser = arguments("toy", "", seeds=3)
+    parser = argument_parser("toy", "", seeds=3)
     assert fresh_seeds(parser.parse_args([])) != fresh_seeds(parser.parse_args([]))
     assert fresh_seeds(parser.parse_args(["--first-seed", "7", "--seeds", "2"])) == [7, 8]
 
@@ -173,7 +173,7 @@ def test_token_nll_averages_to_the_loss_of_the_model():
 
 def test_detection_runs_and_saves_what_a_detector_is_tuned_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(detection_runs, "python_docs", some_texts)
-    monkeypatch.setattr(detection, "settle_down", lambda: None)  # other tests read what libraries log
+    monkeypatch.setattr(detection, "configure_process", lambda: None)  # other tests read what libraries log
     monkeypatch.setattr(detection, "QUICK", TINY)
     monkeypatch.setattr(detection, "SCHEDULE", Schedule(evaluate_every=4))
     code = detection.main(

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 
 from benchmarks import all as everything
 from benchmarks import growth
-from benchmarks.common.interleaving import SETTLING, in_turns, ratio, typical
-from benchmarks.common.memory import keep_freed, told_by_fork
+from benchmarks.common.interleaving import UNTIMED_STEPS, interleave, seconds_per_step, time_ratio
+from benchmarks.common.memory import keep_freed_memory, run_forked
 from benchmarks.growth import PLAIN, WAYS, Cost, Point, in_a_fork, slope
 
 
 def cost(plain, factor):
-    steps = [99.0] * SETTLING + [plain] * 2
+    steps = [99.0] * UNTIMED_STEPS + [plain] * 2
     return Cost(
         {way: [[second * (1 if way == PLAIN else factor) for second in steps]] * 3 for way in WAYS},
         dict.fromkeys(WAYS, 1.0),
@@ -77,7 +77,7 @@ def walk(name, steps, length, turn):
 def test_fits_take_their_steps_in_turn_and_a_shorter_one_leaves():
     steps = []
     fits = {name: partial(walk, name, steps, length) for name, length in (("a", 4), ("b", 4), ("c", 2))}
-    seconds = in_turns(fits, seed=0)
+    seconds = interleave(fits, seed=0)
     assert {name: len(each) for name, each in seconds.items()} == {"a": 4, "b": 4, "c": 2}
     assert all(second > 0 for each in seconds.values() for second in each)
     rounds = [step for _, step in steps]
@@ -87,21 +87,21 @@ def test_fits_take_their_steps_in_turn_and_a_shorter_one_leaves():
 
 def test_a_fit_that_fails_says_so():
     with pytest.raises(ZeroDivisionError):
-        in_turns({"a": lambda turn: 1 / 0}, seed=0)
+        interleave({"a": lambda turn: 1 / 0}, seed=0)
 
 
 def test_a_hiccup_does_not_count_and_what_every_fit_has_does():
-    quiet, evaluating = [9.0] * SETTLING + [1.0, 1.0, 1.0], [9.0] * SETTLING + [1.0, 4.0, 1.0]
-    hiccup = [9.0] * SETTLING + [1.0, 4.0, 70.0]
-    assert typical([quiet] * 3) == 1.0
-    assert ratio([evaluating, hiccup, evaluating], [quiet] * 3) == 2.0
+    quiet, evaluating = [9.0] * UNTIMED_STEPS + [1.0, 1.0, 1.0], [9.0] * UNTIMED_STEPS + [1.0, 4.0, 1.0]
+    hiccup = [9.0] * UNTIMED_STEPS + [1.0, 4.0, 70.0]
+    assert seconds_per_step([quiet] * 3) == 1.0
+    assert time_ratio([evaluating, hiccup, evaluating], [quiet] * 3) == 2.0
 
 
 def test_growth_is_told_with_slopes(capsys):
     told = growth.report({"batch": {size: cost(size, 1.02) for size in (8, 16)}}, [1])
     assert [each.holds for each in told.criteria] == [True]
     assert told.criteria[0].value == pytest.approx(1.02)
-    told.tell()
+    told.publish()
     printed = capsys.readouterr().out
     assert "1.00" in printed and "batch: time of a step against plain" in printed
 
@@ -160,11 +160,11 @@ def test_memory_that_is_kept_is_not_taken_anew():
 
     def faults(keep):
         if keep:
-            keep_freed()
+            keep_freed_memory()
         for n in range(20):
             if n == 10:  # by now the heap has room
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.zeros(1 << 24)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    assert told_by_fork(partial(faults, True)) < 0.05 * told_by_fork(partial(faults, False))
+    assert run_forked(partial(faults, True)) < 0.05 * run_forked(partial(faults, False))

@@ -267,7 +267,7 @@ def test_a_report_is_told_and_written_even_of_few_arms(tmp_path, capsys):
     )
     one = mitigation.report(found, [0], 1.0, only=["E1"])
     assert {each.name[:2] for each in one.criteria} == {"E1"} and len(one.tables) == 1
-    assert mitigation.report(found, [0], 1.0).tell(tmp_path / "out.json") == 1
+    assert mitigation.report(found, [0], 1.0).publish(tmp_path / "out.json") == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("mitigation: ")
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["environment"]["measured"]["E1/standard/0"]["kinds"]["easy"]["samples"] == 3

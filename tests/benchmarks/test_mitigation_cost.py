@@ -8,7 +8,7 @@ from math import isnan
 
 import pytest
 
-from benchmarks.common.interleaving import SETTLING
+from benchmarks.common.interleaving import UNTIMED_STEPS
 from benchmarks.common.training import TextModel
 from benchmarks.common.workloads import CONTEXT, VOCABULARY, Workload, cnn, images, texts
 from benchmarks.overhead import benchmark as overhead
@@ -31,7 +31,7 @@ def few_samples(monkeypatch):
 
 def steps(seconds):
     """Of three fits."""
-    return [[99.0] * SETTLING + [seconds] * 4] * 3
+    return [[99.0] * UNTIMED_STEPS + [seconds] * 4] * 3
 
 
 def test_a_way_that_does_not_apply_has_no_ratio():
@@ -60,8 +60,8 @@ def test_one_that_has_nothing_to_do_falls_short_and_one_that_does_not_apply_does
 
 
 def test_the_switch_of_overhead_prints_and_writes_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(mitigation_cost, "settle_down", lambda: None)  # other tests read what libraries log
-    monkeypatch.setattr(mitigation_cost, "keep_freed", lambda: None)
+    monkeypatch.setattr(mitigation_cost, "configure_process", lambda: None)  # other tests read what libraries log
+    monkeypatch.setattr(mitigation_cost, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(mitigation_cost, "WORKLOADS", [replace(SMALL["images"], steps=60)])
     monkeypatch.setattr(mitigation_cost, "WAYS", WAYS[2:3])
     options = ["--mitigation", "--quick", "--seeds", "1", "--first-seed", "0", "--json", str(tmp_path / "out")]
