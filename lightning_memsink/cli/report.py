@@ -97,12 +97,9 @@ def compared(document: Document, other: Document, name: str) -> Document:
             rows.append((label, f"{others:,.4g}", f"{own:,.4g}", f"{own - others:+,.4g}"))
     lines = ["Numbers of the two runs at the last evaluation of each; losses and gaps are in nats."]
     if document.numbers.get("fingerprint") != other.numbers.get("fingerprint"):
-        lines.append(
-            "The two runs differ in their samples or in how often they saw them, so the numbers may differ for that reason."
-        )
-    section = Section(
-        "Compared with another run", lines, [Grid(("", f"{name} (other)", "this run", "difference"), rows)]
-    )
+        lines.append("The two runs differ in their samples, or in how often they saw them: compare with care.")
+    grid = Grid(("", f"{name} (other)", "this run", "difference"), rows)
+    section = Section("Compared with another run", lines, [grid])
     kept = [each for each in document.sections if each.title != section.title]
     return replace(document, sections=[section, *kept])
 

@@ -116,7 +116,7 @@ def markdown(document: Document, figures: str | None = None) -> str:
     for section in document.sections:
         lines += [f"## {section.title}", "", *(f"- {words}" for words in section.paragraphs)]
         for grid in section.grids:
-            lines += ["", *([f"{grid.caption}.", ""] if grid.caption else []), *_table(grid)]
+            lines += ["", *([f"{grid.caption}:", ""] if grid.caption else []), *_table(grid)]
         for picture in section.pictures if figures is not None else ():
             path = f"{figures}/{picture.stem}"
             lines += ["", f"![{picture.caption}]({path}.png)", "", f"*{picture.caption}.* [SVG]({path}.svg)"]

@@ -87,6 +87,8 @@ def _overview(findings: Findings) -> list[str]:
         f"({percent(last.flagged_fraction)} of all). If the controls are of the same kinds as the training data, no "
         f"more than about {percent(last.alpha)} of these are expected to be wrong."
     ]
+    if last.tail != "conformal":
+        lines.append("There were too few controls for exact p-values, so these verdicts are estimates.")
     undecided = last.counts["undecided"] / max(1, sum(last.counts.values()))
     if undecided > 0.5:
         lines.append(f"{percent(undecided)} of all samples are undecided.")

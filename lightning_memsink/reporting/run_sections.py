@@ -193,15 +193,16 @@ def _method(findings: Findings) -> list[str]:
         f"Data: {len(table):,} samples, seen {int(table.exposures.sum()):,} times in all; the SHA-256 of their ids and "
         f"exposures begins with {fingerprint(table)[:16]}.",
         "Each sample's loss is compared with the losses of the held-out controls nearest to it in difficulty. p-values "
-        "are conformal, and the procedure of Benjamini and Hochberg bounds the false-discovery rate.",
+        "are conformal, or from a fitted normal tail if there are too few controls for that. The procedure of "
+        "Benjamini and Hochberg (1995) bounds the false-discovery rate.",
         "Seed: not set by Lightning's seed_everything." if set_seed is None else f"Seed: {set_seed}.",
     ]
 
 
 def _settings_tables(findings: Findings) -> list[Grid]:
     settings = [(name, _arguments(arguments)) for name, arguments in findings.settings.items()]
-    grids = [Grid(("callback", "settings"), settings, "Settings")] if settings else []
-    return [*grids, Grid(("package", "version"), list(findings.versions.items()), "Versions")]
+    grids = [Grid(("callback", "settings"), settings, "Arguments of the callbacks")] if settings else []
+    return [*grids, Grid(("package", "version"), list(findings.versions.items()), "Versions of the packages")]
 
 
 def _arguments(arguments: Any) -> str:

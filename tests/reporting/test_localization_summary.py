@@ -1,4 +1,4 @@
-"""What the report, the loggers and W&B say of layers and units."""
+"""Layers and units in the report, in loggers and in W&B."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_memsink.attribution.update_norms import block_of
 from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.localization.concentration import Concentration
 from lightning_memsink.localization.history import EvaluationProfile, LocalizationHistory
+from lightning_memsink.localization.sample_attribution import StepAttribution
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.reporting.layer_heat_map import layer_heat_map
 from lightning_memsink.reporting.localization_summary import series, short_names, where
@@ -20,10 +21,10 @@ from tests.support.wandb_reader import read_run
 
 LAYERS = {f"gpt.h.{n}.mlp.down": 100 for n in range(3)}
 BLOCKS = ["gpt.wte", "gpt.h.0", "gpt.h.1", "gpt.h.2"]
-CLUSTERED = Concentration(0.8, 12.0, 0.25, 0.6, 0.55, 0.65, 0.5, 0.01, 9)
+CONCENTRATED = Concentration(0.8, 12.0, 0.25, 0.6, 0.55, 0.65, 0.5, 0.01, 9)
 
 
-def spread(step: int, memorized: list[float], concentration: Concentration | None = CLUSTERED) -> EvaluationProfile:
+def profile(step: int, memorized: list[float], concentration: Concentration | None = CONCENTRATED) -> EvaluationProfile:
     return EvaluationProfile(
         step,
         {"memorized": 4, "learned": 10},
@@ -42,49 +43,53 @@ def attribution(*rows: EvaluationProfile, sinks: Sinks | None = None) -> Localiz
     return made
 
 
-def test_the_summary_tells_layer_movement_clustering_and_units():
+def test_the_summary_names_layers_updates_concentration_and_units():
     units = {"gpt.h.2.mlp.down": torch.tensor([4, 7])}
     sinks = Sinks(units, {name: torch.ones(2) for name in units}, LAYERS, stability=(0.5, 0.005))
-    told = where(attribution(spread(20, [0.6, 0.3, 0.1]), spread(40, [0.2, 0.2, 0.6]), sinks=sinks))
-    assert told == [
-        "Of the effect that hidden units have on memorized samples, 60 % lies in layer 2, the largest of 3; of other "
-        "samples, 20 %.",
-        "It moved: layer 2 held 10 % of it at step 20 and holds 60 % at step 40, the largest change.",
-        "Of their squared gradient norm 10 % lies in wte; of other samples', 40 %. Nowhere do the two differ more.",
-        "Weights moved most in h.1. Memorized samples hold 12.5 % of the gradient norm in h.2, where their part is "
-        "largest.",
-        "Gradients of memorized samples agree with that of the controls by a cosine of -0.12 (learned 0.25).",
-        "It is more clustered than the effect on matched other samples: the top 1 % of units hold 25.0 % of it, Gini "
-        "0.80 against 0.60 (0.55 to 0.65) under permuted flags (p = 0.01, 9 memorized samples).",
-        "Localized: 2 of 300 units. Two halves of the memorized samples agree on 50 % of them (Jaccard; chance 0.5 %).",
+    lines = where(attribution(profile(20, [0.6, 0.3, 0.1]), profile(40, [0.2, 0.2, 0.6]), sinks=sinks))
+    assert lines == [
+        "Of the effect that hidden units have on memorized samples, 60 % is in layer 2, the largest share of 3 layers; "
+        "for other samples it is 20 %.",
+        "From step 20 to step 40 the share of layer 2 changed most, from 10 % to 60 %.",
+        "The squared gradient norm of memorized samples differs most from that of other samples in wte: 10 % of it is "
+        "there, and 40 % for other samples.",
+        "Training updates are largest in h.1. The part of memorized samples in the gradient norm of all samples is "
+        "largest in h.2: 12.5 %.",
+        "The mean cosine of the gradients of memorized samples with that of the controls is -0.12 (learned 0.25).",
+        "The effect on memorized samples is more concentrated than the effect on matched other samples: the top 1 % of "
+        "units have 25.0 % of it, and its Gini coefficient is 0.80, compared with 0.60 (0.55 to 0.65) under permuted "
+        "flags (p = 0.01, 9 memorized samples).",
+        "Localized: 2 of 300 units. Chosen from two halves of the memorized samples, the units overlap by 50 % "
+        "(Jaccard index; chance 0.5 %).",
     ]
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "words"),
     [
-        ([], "no evaluation followed a step that was looked at"),
+        ([], "no training step was recorded before an evaluation"),
         (
             [EvaluationProfile(20, {"learned": 3}, {"learned": [1.0, 0, 0]}, {}, [], [], None, {})],
-            "No memorized sample passed",
+            "no memorized sample was in a recorded training step",
         ),
-        ([spread(20, [1.0, 0, 0], None)], "can't be tested: too few memorized samples"),
+        ([profile(20, [1.0, 0, 0], None)], "can't be tested: too few memorized samples"),
     ],
     ids=["no row", "none memorized", "too few"],
 )
-def test_what_cannot_be_said_is_said_so(rows, told):
-    assert any(told in line for line in where(attribution(*rows)))
+def test_the_summary_says_what_is_unknown(rows, words):
+    assert any(words in line for line in where(attribution(*rows)))
 
 
-def test_a_test_that_fails_is_no_cluster():
+def test_a_test_that_is_not_significant_is_no_concentration():
     even = Concentration(0.6, 90.0, 0.02, 0.6, 0.5, 0.7, 0.6, 0.4, 9)
-    assert any("no more clustered than" in line for line in where(attribution(spread(20, [1.0, 0, 0], even))))
+    lines = where(attribution(profile(20, [1.0, 0, 0], even)))
+    assert any("not shown to be more concentrated than" in line for line in lines)
 
 
 def test_depth_runs_from_the_first_layer_to_the_last():
-    assert series(spread(20, [1.0, 0, 0]))["depth/memorized"] == 0
-    assert series(spread(20, [0, 0, 1.0]))["depth/memorized"] == 1
-    assert series(spread(20, [0, 1.0, 0]))["concentration/p"] == 0.01
+    assert series(profile(20, [1.0, 0, 0]))["depth/memorized"] == 0
+    assert series(profile(20, [0, 0, 1.0]))["depth/memorized"] == 1
+    assert series(profile(20, [0, 1.0, 0]))["concentration/p"] == 0.01
 
 
 def test_names_lose_what_all_have_in_common():
@@ -99,7 +104,7 @@ def test_a_block_is_named_up_to_its_first_number():
 
 
 def test_the_heat_map_has_a_panel_for_each_group_and_kind():
-    made = attribution(spread(20, [0.6, 0.3, 0.1]), spread(40, [0.2, 0.2, 0.6]))
+    made = attribution(profile(20, [0.6, 0.3, 0.1]), profile(40, [0.2, 0.2, 0.6]))
     figure = layer_heat_map(made.rows, list(made.units), made.blocks)
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert [axes.get_title() for axes in panels[:2]] == ["memorized samples", "learned samples"] and len(panels) == 4
@@ -107,17 +112,18 @@ def test_the_heat_map_has_a_panel_for_each_group_and_kind():
     assert layer_heat_map([], [], []).axes, "a sentence instead of a picture"
 
 
-def test_a_sample_whose_gradient_was_left_out_is_passed_over():
+def test_a_sample_whose_gradient_was_left_out_is_left_out():
     """A row of zeros would pull the shares of its group to zero."""
     ids, verdicts = torch.tensor([7, 8, 9]), torch.full((3,), int(Verdict.MEMORIZED))
     shares, norms = torch.rand(3, 300), torch.rand(3, 4)
     shares[1], norms[1] = 0, 0
-    told, expected, rest = attribution(), attribution(), [0, 2]
-    told.record(ids, verdicts, shares, norms, None, torch.ones(3))
-    expected.record(ids[rest], verdicts[rest], shares[rest], norms[rest], None, torch.ones(2))
-    assert repr(told.state_dict()) == repr(expected.state_dict())
-    told.record(ids[1:2], verdicts[1:2], shares[1:2], norms[1:2])  # a batch of nobody else
-    assert told.memorized.ids.tolist() == expected.memorized.ids.tolist()
+    history, expected, rest = attribution(), attribution(), torch.tensor([True, False, True])
+    step = StepAttribution(ids, shares, norms, torch.ones(3))
+    history.record(step, verdicts)
+    expected.record(step.select(rest), verdicts[rest])
+    assert repr(history.state_dict()) == repr(expected.state_dict())
+    history.record(step.select(~rest), verdicts[~rest])  # a batch without any other sample
+    assert history.memorized.ids.tolist() == expected.memorized.ids.tolist()
 
 
 def test_a_run_shows_it_in_every_logger_and_in_the_report(tmp_path, capsys):
