@@ -1,4 +1,4 @@
-"""The report's three figures, each a pure function from plain numbers to a figure. Needs matplotlib."""
+"""Figures of losses, gaps and verdicts, each a function of plain numbers; and figures as files. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_memsink._files import written_whole
 from lightning_memsink.detection.verdicts import Onset, Verdict
 
-# Okabe & Ito's palette, which stays apart for every kind of colour vision; a marker says the same again.
+# The palette of Okabe and Ito, whose colours differ for every kind of colour vision. Markers differ too.
 COLOURS = {
     "memorized": "#D55E00",
     "learned": "#0072B2",
@@ -29,14 +29,17 @@ COLOURS = {
 MARKERS = {"memorized": "o", "learned": "s", "hard": "^", "undecided": "x", "unseen": "."}
 INK, PALE = "#333333", "#BBBBBB"
 COMPARED = ("twins", "controls")
-"""Members of a family that were never trained on."""
+"""Members of a family that are samples never trained on."""
 TITLES = {"exposures": "by exposures so far"}
 MOST_POINTS = 3000
-"""Of a word in the map; more only make the file larger."""
+"""Points of a verdict in the map; more would only make the file larger."""
 
 
 def loss_by_rung(history: Sequence[Mapping[str, float]], onset: Onset | None, unit: str = "nats") -> Figure:
-    """A panel a family: mean loss of each rung, dark for often repeated, against what was never trained on."""
+    """A panel per family of planted samples: the mean loss of each canary group over steps, and that of its twins.
+
+    Colours are darker for more repeats. Without planted samples, groups are by exposures.
+    """
     families = _families(history)
     columns = min(3, max(1, len(families)))
     rows = max(1, math.ceil(len(families) / columns))
@@ -64,26 +67,29 @@ def loss_by_rung(history: Sequence[Mapping[str, float]], onset: Onset | None, un
         order = sorted(labels, key=_repeats)
         figure.legend([labels[label] for label in order], order, fontsize=9, frameon=False, loc="outside right center")
     else:
-        _say_nothing(figure.add_subplot())
+        _write_nothing(figure.add_subplot())
     return figure
 
 
 def gap_distribution(
     gaps: Tensor, null: Tensor, threshold: float, unit: str = "nats", measured: str = "training samples"
 ) -> Figure:
-    """Gaps of ``measured`` ``[N]`` and of the controls against their fellows ``[M]``, and the threshold."""
-    figure = _figure(9.0, 4.0, "How much lower than its controls is a sample's loss?")
+    """Histograms of ``gaps`` ``[N]`` and of each control to the other controls, ``null`` ``[M]``, with the threshold.
+
+    ``measured``: what the gaps are of, for the legend.
+    """
+    figure = _figure(9.0, 4.0, "How far is a sample's loss below that of its controls?")
     axes = figure.add_subplot()
     ends = [float(end) for values in (gaps, null) if len(values) for end in (values.min(), values.max())]
     ends += [threshold] if math.isfinite(threshold) else []
     span = (min(ends, default=0.0), max(ends, default=1.0))
     bins = [span[0] + (span[1] - span[0] or 1.0) * edge / 50 for edge in range(51)]
-    # Shares, on a logarithmic axis: few memorized samples must be seen beside many others.
+    # Shares on a logarithmic axis, so that a few memorized samples are visible beside many others.
     if len(gaps):
         label = f"{measured} ({len(gaps):,})"
         axes.hist(bins[:-1], bins, weights=_shares(gaps, bins), color=COLOURS["learned"], alpha=0.55, label=label)
     if len(null):
-        label = f"controls against their fellows ({len(null):,})"
+        label = f"controls, compared with other controls ({len(null):,})"
         axes.hist(bins[:-1], bins, weights=_shares(null, bins), histtype="step", color=INK, linewidth=1.5, label=label)
     if len(gaps) or len(null):
         axes.set_yscale("log")
@@ -92,20 +98,20 @@ def gap_distribution(
     if math.isfinite(threshold):
         label = f"threshold, {threshold:.2f} {unit}"
         axes.axvline(threshold, color=COLOURS["memorized"], linestyle="--", label=label)
-    _finish(axes, f"gap: expected from matched controls − own loss ({unit})", "share of samples, logarithmic")
+    _finish(axes, f"gap: expected from matched controls − own loss ({unit})", "share of samples (logarithmic)")
     _legend_below(figure, axes, 3)
     return figure
 
 
 def _shares(values: Tensor, bins: Sequence[float]) -> list[float]:
-    """Of all ``values`` ``[N]``, the share in each bin."""
+    """The share of ``values`` ``[N]`` in each bin."""
     edges = torch.tensor(bins, dtype=torch.float64)
     return (torch.histogram(values.double(), edges).hist / len(values)).tolist()
 
 
 def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = math.nan, unit: str = "nats") -> Figure:
-    """Every measured sample ``[N]`` by its early loss (x) and its gap (y), coloured by the word of its verdict."""
-    figure = _figure(9.0, 4.6, "What was hard at first, and what became of it")
+    """A point per measured sample: early loss (x), gap (y) and, as colour and marker, verdict; all are ``[N]``."""
+    figure = _figure(9.0, 4.6, "Early loss, gap and verdict of samples")
     axes = figure.add_subplot()
     measured = torch.isfinite(early) & torch.isfinite(gap)
     for rank, (word, colour) in enumerate(COLOURS.items()):
@@ -134,7 +140,7 @@ def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = 
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """``STEM.svg`` and ``STEM.png``, each complete or not there at all."""
+    """Writes ``STEM.svg`` and ``STEM.png``, each complete or not there."""
     for kind in ("svg", "png"):
         with written_whole(stem.with_suffix(f".{kind}")) as unfinished:
             if kind == "svg":
@@ -144,7 +150,7 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 def save_all(drawn: Mapping[str, Figure], folder: Path) -> dict[str, str]:
-    """Saves figures by stem, and gives their SVG; without any, no folder is made."""
+    """Writes figures, given by stem, into ``folder``, and returns their SVG. Makes no folder if there are none."""
     if drawn:
         folder.mkdir(exist_ok=True)
     for stem, figure in drawn.items():
@@ -153,7 +159,7 @@ def save_all(drawn: Mapping[str, Figure], folder: Path) -> dict[str, str]:
 
 
 def svg(figure: Figure) -> str:
-    """The same bytes for the same figure; text stays text."""
+    """The figure as SVG: the same bytes for the same figure, with text as text."""
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "memsink", "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
@@ -177,24 +183,24 @@ def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=columns)
     else:
-        _say_nothing(axes)
+        _write_nothing(axes)
 
 
-def _say_nothing(axes: Axes) -> None:
+def _write_nothing(axes: Axes) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=INK)
 
 
 def _shades(families: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """A colour a member, the same in all families: the more repeats the darker; ink for what was never trained on."""
-    seen = sorted({member for members in families.values() for member in members} - set(COMPARED), key=_repeats)
+    """A colour per member, the same in all families: darker for more repeats, ink for samples never trained on."""
+    members = sorted({member for members in families.values() for member in members} - set(COMPARED), key=_repeats)
     shade = matplotlib.colormaps["viridis_r"]
-    colours = {member: shade(0.12 + 0.88 * rank / max(1, len(seen) - 1)) for rank, member in enumerate(seen)}
+    colours = {member: shade(0.12 + 0.88 * rank / max(1, len(members) - 1)) for rank, member in enumerate(members)}
     return colours | dict.fromkeys(COMPARED, INK)
 
 
 def _families(history: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
-    """Members of each family with a loss in any row, by number of repeats; the controls last."""
+    """The members of each family that have a loss in any row, by number of repeats; twins and controls last."""
     families: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for row in history for name in row if name.startswith("loss/")):
         _, family, member = name.split("/")
@@ -203,7 +209,7 @@ def _families(history: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
 
 
 def _repeats(member: str) -> float:
-    """``x64``: 64; ``8-15``: 8; ``twins``: infinite."""
+    """The number of repeats of a member: 64 of ``x64``, 8 of ``8-15``, infinity of ``twins``."""
     digits = member.split("-")[0].lstrip("x")
     return float(digits) if digits.isdigit() else math.inf
 

@@ -16,16 +16,16 @@ SCHEMA = Path(__file__).with_name("report.schema.json")
 
 
 def html(document: Document, pictures: Mapping[str, str]) -> str:
-    """One file without a reference to anything outside of it.
+    """The report as one HTML file that refers to nothing outside itself.
 
     Args:
-        document: what it says.
-        pictures: SVG by stem, as `figures.svg` draws it; those that the document does not name are left out.
+        document: the report.
+        pictures: SVG by stem, as `figures.svg` makes it. Those that the document does not name are left out.
     """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_kept_together
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_with_fixed_spaces
     )
     shown = {stem: _inline(stem, drawn) for stem, drawn in pictures.items()}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(document=document, pictures=shown)
@@ -38,7 +38,7 @@ def write(
     stem: str = "report",
     kinds: Sequence[str] = ("json", "html"),
 ) -> list[Path]:
-    """``STEM.json`` and ``STEM.html`` in ``folder``, each complete or not there."""
+    """Writes ``STEM.json`` and ``STEM.html`` into ``folder``, each complete or not there, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     make = {
         "json": lambda: json.dumps(document.as_json(), indent=2, sort_keys=True, allow_nan=False) + "\n",
@@ -53,13 +53,13 @@ def write(
     return written
 
 
-def _kept_together(value: Any) -> Any:
-    """A number and its percent sign stay in one line."""
+def _with_fixed_spaces(value: Any) -> Any:
+    """The text with a no-break space between a number and its percent sign."""
     return value.replace(" %", "\u00a0%") if type(value) is str else value
 
 
 def _inline(stem: str, drawn: str) -> str:
-    """What may stand within HTML: no prologue, no namespaces (HTML knows them), and ids that no other figure has."""
+    """SVG that HTML may contain: no prologue, no namespaces, which HTML implies, and ids that no other figure has."""
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", drawn)

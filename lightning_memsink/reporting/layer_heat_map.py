@@ -1,4 +1,4 @@
-"""Layer by step: where memorized, learned and hard samples have their effect and their gradient. Needs matplotlib."""
+"""A heat map, layer by step, of effects and gradients of memorized, learned and hard samples. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MOST_NAMES = 24
 
 
 def layer_heat_map(rows: Sequence[EvaluationProfile], layers: Sequence[str], blocks: Sequence[str]) -> Figure:
-    """A column of panels a group, a row of panels for attribution and one for gradient norms where they were taken.
+    """A column of panels per group of samples, a row of panels for attribution and one for gradient norms, if recorded.
 
-    Each column of cells adds up to 1; all panels of a row share one colour scale, so that groups compare.
+    The values of a step add up to 1 over the layers. Panels of a row share one colour scale, so that groups compare.
     """
     groups = [group for group in GROUPS if any(group in row.shares for row in rows)]
     kinds = [kind for kind in TITLES if any(getattr(row, kind) for row in rows)]
@@ -54,13 +54,13 @@ def layer_heat_map(rows: Sequence[EvaluationProfile], layers: Sequence[str], blo
 def _panel(
     axes: Axes, rows: Sequence[EvaluationProfile], kind: str, group: str, names: Sequence[str], top: float
 ) -> QuadMesh:
-    # A row tells of the steps since the evaluation before, so its cells span them; no visits leave a gap.
+    # A row is of the steps since the evaluation before, so its rectangles span these; without visits they are grey.
     ends = [row.step for row in rows]
     edges = [max(0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0, *ends]
     blank = [math.nan] * len(names)
     columns = [getattr(row, kind).get(group, blank) for row in rows]
-    cells = [[column[layer] for column in columns] for layer in range(len(names))]
-    mesh = axes.pcolormesh(edges, range(len(names) + 1), cells, cmap="viridis", vmin=0, vmax=top)
+    values = [[column[layer] for column in columns] for layer in range(len(names))]
+    mesh = axes.pcolormesh(edges, range(len(names) + 1), values, cmap="viridis", vmin=0, vmax=top)
     axes.set_facecolor("#EEEEEE")
     shown = range(0, len(names), math.ceil(len(names) / MOST_NAMES))
     axes.set_yticks([place + 0.5 for place in shown], [names[place] for place in shown], fontsize=8)

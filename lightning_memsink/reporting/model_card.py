@@ -1,4 +1,4 @@
-"""The report's first page as a section of a model card."""
+"""A section of a model card, made from the first page of a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAGS = ("memorization", "lightning-memsink")
 
 
 def section(document: Document) -> str:
-    """Markdown, headed by `TITLE`."""
+    """The section as Markdown, under `TITLE`."""
     lines = [TITLE, "", *first_page(document)]
     limits = [words for each in document.sections if "does not show" in each.title for words in each.paragraphs]
     lines += ["What this does not show:", "", *(f"- {words}" for words in limits), ""]
@@ -23,29 +23,29 @@ def section(document: Document) -> str:
 
 
 def with_section(document: Document, card: Path) -> ModelCard:
-    """The model card at ``card``, or a new one, with our section in the place of an older one and our tags.
+    """The model card at ``card``, or a new one, with the section and the tags. An earlier section is replaced.
 
     Raises:
-        ValueError: its metadata is no YAML that the Hub understands.
+        ValueError: the metadata of the card is not valid YAML for the Hub.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    made: ModelCard
+    result: ModelCard
     if card.exists():
-        made = ModelCard.load(card)
+        result = ModelCard.load(card)
     else:
-        made = ModelCard(f"---\n{ModelCardData(tags=list(TAGS)).to_yaml()}\n---\n\n# Model card\n")
-    made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *TAGS]))
-    made.text = f"{_without(made.text).rstrip()}\n\n{section(document)}"
-    return made
+        result = ModelCard(f"---\n{ModelCardData(tags=list(TAGS)).to_yaml()}\n---\n\n# Model card\n")
+    result.data["tags"] = list(dict.fromkeys([*(result.data.get("tags") or []), *TAGS]))
+    result.text = f"{_without(result.text).rstrip()}\n\n{section(document)}"
+    return result
 
 
 def _without(text: str) -> str:
-    """All but our section, which ends at the next heading of its level."""
-    kept, ours = [], False
+    """The text without the section, which ends at the next heading of its level."""
+    kept, in_section = [], False
     for line in text.splitlines():
         if line.startswith(("# ", "## ")):
-            ours = line.strip() == TITLE
-        if not ours:
+            in_section = line.strip() == TITLE
+        if not in_section:
             kept.append(line)
     return "\n".join(kept)

@@ -1,4 +1,4 @@
-"""The ledger as two Parquet files, for a look without the run: ``samples.parquet`` and ``controls.parquet``."""
+"""The ledger as two Parquet files, readable without the run: ``samples.parquet`` and ``controls.parquet``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY = b"memsink"
 
 
 def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: Flags) -> None:
-    """Writes both files, each whole or not at all.
+    """Writes both files, each complete or not there.
 
     A row of ``samples`` is a sample: its id, the columns of :class:`LossTable`, and the detector's verdict, gap
     (nats), p-value and onset. A row of ``controls`` is a held-out sample with its losses and features.
@@ -30,54 +30,54 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
     flags.grow(len(table))
     state = table.state_dict()
     columns = {"sample_id": state["ids"], **state["columns"]}
-    judged = {name: getattr(flags, name) for name in ("gap", "p", "streak", "onset_step", "onset_exposures")}
-    samples = _arrow({**columns, **judged})
+    verdicts = {name: getattr(flags, name) for name in ("gap", "p", "streak", "onset_step", "onset_exposures")}
+    samples = _arrow({**columns, **verdicts})
     codes = pa.array(flags.verdict.numpy())
     for column in ("word", "reason"):
         meaning = pa.array([getattr(verdict, column) for verdict in Verdict], pa.string())
         samples = samples.append_column({"word": "verdict"}.get(column, column), meaning.take(codes))
-    facts = controls.state_dict()
+    control_state = controls.state_dict()
     held_out = _arrow(
         {
-            "sample_id": facts["ids"],
-            **{name: facts[name] for name in ("features", *_VECTORS)},
-            "snapshot": facts["snapshots"].T,
+            "sample_id": control_state["ids"],
+            **{name: control_state[name] for name in ("features", *_VECTORS)},
+            "snapshot": control_state["snapshots"].T,
         }
     )
-    rest = {name: facts[name] for name in ("curve", "snapshot_steps", "previous_step", "latest_step")}
+    metadata = {name: control_state[name] for name in ("curve", "snapshot_steps", "previous_step", "latest_step")}
     _write(folder / "samples.parquet", samples, {"reference_step": table.reference_step})
-    _write(folder / "controls.parquet", held_out, rest)
+    _write(folder / "controls.parquet", held_out, metadata)
 
 
 def read_ledger(folder: Path) -> tuple[LossTable, ControlTable]:
-    """What :func:`write_ledger` wrote, as tables.
+    """The tables that :func:`write_ledger` wrote.
 
     Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: for a file that is no ledger or one of another schema.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not a ledger, or has another schema.
     """
-    samples, about = _read(folder / "samples.parquet")
+    samples, metadata = _read(folder / "samples.parquet")
     ids, table = samples["sample_id"], LossTable()
     columns = {
         name: (samples[name] if like.ndim == 1 else _matrix(samples, name, len(ids))).to(like.dtype)
         for name, like in table.state_dict()["columns"].items()
     }
-    table.load_state_dict({"schema": SCHEMA, "ids": ids, "columns": columns, **about})
-    held_out, about = _read(folder / "controls.parquet")
+    table.load_state_dict({"schema": SCHEMA, "ids": ids, "columns": columns, **metadata})
+    held_out, metadata = _read(folder / "controls.parquet")
     ids, controls = held_out["sample_id"], ControlTable()
     vectors = {name: held_out[name] for name in _VECTORS}
     matrices = {
         "features": _matrix(held_out, "features", len(ids)),
         "snapshots": _matrix(held_out, "snapshot", len(ids)).T,
     }
-    controls.load_state_dict({"ids": ids, **matrices, **vectors, **about})
+    controls.load_state_dict({"ids": ids, **matrices, **vectors, **metadata})
     return table, controls
 
 
 def detect(folder: Path, rule: DetectionRule | None = None) -> tuple[Flags, Evaluation]:
-    """The detector over a ledger on disk: every sample judged by its last visit, at one evaluation.
+    """Runs the detector on a ledger on disk: every sample is judged by its last visit, at one evaluation.
 
-    Live, a flag must hold at two evaluations in a row; here there is one, so flags are those of the first look.
+    During training a flag must hold at two evaluations in a row. Here there is only one, so one is enough.
     """
     table, controls = read_ledger(folder)
     flags = Flags()
@@ -88,7 +88,7 @@ _VECTORS = ("previous", "latest")
 
 
 def _arrow(columns: dict[str, Tensor]) -> pa.Table:
-    """A column per vector; a matrix ``[N, F]`` becomes ``name_0`` … ``name_F-1``."""
+    """A table with a column per vector; a matrix ``[N, F]`` becomes ``name_0`` … ``name_F-1``."""
     arrays = {}
     for name, column in columns.items():
         values = (column.float() if column.is_floating_point() else column).numpy()
@@ -102,18 +102,18 @@ def _matrix(columns: dict[str, Tensor], name: str, rows: int) -> Tensor:
     return torch.stack(parts, 1) if parts else torch.zeros(rows, 0)
 
 
-def _write(path: Path, table: pa.Table, about: dict[str, object]) -> None:
-    note = {_KEY: json.dumps({"schema": SCHEMA, **about}).encode()}
+def _write(path: Path, table: pa.Table, metadata: dict[str, object]) -> None:
+    schema_metadata = {_KEY: json.dumps({"schema": SCHEMA, **metadata}).encode()}
     with written_whole(path) as unfinished:
-        pq.write_table(table.replace_schema_metadata(note), unfinished)
+        pq.write_table(table.replace_schema_metadata(schema_metadata), unfinished)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     if not path.exists():
         raise FileNotFoundError(f"Found no {path.name} in {path.parent}. write_ledger writes it beside the other file.")
     table = pq.read_table(path)
-    about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-    if about.pop("schema", None) != SCHEMA:
+    metadata = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    if metadata.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} is no memsink ledger of schema {SCHEMA}. Write it again with this version.")
     numbers = [name for name in table.column_names if not pa.types.is_string(table.schema.field(name).type)]
-    return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in numbers}, about
+    return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in numbers}, metadata

@@ -1,4 +1,4 @@
-"""What a run was set to: for the config of a logger, and for the report."""
+"""Settings, seed and versions of a run, for the config of a logger and for the report."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def settings_of(callbacks: Iterable[object]) -> dict[str, Any]:
-    """By class name, for every callback of this package: its plain arguments, as far as it keeps them readable."""
+    """The plain arguments of every callback of this package, by class name, as far as it keeps them as attributes."""
     ours = [callback for callback in callbacks if type(callback).__module__.startswith("lightning_memsink.")]
     return {type(callback).__name__: _arguments(callback) for callback in ours}
 
 
 def _arguments(callback: object) -> dict[str, Any]:
-    """Arguments found among the attributes, or among the fields of an attribute that is a dataclass of settings."""
-    found = dict(vars(callback))
+    """Arguments among the attributes, or among the fields of an attribute that is a dataclass of settings."""
+    values = dict(vars(callback))
     for value in vars(callback).values():
         if is_dataclass(value) and not isinstance(value, type):
-            found |= asdict(value)
+            values |= asdict(value)
     return {
-        name: found[name] for name in signature(type(callback)).parameters if isinstance(found.get(name, ...), PLAIN)
+        name: values[name] for name in signature(type(callback)).parameters if isinstance(values.get(name, ...), PLAIN)
     }
 
 
 def seed() -> int | None:
-    """What Lightning's ``seed_everything`` was last given; None if nobody called it."""
-    told = os.environ.get("PL_GLOBAL_SEED", "")
-    return int(told) if told.isdigit() else None
+    """The last seed given to Lightning's ``seed_everything``; None if it was not called."""
+    value = os.environ.get("PL_GLOBAL_SEED", "")
+    return int(value) if value.isdigit() else None
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """The versions of the packages that the numbers depend on."""
     return {package: _version(package) for package in ("lightning-memsink", "lightning", "torch", "transformers")}
 
 

@@ -1,4 +1,4 @@
-"""Curves in a browser without an account: Trackio, which keeps runs on this machine."""
+"""A logger for Trackio, which keeps runs on this machine and shows them in a browser without an account."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TrackioLogger(Logger):
 
     Args:
         project: the project's name.
-        name: the run's; None lets Trackio choose.
-        options: whatever else ``trackio.init`` takes.
+        name: of the run; None lets Trackio choose.
+        options: further arguments of ``trackio.init``.
 
     Raises:
         ModuleNotFoundError: at the first log, if trackio is not installed.
