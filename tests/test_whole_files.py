@@ -71,8 +71,8 @@ def test_every_file_of_the_package_is_written_whole():
                     found.setdefault(source.relative_to(PACKAGE).as_posix(), []).append(ast.unparse(call.func))
     assert found == {
         "extraction/audit/answer_cache.py": ["self.path.open"],
-        "callbacks/run_report.py": ["ledger.sinks.save"],  # Sinks.save writes whole
-        "cli/audit.py": ["found.located.sinks.save"],
+        "reporting/run_files.py": ["sinks.save"],  # Sinks.save writes whole
+        "cli/audit.py": ["result.localized_units.sinks.save"],
         "reporting/figures.py": ["figure.savefig"],  # into memory
     }
 
