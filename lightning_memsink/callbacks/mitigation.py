@@ -1,4 +1,4 @@
-"""What callbacks that act on training have in common."""
+"""Base classes of the callbacks that change training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from lightning_memsink.samples.batch import batch_size
 
 
 class Mitigation(Callback, ABC):
-    """Refuses at the start what it can't act under, publishes and saves what it did, and lets go of the model however
-    training ends. ``interventions`` is made in ``__init__``."""
+    """Base of all mitigations: checks the strategy, publishes and saves the intervention log, and detaches.
+
+    It refuses strategies under which the mitigation can't work, and detaches from the model however training ends.
+    A subclass makes ``interventions`` in ``__init__`` and sets ``saves_samples``.
+    """
 
     reads: ClassVar[Reads] = "losses"
     saves_samples: ClassVar[bool]
@@ -30,7 +33,7 @@ class Mitigation(Callback, ABC):
 
     @abstractmethod
     def _detach(self) -> None:
-        """Hooks and whatever else holds the model or a batch."""
+        """Removes hooks and drops all references to the model or a batch."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -45,7 +48,7 @@ class Mitigation(Callback, ABC):
             self.interventions.close_evaluation(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Controls that are no validation set were evaluated since the batch before.
+        # LossTracker's own controls are evaluated between two batches, without a validation.
         controls = Ledger.of(trainer).get(Ledger.controls)
         if controls is not None and controls.latest_step > self.interventions.latest_step:
             self.interventions.close_evaluation(controls.latest_step)
@@ -67,7 +70,7 @@ class Mitigation(Callback, ABC):
 
 
 class LossWeighing(Mitigation):
-    """Weighs the loss of each step in its backward."""
+    """Base of mitigations that put weights on the samples or tokens of each step's loss, in its backward."""
 
     def __init__(self) -> None:
         self._size: int | None = None
@@ -76,10 +79,13 @@ class LossWeighing(Mitigation):
 
     @abstractmethod
     def _weigh(self, opened: OpenLoss) -> None:
-        """Before the backward. If it raises, the step is left as it is: an `UnreadableLoss` is the user's, others are ours."""
+        """Puts weights on ``opened``, before its backward. If it raises, the step runs without weights.
+
+        An `UnreadableLoss` is a loss of the user's that can't be weighed; any other exception is a mistake of ours.
+        """
 
     def _samples(self, ledger: Ledger) -> int:
-        """Of the batch in hand; where there are none, the step is left as it is."""
+        """Number of samples in the current batch; 0 leaves the step unchanged."""
         return ledger.current_batch_size(self._size)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -108,7 +114,7 @@ class LossWeighing(Mitigation):
         self._close()
 
     def _warn(self, samples: str, reason: str) -> None:
-        """Once for each group of ``samples`` that is left alone."""
+        """Warns once for each group of ``samples`` that trains without weights."""
         warn_once(self._warnings, f"{type(self).__name__} leaves {samples} alone: {reason}.", key=samples)
 
     def _close(self) -> None:

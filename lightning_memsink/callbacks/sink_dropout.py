@@ -1,4 +1,4 @@
-"""Drops the units that a localizer found, so that memorized samples can't rely on them."""
+"""Dropout of localized units, so that memorized samples can't rely on them."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from lightning_memsink.samples.batch import batch_size
 
 
 class SinkDropout(Mitigation):
-    """Switches each localized unit off with probability ``p``, sample by sample, while training.
+    """Drops each localized unit with probability ``p``, drawn for each sample, while training.
 
-    One draw for each sample and unit holds at all of the sample's tokens and in every call of the layer in that batch,
-    also where a checkpointed forward runs again. What stays on is not scaled up: that would train the very units more
-    that are to be trained less. In evaluation all units are on. Without anything to drop, activations are untouched.
+    The draw for a sample and unit applies to all of the sample's tokens and to every call of the layer in that batch,
+    also where activation checkpointing runs the forward again. The units that stay on are not scaled up: that would
+    train more the very units that are to be trained less. In evaluation, all units are on. If nothing is to be dropped,
+    activations are unchanged.
 
-    Localization can't cleanly remove natural text: this is shipped with its measured price, not as a cure.
+    Localized units can't be removed cleanly for natural text; the README gives the measured cost.
 
     Args:
-        p: 0…1; at 1 they are always off.
-        who: ``flagged``: for samples that stand as memorized when the batch begins. ``all``: for every sample.
-        sinks: fixed ones, or where `Sinks.save` wrote them. None takes what SinkLocalizer names at each evaluation.
+        p: probability in 0…1; at 1, the units are always off.
+        who: ``flagged``: drop for samples flagged as memorized at the start of the batch. ``all``: for every sample.
+        sinks: fixed sinks, or the file that `Sinks.save` wrote. None takes the sinks that SinkLocalizer finds at each
+            evaluation.
         modules: the patterns that SinkLocalizer was given, if any.
-        seed: of the draws, which depend on it, the epoch, the batch and the process, and on no other generator.
+        seed: of the draws. They depend on it, the epoch, the batch and the process, and on no other generator.
 
     Raises:
-        ValueError: at the start, if sinks are empty or of another model, or SinkLocalizer looks at other layers.
+        ValueError: at the start, if the sinks are empty or of another model, or SinkLocalizer records other layers.
     """
 
     saves_samples = False
@@ -61,24 +63,24 @@ class SinkDropout(Mitigation):
             raise ValueError(f"who is 'flagged' or 'all', but it is {who!r}.")
         self.p, self.who, self.modules, self.seed = p, who, modules, seed
         self.given = None if sinks is None else given_sinks(sinks)
-        whom = "samples that stand as memorized" if who == "flagged" else "every sample"
+        samples = "samples flagged as memorized" if who == "flagged" else "every sample"
         self.interventions = InterventionLog(
-            f"drops the localized units for {whom}, each with probability {p:g}", "units"
+            f"drops the localized units for {samples}, each with probability {p:g}", "units"
         )
         self.layers: list[HiddenLayer] = []
         self._handles: list[RemovableHandle] = []
         self._ledger = Ledger()
-        self._now: _Batch | None = None
+        self._batch: _Batch | None = None
         self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         given = self.given
         self.layers = find_hidden_layers(pl_module, self.modules) if given is None else sink_layers(pl_module, given)
-        # First among hooks, so that whoever records activations sees the same whatever the order of callbacks.
+        # Before all other hooks, so that those that record activations see the same in any order of callbacks.
         self._handles = [
-            layer.module.register_forward_pre_hook(self._before(pl_module, place, layer), prepend=True)
-            for place, layer in enumerate(self.layers)
+            layer.module.register_forward_pre_hook(self._dropout_hook(pl_module, number, layer), prepend=True)
+            for number, layer in enumerate(self.layers)
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,70 +89,75 @@ class SinkDropout(Mitigation):
             ledger.require(Ledger.batch, Ledger.losses, Ledger.flags)
         if self.given is None:
             ledger.require(Ledger.sinks)
-            missed = [name for name in ledger.attribution.units if name not in {layer.name for layer in self.layers}]
-            if missed:
+            missing = [name for name in ledger.attribution.units if name not in {layer.name for layer in self.layers}]
+            if missing:
                 raise ValueError(
-                    f"SinkLocalizer looks at {missed[0]}, which SinkDropout does not. Give both the same modules=[...]."
+                    f"SinkLocalizer records {missing[0]}, and SinkDropout has no such layer. Give both the same "
+                    "modules=[...]."
                 )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._ledger = Ledger.of(trainer)
         key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
-        self._now = _Batch(key, batch_size(batch) or 0, self.given or self._ledger.sinks)
+        self._batch = _Batch(key, batch_size(batch) or 0, self.given or self._ledger.sinks)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now, self._now = self._now, None
-        if now is not None:
-            acted = 0 if now.samples is None else int(now.samples.sum())
-            dropped = sum(int(off.sum()) for off in now.off.values())
-            whole = now.size * sum(layer.units for layer in self.layers)
-            self.interventions.add(now.size, acted, dropped / max(1, whole))
+        current, self._batch = self._batch, None
+        if current is not None:
+            acted = 0 if current.samples is None else int(current.samples.sum())
+            dropped = sum(int(mask.sum()) for mask in current.dropped.values())
+            total = current.size * sum(layer.units for layer in self.layers)
+            self.interventions.add(current.size, acted, dropped / max(1, total))
 
-    def _before(self, pl_module: LightningModule, place: int, layer: HiddenLayer) -> Callable[[nn.Module, Any], Any]:
+    # Private ------------------------------------------------------------------------------------------------------
+
+    def _dropout_hook(
+        self, pl_module: LightningModule, number: int, layer: HiddenLayer
+    ) -> Callable[[nn.Module, Any], Any]:
         def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            # The whole module's mode tells training from evaluation: a pretrained part of it may be in eval() for good.
-            if self._now is None or not pl_module.training or self._now.units(layer) is None:
+            # The root's mode tells training from evaluation: a pretrained part of it may stay in eval() throughout.
+            if self._batch is None or not pl_module.training or self._batch.units(layer) is None:
                 return None
-            off = self._off(self._now, place, layer, args)
-            return None if off is None else (zero_units(args[0], off, layer), *args[1:])
+            dropped = self._dropped(self._batch, number, layer, args)
+            return None if dropped is None else (zero_units(args[0], dropped, layer), *args[1:])
 
         return drop
 
-    def _off(self, now: _Batch, place: int, layer: HiddenLayer, args: tuple[Any, ...]) -> Tensor | None:
-        """Bool ``[B, U]``; None if nothing is to be dropped."""
-        if now.samples is None:  # the first to ask, in the forward, when the batch's ids are known
-            now.size = self._ledger.current_batch_size(now.size)
-            now.samples = self._samples(now.size)
-        if not now.samples.any():
+    def _dropped(self, batch: _Batch, number: int, layer: HiddenLayer, args: tuple[Any, ...]) -> Tensor | None:
+        """Bool ``[B, U]``; None if no unit is to be dropped."""
+        if batch.samples is None:  # in the forward, since the batch's ids are not known before
+            batch.size = self._ledger.current_batch_size(batch.size)
+            batch.samples = self._chosen_samples(batch.size)
+        if not batch.samples.any():
             return None
         rows = samples_in(args[0], layer) if args and isinstance(args[0], Tensor) else None
-        if rows != now.size:
-            found = "no batch axis that can be told" if rows is None else f"{rows} rows"
+        if rows != batch.size:
+            found = "no batch axis" if rows is None else f"{rows} rows"
             warn_once(
                 self._warnings,
-                f"SinkDropout drops nothing in {layer.name}: its input has {found} where the batch has {now.size} "
+                f"SinkDropout drops nothing in {layer.name}: its input has {found} where the batch has {batch.size} "
                 "samples.",
                 key=layer.name,
             )
             return None
-        if place not in now.off:
-            units = now.units(layer)
+        if number not in batch.dropped:
+            units = batch.units(layer)
             assert units is not None
-            now.off[place] = dropout_mask((*now.key, place), now.samples, units, layer.units, self.p)
-        return now.off[place]
+            batch.dropped[number] = dropout_mask((*batch.key, number), batch.samples, units, layer.units, self.p)
+        return batch.dropped[number]
 
-    def _samples(self, size: int) -> Tensor:
-        """Bool ``[B]``: whose units may be dropped."""
+    def _chosen_samples(self, size: int) -> Tensor:
+        """Bool ``[B]``: the samples that units may be dropped for."""
         if self.who == "all":
             return torch.ones(size, dtype=torch.bool)
         ledger = self._ledger
         if ledger.batch.ids is None:
             warn_once(
                 self._warnings,
-                "SinkDropout drops nothing where nobody can tell whose a batch is: see LossTracker's `identity`.",
+                "SinkDropout drops nothing in a batch whose samples have no ids: see LossTracker's `identity`.",
             )
             return torch.zeros(size, dtype=torch.bool)
         return verdicts_of(ledger.batch.ids, ledger.losses, ledger.flags) == Verdict.MEMORIZED
@@ -159,23 +166,24 @@ class SinkDropout(Mitigation):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._now = None
+        self._batch = None
 
 
 @dataclass
 class _Batch:
-    """The batch in hand."""
+    """The current batch, from its start to its end."""
 
     key: tuple[int, ...]
+    """Numbers that identify its draws."""
     size: int
     """B"""
     sinks: Sinks | None
     samples: Tensor | None = None
-    """``[B]`` bool; None until a layer asks."""
-    off: dict[int, Tensor] = field(default_factory=dict)
-    """``[B, U]`` bool by number of the layer, drawn when it is first called."""
+    """``[B]`` bool, the samples that units may be dropped for; None before the forward."""
+    dropped: dict[int, Tensor] = field(default_factory=dict)
+    """``[B, U]`` bool by the layer's number, drawn at the layer's first call."""
 
     def units(self, layer: HiddenLayer) -> Tensor | None:
-        """``[k]``; None if the layer has no sink."""
+        """``[k]`` the sinks of a layer; None if it has none."""
         units = None if self.sinks is None else self.sinks.units.get(layer.name)
         return units if units is not None and len(units) else None

@@ -1,4 +1,4 @@
-"""Freezes the units that a localizer found, or holds them back."""
+"""Freezes localized units, or shortens their optimizer steps."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ from lightning_memsink.samples.batch import batch_size
 
 
 class SinkGradientMask(Mitigation):
-    """Keeps localized units from learning: what makes and what reads them does not move, or moves less.
+    """Freezes the weights that write and read localized units, or shortens their optimizer steps.
 
-    At full strength their gradient is zero before clipping, and their values are put back after each optimizer step,
-    since momentum and weight decay move a weight whose gradient is zero. They stay bit by bit what they were while they
-    are sinks; units that a later evaluation no longer names move again, from rest.
+    At strength 1, their gradient is zeroed before clipping, and their values are restored after each optimizer step,
+    since momentum and weight decay move a weight whose gradient is zero. So they stay the same bit for bit while the
+    units are sinks. When a later evaluation no longer finds a unit, its weights move again, with momentum 0.
 
-    Localization can't cleanly remove natural text: this is shipped with its measured price, not as a cure.
+    Localized units can't be removed cleanly for natural text; the README gives the measured cost.
 
     Args:
-        strength: 0…1. 1 freezes. Below, the optimizer sees the gradient as it is and the units take ``1 - strength`` of
-            the step it makes: a scaled gradient would change nothing under Adam, and count twice under SGD.
-        sinks: fixed ones, or where `Sinks.save` wrote them. None takes what SinkLocalizer names at each evaluation.
-        direction: ``in``: the rows that make the units, and their biases. ``out``: the columns that read them.
+        strength: above 0, at most 1, which freezes. Below 1, the optimizer gets the unchanged gradient, and the weights
+            take ``1 - strength`` of its step: a scaled gradient would change nothing under Adam.
+        sinks: fixed sinks, or the file that `Sinks.save` wrote. None takes the sinks that SinkLocalizer finds at each
+            evaluation.
+        direction: ``in``: the rows that write the units, and their biases. ``out``: the columns that read them.
+            ``both``: all of these.
 
     Raises:
-        ValueError: at the start, if sinks are empty or of another model, or parameters are sharded.
+        ValueError: at the start, if the sinks are empty or of another model, or parameters are sharded.
     """
 
     reads = "weights"
@@ -57,14 +59,14 @@ class SinkGradientMask(Mitigation):
             raise ValueError(f"direction is 'in', 'out' or 'both', but it is {direction!r}.")
         self.strength, self.direction = strength, direction
         self.given = None if sinks is None else given_sinks(sinks)
-        how = "freezes" if strength == 1 else f"takes {strength:.0%} off the steps of"
-        self.interventions = InterventionLog(f"{how} the localized units", "gradient")
+        verb = "freezes" if strength == 1 else f"shortens by {strength:.0%} the steps of"
+        self.interventions = InterventionLog(f"{verb} the localized units", "gradient")
         self._axes: dict[str, list[UnitAxis]] = {}
         self._sinks: Sinks | None = None
         self._slices: list[UnitSlice] = []
         self._before: dict[Optimizer, FrozenSlices] = {}
         self._handles: list[RemovableHandle] = []
-        self._visits, self._norms = 0, (0.0, 0.0)
+        self._visits, self._norms = 0, (0.0, 0.0)  # since the last step; squared norms of the masked and all gradients
         self._stepped = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +78,7 @@ class SinkGradientMask(Mitigation):
             ledger.require(Ledger.sinks)
             layers = find_hidden_layers(pl_module, list(ledger.attribution.units))
         self._axes = unit_axes(pl_module, layers, self.direction)
-        self._choose(self.given or ledger.sinks)
+        self._update_slices(self.given or ledger.sinks)
         for optimizer in trainer.optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -85,14 +87,14 @@ class SinkGradientMask(Mitigation):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._choose(self.given or Ledger.of(trainer).sinks)
+        self._update_slices(self.given or Ledger.of(trainer).sinks)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._stepped = True
         slices = slices_in(self._slices, optimizer)
         if slices:
-            part, whole = squared_norms(slices, parameters_of(optimizer))
-            self._norms = (self._norms[0] + part, self._norms[1] + whole)
+            masked, total = squared_norms(slices, parameters_of(optimizer))
+            self._norms = (self._norms[0] + masked, self._norms[1] + total)
             if self.strength == 1:
                 zero_gradients_(slices)
 
@@ -100,14 +102,14 @@ class SinkGradientMask(Mitigation):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._visits += Ledger.of(trainer).current_batch_size(batch_size(batch))
-        if self._stepped:  # all batches of an accumulation were masked in one step
-            part, whole = self._norms
-            share = self.strength * min(1.0, part / whole) if whole else 0.0
+        if self._stepped:  # one step masks all batches of an accumulation
+            masked, total = self._norms
+            share = self.strength * min(1.0, masked / total) if total else 0.0
             self.interventions.add(self._visits, self._visits if self._slices else 0, share)
             self._visits, self._norms, self._stepped = 0, (0.0, 0.0), False
 
-    def _choose(self, sinks: Sinks | None) -> None:
-        """Only where a step begins: sinks may change between the backward and the optimizer."""
+    def _update_slices(self, sinks: Sinks | None) -> None:
+        """Called at the start of a batch: sinks may change between the backward and the optimizer step."""
         if sinks is not self._sinks:
             self._sinks = sinks
             self._slices = [] if sinks is None else unit_slices(self._axes, sinks)

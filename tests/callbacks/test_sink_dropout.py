@@ -1,4 +1,4 @@
-"""Localized units are dropped for whom it says, as often as it says, and for nobody else anything changes."""
+"""Localized units are dropped for the chosen samples, with the chosen probability, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_a_missing_localizer_and_one_that_looks_elsewhere_are_named():
         fit([SinkDropout(sinks=SINKS)])
     model = TinyLM()
     model.mlp.append(nn.Linear(32, 32))
-    with pytest.raises(ValueError, match=r"SinkLocalizer looks at mlp\.3, which SinkDropout does not"):
+    with pytest.raises(ValueError, match=r"SinkLocalizer records mlp\.3, and SinkDropout has no such layer"):
         fit([*watch(), SinkLocalizer(["mlp.3"], every=1), SinkDropout()], model)
 
 

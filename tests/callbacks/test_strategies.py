@@ -1,4 +1,4 @@
-"""What can't work under a strategy is refused by name, at the start, with what would be needed."""
+"""A callback that can't work under a strategy is refused by name, at the start, with what would be needed."""
 
 import pytest
 from lightning.pytorch import Trainer
@@ -25,15 +25,15 @@ from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from tests.support.small_runs import TinyLM
 
 
-class Elsewhere(Strategy):
-    """Nobody has heard of it."""
+class Untested(Strategy):
+    """A strategy that was never tested."""
 
 
-Elsewhere.__abstractmethods__ = frozenset()
+Untested.__abstractmethods__ = frozenset()
 
 
 def bare(kind: type[Strategy], **attributes: object) -> Strategy:
-    """One that this machine has no hardware for: what decides is its class, and how it was set."""
+    """A strategy that this machine has no hardware for. The decision depends on its class and settings only."""
     strategy = object.__new__(kind)
     vars(strategy).update(attributes)
     return strategy
@@ -45,31 +45,31 @@ UNSUPPORTED = {
     "fully_shard": bare(FSDPStrategy),
     "over XLA": bare(XLAStrategy),
     "tensor_parallel_size is 2": TENSOR_PARALLEL,
-    "none of those": bare(Elsewhere),
+    "not one of the tested strategies": bare(Untested),
 }
 
 
-@pytest.mark.parametrize("why", UNSUPPORTED)
+@pytest.mark.parametrize("reason", UNSUPPORTED)
 @pytest.mark.parametrize("reads", ["losses", "weights", "gradients"])
-def test_what_was_not_tried_or_is_wrong_is_refused_with_what_would_be_needed(why, reads):
-    strategy = UNSUPPORTED[why]
-    with pytest.raises(ValueError, match=rf"(?s)LossTracker can't work under {type(strategy).__name__}: .*{why}"):
+def test_an_untested_or_wrong_strategy_is_refused_with_what_would_be_needed(reason, reads):
+    strategy = UNSUPPORTED[reason]
+    with pytest.raises(ValueError, match=rf"(?s)LossTracker can't work under {type(strategy).__name__}: .*{reason}"):
         require_support(strategy, "LossTracker", reads)
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy(), DDPStrategy(static_graph=True)])
-def test_what_was_tried_is_let_through(strategy):
+def test_tested_strategies_are_accepted(strategy):
     assert [refusal(strategy, reads) for reads in ("losses", "weights", "gradients")] == [None] * 3
 
 
-def test_sharded_data_parallel_lets_all_through_but_slices_of_weights_and_gradients_with_respect_to_them():
+def test_sharded_data_parallel_accepts_losses_but_not_weights_and_gradients():
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     assert refusal(sharded, "losses") is None
     assert "shards weights" in (refusal(sharded, "weights") or "")
-    assert "puts other weights into a forward" in (refusal(sharded, "gradients") or "")
+    assert "its forward uses other weights" in (refusal(sharded, "gradients") or "")
 
 
-EVERYONE = [
+CALLBACKS = [
     ExtractionProbe,
     Goldfish,
     LossTracker,
@@ -82,8 +82,8 @@ EVERYONE = [
 ]
 
 
-@pytest.mark.parametrize("kind", EVERYONE)
-def test_every_callback_that_looks_into_a_step_asks_before_anything_else(kind):
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_every_callback_that_reads_a_step_checks_the_strategy_first(kind):
     trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
     trainer.strategy._lightning_module = module = TinyLM()
     trainer._accelerator_connector.strategy = TENSOR_PARALLEL

@@ -1,4 +1,4 @@
-"""Ctrl-C waits until what is being written to the ledger is whole."""
+"""Defers Ctrl-C until an update of the ledger is complete."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """A SIGINT within takes effect at the end, as if it had come then.
+    """Within, a SIGINT is deferred: its handler runs at the end.
 
-    Half of an update is worse than none: Lightning may save a checkpoint on the way out. In other threads than the main
-    one no signal arrives, and where SIGINT is not handled in Python there is nothing to defer.
+    Half of an update is worse than none, because Lightning may save a checkpoint when it is interrupted. Does nothing
+    outside the main thread, where no signal arrives, and where SIGINT is not handled in Python.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    came: list[Any] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(frame))
+    frames: list[Any] = []
+    signal.signal(signal.SIGINT, lambda number, frame: frames.append(frame))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(signal.SIGINT, came[0])
+        signal.signal(signal.SIGINT, handler)
+        if frames:
+            handler(signal.SIGINT, frames[0])

@@ -1,4 +1,4 @@
-"""What stands between a loss as the user returned it and the number that is differentiated."""
+"""The factor between the loss that the user returned and the number that is differentiated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """What Lightning multiplied the loss by before backward: accumulation, and the AMP scaler where there is one."""
+    """The factor that Lightning multiplied the loss by before backward: of accumulation, and of the AMP scaler if any.
+
+    Reading the scale of a scaler waits for the device.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
     return scale / trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else scale
