@@ -1,6 +1,6 @@
-"""What everything costs: runs the benchmarks of cost, one after the other, and writes BENCHMARKS.md.
+"""Runs the benchmarks of cost, one after the other, and writes their results to BENCHMARKS.md.
 
-Parts that are not run anew stay as they were, each with the day and the versions of its own run.
+Parts that are not run again keep their results, with the day and the versions of their own run.
 """
 
 from __future__ import annotations
@@ -21,107 +21,114 @@ from typing import Any
 from benchmarks.common.criteria import environment
 
 PARTS = {
-    "tracking": ("Watching", ("overhead", "--tracking")),
+    "tracking": ("Measuring", ("overhead", "--tracking")),
     "attribution": (
-        "Saying where: attribution and gradient norms, beside other libraries",
+        "Attribution and gradient norms, beside other libraries",
         ("overhead", "--attribution"),
     ),
-    "mitigation": ("Acting", ("overhead", "--mitigation")),
+    "mitigation": ("Mitigation", ("overhead", "--mitigation")),
     "growth": ("Growth with batch, sequence, width, depth and data set", ("growth",)),
     "scale": ("Millions of samples: ledger, detector, checkpoint, report", ("scale",)),
 }
-"""By name: the heading, and the benchmark's module and options."""
+"""Heading of the section, and the benchmark's module and options, by name."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One benchmark that was run. ``told`` is its JSON, empty if it failed."""
+    """One benchmark that was run. ``results`` is its JSON, empty if it failed."""
 
     title: str
     command: str
     printed: str
-    told: dict[str, Any]
+    results: dict[str, Any]
     seconds: float
 
     @property
     def holds(self) -> bool:
-        return bool(self.told) and all(each["holds"] for each in self.told["criteria"])
+        return bool(self.results) and all(each["holds"] for each in self.results["criteria"])
 
     def section(self, day: str) -> str:
-        """Markdown."""
-        criteria = self.told.get("criteria", [])
-        held = f"{sum(each['holds'] for each in criteria)} of {len(criteria)}" if self.told else "**it failed**, none"
-        about = f"`{self.command}`: {held} criteria hold; {self.seconds / 60:.1f} minutes on {day}."
-        ran_with = self.told.get("environment", {})
+        """The part as Markdown."""
+        criteria = self.results.get("criteria", [])
+        holding = (
+            f"{sum(each['holds'] for each in criteria)} of {len(criteria)}" if self.results else "**it failed**, none"
+        )
+        summary = f"`{self.command}`: {holding} criteria hold; {self.seconds / 60:.1f} minutes on {day}."
+        ran_with = self.results.get("environment", {})
         versions = ", ".join(f"{name} {ran_with[name]}" for name in (*environment(), "seeds") if name in ran_with)
-        return "\n".join([f"## {self.title}", "", about, "", versions, "", "```", self.printed.strip("\n"), "```", ""])
+        return "\n".join(
+            [f"## {self.title}", "", summary, "", versions, "", "```", self.printed.strip("\n"), "```", ""]
+        )
 
 
-ABOUT = re.compile(r"`.+`: (?P<held>.+) criteria hold; (?P<minutes>.+) minutes on (?P<day>.+)\.")
-"""What a section says of itself."""
+SUMMARY = re.compile(r"`.+`: (?P<holding>.+) criteria hold; (?P<minutes>.+) minutes on (?P<day>.+)\.")
+"""The second paragraph of a section."""
 
 
-def run_part(title: str, words: Sequence[str], quick: bool) -> Part:
-    """In a process of its own, so that no benchmark warms up another's memory."""
-    words = [*words, *(["--quick"] if quick else [])]
+def run_part(title: str, arguments: Sequence[str], quick: bool) -> Part:
+    """Runs one benchmark in a process of its own, so that none starts with memory that another has warmed up."""
+    arguments = [*arguments, *(["--quick"] if quick else [])]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "told.json"
-        command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]]
-        ran = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True)
-        told = json.loads(file.read_text()) if file.is_file() else {}
-    printed = ran.stdout if told else ran.stdout + ran.stderr[-2000:]
-    return Part(
-        title, " ".join(["python -m", f"benchmarks.{words[0]}", *words[1:]]), printed, told, time.perf_counter() - start
-    )
+        file = Path(folder) / "results.json"
+        command = [sys.executable, "-m", f"benchmarks.{arguments[0]}", *arguments[1:]]
+        process = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True)
+        results = json.loads(file.read_text()) if file.is_file() else {}
+    printed = process.stdout if results else process.stdout + process.stderr[-2000:]
+    shown = " ".join(["python -m", f"benchmarks.{arguments[0]}", *arguments[1:]])
+    return Part(title, shown, printed, results, time.perf_counter() - start)
 
 
 def page(sections: Mapping[str, str]) -> str:
-    """Markdown, of sections by title."""
+    """The whole page as Markdown, from its sections by title."""
     lines = [
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks.all`; every number is from a run of the command above it. Ratios are to a "
-        "plain run of the same code, interleaved with it on one machine, medians; a bound that is missed says so.",
+        "plain run of the same code, interleaved with it on one machine, medians; a missed bound is marked as such.",
         "",
         "| part | criteria that hold | minutes | day |",
         "| --- | --- | --- | --- |",
     ]
     for title, text in sections.items():
-        about = ABOUT.search(text)
-        if about is not None:
-            lines.append(f"| [{title}](#{_anchor(title)}) | {about['held']} | {about['minutes']} | {about['day']} |")
+        summary = SUMMARY.search(text)
+        if summary is not None:
+            lines.append(
+                f"| [{title}](#{_anchor(title)}) | {summary['holding']} | {summary['minutes']} | {summary['day']} |"
+            )
     return "\n".join([*lines, "", *sections.values()])
 
 
 def sections_of(text: str) -> dict[str, str]:
-    """By title, what such a page holds."""
+    """The sections of such a page by title."""
     _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
     return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes it."""
+    """The anchor that GitHub makes of a heading."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -")
     return kept.replace(" ", "-")
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description="Writes BENCHMARKS.md.")
-    parser.add_argument("--quick", action="store_true", help="smaller and less sure; bounds may be missed")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; the others stay as they were")
+    parser.add_argument("--quick", action="store_true", help="smaller and less certain; bounds may be missed")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="runs these parts; the others keep their results")
     parser.add_argument("--to", type=Path, default=Path("BENCHMARKS.md"))
     options = parser.parse_args(arguments_given)
     sections = sections_of(options.to.read_text()) if options.only and options.to.is_file() else {}
     parts = []
-    for name, (title, words) in PARTS.items():
+    for name, (title, arguments) in PARTS.items():
         if not options.only or name in options.only:
-            part = run_part(title, words, options.quick)
+            part = run_part(title, arguments, options.quick)
             print(f"{part.command}: {'holds' if part.holds else 'falls short'}, {part.seconds:.0f} s", flush=True)
             parts.append(part)
             sections[title] = part.section(date.today().isoformat())
-            told = [each for each, _ in PARTS.values() if each in sections]
-            options.to.write_text(page({each: sections[each] for each in told}))  # an hour of others stays
+            titles = [each for each, _ in PARTS.values() if each in sections]
+            options.to.write_text(
+                page({each: sections[each] for each in titles})
+            )  # after each part: keeps them if one fails
     print(options.to)
     return 0 if all(part.holds for part in parts) else 1
 

@@ -1,8 +1,8 @@
-"""How the cost of watching grows: with the batch, the sequence, the width, the depth and the data set.
+"""How the cost of measuring grows with batch size, sequence length, width, depth and size of the data set.
 
-One GPT is stretched along one axis at a time. Time is processor time of a training step, a validation and an evaluation
-by the detector within; fits take their steps in turn. Memory is what was resident at most above what was before the
-fit, in a process of its own that was forked from one that has warmed up.
+One axis of a GPT is varied at a time. Time is processor time of a training step, including a validation and an
+evaluation by the detector; fits are interleaved. Memory is the peak of resident memory minus that before the fit, in a
+process of its own, forked from one that has warmed up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.overhead.runs import PLAIN, run
 from lightning_memsink import memsink
 
 RATIO = 1.05
-"""The default set against a plain run, median over all points."""
+"""Upper bound of the default set's time per step against a plain run, median over all points."""
 AXES: Mapping[str, tuple[int, ...]] = {
     "batch": (4, 16, 64),
     "sequence": (16, 64, 256),
@@ -39,9 +39,9 @@ AXES: Mapping[str, tuple[int, ...]] = {
     "depth": (1, 2, 4),
     "samples": (512, 4096, 262144),
 }
-"""The middle one is where the axes cross."""
+"""Sizes by axis. The middle one is used while another axis varies."""
 EVALUATIONS = 1
-WAYS: Mapping[str, Mapping[str, Any]] = {
+SETUPS: Mapping[str, Mapping[str, Any]] = {
     PLAIN: {},
     "default set": {},
     "and units, every 8th step": {"localize": True, "norms": False},
@@ -49,13 +49,12 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "units and norms, every step": {"localize": True, "every": 1},
 }
 
-
-Told = TypeVar("Told")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is trained."""
+    """Size of a model and its data."""
 
     batch: int = 16
     sequence: int = 64
@@ -75,67 +74,67 @@ def texts(length: int, samples: int, seed: int) -> Dataset[Any]:
 
 @dataclass
 class Cost:
-    """By way, of each fit: ``seconds`` of its steps and ``memory`` in MiB."""
+    """Seconds of each step of each fit, and MiB of memory, by setup."""
 
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
 
-    def ratio(self, way: str) -> float:
-        return time_ratio(self.seconds[way], self.seconds[PLAIN])
+    def ratio(self, setup: str) -> float:
+        return time_ratio(self.seconds[setup], self.seconds[PLAIN])
 
-    def added(self, way: str) -> float:
-        """Seconds a step above plain."""
-        return seconds_per_step(self.seconds[way]) - seconds_per_step(self.seconds[PLAIN])
+    def added(self, setup: str) -> float:
+        """Seconds per step above a plain run."""
+        return seconds_per_step(self.seconds[setup]) - seconds_per_step(self.seconds[PLAIN])
 
-    def extra_memory(self, way: str) -> float:
-        """MiB above plain."""
-        return self.memory[way] - self.memory[PLAIN]
+    def extra_memory(self, setup: str) -> float:
+        """MiB above a plain run."""
+        return self.memory[setup] - self.memory[PLAIN]
 
 
 def measure(point: Point, seeds: Sequence[int], steps: int) -> Cost:
-    """Each way alone, for its memory; then, for each seed, all of them in turns."""
-    cost = Cost(memory={way: in_a_fork(partial(memory_of, point, seeds[0], steps, way)) for way in WAYS})
+    """Memory of each setup alone; then, for each seed, the times of all of them interleaved."""
+    cost = Cost(memory={setup: fork(partial(memory_of, point, seeds[0], steps, setup)) for setup in SETUPS})
     for seed in seeds:
-        for way, seconds in in_a_fork(partial(times_of, point, seed, steps)).items():
-            cost.seconds.setdefault(way, []).append(seconds)
+        for setup, seconds in fork(partial(times_of, point, seed, steps)).items():
+            cost.seconds.setdefault(setup, []).append(seconds)
     return cost
 
 
-def memory_of(point: Point, seed: int, steps: int, way: str) -> float:
-    """MiB at most above what was resident before."""
+def memory_of(point: Point, seed: int, steps: int, setup: str) -> float:
+    """Peak of resident memory in MiB, above that before the fit."""
     before = memory_in_use()
     reset_peak()
-    fit(point, seed, steps, way, StepTimer())
+    fit(point, seed, steps, setup, StepTimer())
     return (memory_in_use("VmHWM") - before) / MEBIBYTE
 
 
 def times_of(point: Point, seed: int, steps: int) -> dict[str, list[float]]:
-    """By way, seconds of each step."""
+    """Seconds of each step, by setup."""
     keep_freed_memory()
-    return interleave({way: partial(fit, point, seed, steps, way) for way in WAYS}, seed)
+    return interleave({setup: partial(fit, point, seed, steps, setup) for setup in SETUPS}, seed)
 
 
-def fit(point: Point, seed: int, steps: int, way: str, turn: StepTimer) -> None:
+def fit(point: Point, seed: int, steps: int, setup: str, timer: StepTimer) -> None:
     seed_everything(seed, verbose=False)
     workload = point.workload(steps)
-    watching = [] if way == PLAIN else memsink(path=None, identity="index", **WAYS[way])
-    run(workload.module(), workload, seed, [turn, *watching], samples=point.samples, evaluations=EVALUATIONS)
+    callbacks = [] if setup == PLAIN else memsink(path=None, identity="index", **SETUPS[setup])
+    run(workload.module(), workload, seed, [timer, *callbacks], samples=point.samples, evaluations=EVALUATIONS)
 
 
-def in_a_fork(work: partial[Told]) -> Told:
-    """What ``work`` returns in a copy of this process.
+def fork(work: partial[Result]) -> Result:
+    """The result of ``work`` in a forked process.
 
     Raises:
-        RuntimeError: it did not end well.
+        RuntimeError: the process failed.
     """
-    told: Told | None = run_forked(work)
-    if told is None:
+    result: Result | None = run_forked(work)
+    if result is None:
         raise RuntimeError(f"A fit failed: {work.args}. Run benchmarks.growth.fit on it to see why.")
-    return told
+    return result
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of a line through logarithms: 1 is in proportion, 0 does not grow. NaN if a value is not above zero.
+    """Slope of the least-squares line on log-log axes: 1 if proportional, 0 if constant. NaN unless all values > 0.
 
     >>> slope([1, 2, 4], [3, 12, 48])
     2.0
@@ -148,56 +147,56 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 Costs = Mapping[str, Mapping[int, Cost]]
-"""By axis and size."""
+"""Costs by axis and size."""
 
 
 def report(costs: Costs, seeds: Sequence[int]) -> Report:
-    tables = [_table(axis, found) for axis, found in costs.items()]
+    tables = [_table(axis, by_size) for axis, by_size in costs.items()]
     slopes = Table("", *costs, title="log-log slopes: time of a plain step, and what is added to it")
-    slopes.add_row(PLAIN, *(f"{slope([*found], _plain(found)):.2f}" for found in costs.values()))
-    for way in [*WAYS][1:]:
-        added = ([each.added(way) for each in found.values()] for found in costs.values())
-        grown = [slope([*found], values) for found, values in zip(costs.values(), added, strict=True)]
-        slopes.add_row(way, *("within noise" if each != each else f"{each:.2f}" for each in grown))
-    ratios = {way: _median(costs, way) for way in [*WAYS][1:]}
+    slopes.add_row(PLAIN, *(f"{slope([*by_size], _plain(by_size)):.2f}" for by_size in costs.values()))
+    for setup in [*SETUPS][1:]:
+        added = ([cost.added(setup) for cost in by_size.values()] for by_size in costs.values())
+        growth = [slope([*by_size], values) for by_size, values in zip(costs.values(), added, strict=True)]
+        slopes.add_row(setup, *("within noise" if each != each else f"{each:.2f}" for each in growth))
+    ratios = {setup: _median(costs, setup) for setup in [*SETUPS][1:]}
     criteria = [
         Criterion("default set, time per step against plain, median of points", ratios["default set"], "<=", RATIO)
     ]
-    figure = "growth: " + ", ".join(f"{way} {factor:.3f}x" for way, factor in ratios.items())
-    settings = {"seeds": list(seeds), "ratios": {axis: _ratios(found) for axis, found in costs.items()}}
+    figure = "growth: " + ", ".join(f"{setup} {factor:.3f}x" for setup, factor in ratios.items())
+    settings = {"seeds": list(seeds), "ratios": {axis: _ratios(by_size) for axis, by_size in costs.items()}}
     return Report("growth", [*tables, slopes], criteria, figure, settings)
 
 
-def _table(axis: str, found: Mapping[int, Cost]) -> Table:
+def _table(axis: str, by_size: Mapping[int, Cost]) -> Table:
     title = f"{axis}: time of a step against plain, and MiB above it"
-    table = Table(axis, "plain, ms", "MiB", *[*WAYS][1:], title=title)
-    for size, cost in found.items():
+    table = Table(axis, "plain, ms", "MiB", *[*SETUPS][1:], title=title)
+    for size, cost in by_size.items():
         plain = (1000 * seconds_per_step(cost.seconds[PLAIN]), cost.memory[PLAIN])
-        ways = (f"{cost.ratio(way):.3f}  {cost.extra_memory(way):+.0f}" for way in [*WAYS][1:])
-        table.add_row(f"{size:,}", f"{plain[0]:.1f}", f"{plain[1]:.0f}", *ways)
+        setups = (f"{cost.ratio(setup):.3f}  {cost.extra_memory(setup):+.0f}" for setup in [*SETUPS][1:])
+        table.add_row(f"{size:,}", f"{plain[0]:.1f}", f"{plain[1]:.0f}", *setups)
     return table
 
 
-def _plain(found: Mapping[int, Cost]) -> list[float]:
-    return [seconds_per_step(cost.seconds[PLAIN]) for cost in found.values()]
+def _plain(by_size: Mapping[int, Cost]) -> list[float]:
+    return [seconds_per_step(cost.seconds[PLAIN]) for cost in by_size.values()]
 
 
-def _ratios(found: Mapping[int, Cost]) -> dict[str, dict[str, float]]:
-    return {str(size): {way: cost.ratio(way) for way in [*WAYS][1:]} for size, cost in found.items()}
+def _ratios(by_size: Mapping[int, Cost]) -> dict[str, dict[str, float]]:
+    return {str(size): {setup: cost.ratio(setup) for setup in [*SETUPS][1:]} for size, cost in by_size.items()}
 
 
-def _median(costs: Costs, way: str) -> float:
-    return statistics.median(cost.ratio(way) for found in costs.values() for cost in found.values())
+def _median(costs: Costs, setup: str) -> float:
+    return statistics.median(cost.ratio(setup) for by_size in costs.values() for cost in by_size.values())
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = argument_parser("growth", "How the cost of watching grows.", seeds=3)
+    parser = argument_parser("growth", "How the cost of measuring grows.", seeds=3)
     options = parser.parse_args(arguments_given)
     seeds, steps = fresh_seeds(options), 20 if options.quick else 30
     configure_process()
-    with redirect_stdout(io.StringIO()):  # the reports' own words would bury the tables
-        for way in WAYS:  # imports and the first allocations
-            fit(Point(samples=512), seeds[0], 2 * UNTIMED_STEPS, way, StepTimer())
+    with redirect_stdout(io.StringIO()):  # summaries of the runs would hide the tables
+        for setup in SETUPS:  # imports and the first allocations
+            fit(Point(samples=512), seeds[0], 2 * UNTIMED_STEPS, setup, StepTimer())
     costs: dict[str, dict[int, Cost]] = {}
     measured: dict[Point, Cost] = {}
     for axis, sizes in AXES.items():

@@ -1,4 +1,4 @@
-"""The one language of all benchmarks: arguments, criteria, a table, JSON, the exit code."""
+"""What every benchmark takes and returns: arguments, criteria, tables, JSON, an exit code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "lightning", "transformers", "scikit-learn", "wandb", "ligh
 
 @dataclass(frozen=True)
 class Criterion:
-    """A measured ``value`` and the ``bound`` it must not miss; ``sense`` says on which side of it. NaN falls short."""
+    """A measured ``value`` that must be ``>=`` or ``<=`` its ``bound``. NaN falls short."""
 
     name: str
     value: float
@@ -46,7 +46,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Report:
-    """All that one benchmark has to say. ``figure`` is one line: the number to remember."""
+    """The results of one benchmark. ``figure`` is its headline number, in one line."""
 
     name: str
     tables: Sequence[Table]
@@ -65,46 +65,46 @@ class Report:
         ]
         return {"name": self.name, "criteria": criteria, "environment": environment() | self.settings}
 
-    def publish(self, to: Path | None = None, console: Console | None = None) -> int:
-        """Print it, write JSON if asked; the exit code: 1 if a criterion falls short."""
+    def publish(self, path: Path | None = None, console: Console | None = None) -> int:
+        """Prints the report and writes JSON to ``path``. Returns the exit code: 1 if a criterion falls short."""
         console = console or Console(width=None if os.isatty(1) else 110, markup=False)
         for table in self.tables:
             console.print(table)
         for criterion in self.criteria:
             console.print(str(criterion), highlight=False, soft_wrap=True)
         console.print(self.figure, highlight=False, soft_wrap=True)
-        if to is not None:
-            to.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        if path is not None:
+            path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
         return 0 if self.holds else 1
 
 
-def argument_parser(name: str, about: str, *, seeds: int) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+def argument_parser(name: str, description: str, *, seeds: int) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--seeds", type=int, default=seeds, help=f"number of seeds, default {seeds}")
-    parser.add_argument("--first-seed", type=int, help="to repeat a run; drawn anew by default")
-    parser.add_argument("--quick", action="store_true", help="smaller and less sure; bounds may be missed")
+    parser.add_argument("--first-seed", type=int, help="repeats a run; drawn at random by default")
+    parser.add_argument("--quick", action="store_true", help="smaller and less certain; bounds may be missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write criteria and environment")
     return parser
 
 
 def fresh_seeds(options: argparse.Namespace) -> list[int]:
-    """Seeds that nobody tuned on: they follow a number drawn at every call, unless ``--first-seed`` repeats a run."""
+    """Consecutive seeds from ``--first-seed``, or from a random number, so that nothing can be tuned on them."""
     first = options.first_seed if options.first_seed is not None else secrets.randbelow(1_000_000)
     return list(range(first, first + options.seeds))
 
 
 def configure_process() -> None:
-    """One thread, so that seeds repeat and times compare; and no advice from libraries between the tables."""
+    """One thread, so that seeds reproduce and times compare; advice from libraries is silenced."""
     torch.set_num_threads(1)
     for library in ("lightning.pytorch", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    for advice in (".*LeafSpec", ".*does not have many workers", ".*logging interval"):
-        warnings.filterwarnings("ignore", advice)
+    for message in (".*LeafSpec", ".*does not have many workers", ".*logging interval"):
+        warnings.filterwarnings("ignore", message)
 
 
 def run_in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """``work(*job)`` of every job, in their order, a core and a process each: seeds tell nothing to one another."""
+    """Results of ``work(*job)`` in the order of ``jobs``, each in a process of its own, as many at once as cores."""
     if len(jobs) < 2:
         return [work(*job) for job in jobs]
     workers = min(len(jobs), os.cpu_count() or 1)
@@ -113,7 +113,7 @@ def run_in_processes(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions, and nothing that names a host, a person or a path."""
+    """The machine and the versions of packages; no name of a host, a person or a path."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

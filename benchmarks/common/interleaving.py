@@ -1,7 +1,7 @@
-"""Whole fits side by side, a step of each in turn: a drift of the machine hits all alike, and within a step.
+"""Interleaved fits: each takes one step in turn, so that a change of the machine's speed affects all of them.
 
-Fits one after the other see different machines: where a processor is shared, its speed wanders by more than what is
-measured, for seconds on end. Here each fit is a coroutine on the one thread, and gives way where its next batch begins.
+The speed of a shared processor varies for seconds at a time, by more than what is measured, so fits that run one after
+the other can't be compared. Here each fit is a coroutine on one thread, which yields where its next batch begins.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from greenlet import getcurrent, greenlet
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 UNTIMED_STEPS = 5
-"""Steps that do not count: the first ones allocate."""
+"""First steps of a fit, which are left out: they allocate."""
 
 
 class StepTimer(Callback):
-    """Processor seconds of each step of a fit. The first of a Trainer's callbacks: hooks of the others, validations
-    and the next batch's loading lie within a step; what others do once, at the end of training, lies without."""
+    """Measures processor seconds of each step, and yields to the other fits between two steps.
+
+    It must be the first of a Trainer's callbacks. A step then includes the hooks of the other callbacks, validations
+    and the loading of the next batch; it excludes what callbacks do once, at the end of training.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -28,9 +31,9 @@ class StepTimer(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         self._stop()
-        others = getcurrent().parent
-        if others is not None:
-            others.switch()
+        scheduler = getcurrent().parent
+        if scheduler is not None:
+            scheduler.switch()
         self._start = time.process_time()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -42,27 +45,30 @@ class StepTimer(Callback):
 
 
 Fit = Callable[[StepTimer], object]
-"""A whole ``Trainer.fit``, whose first callback is the one given."""
+"""Runs a whole ``Trainer.fit`` with the timer as its first callback."""
 
 
 def interleave(fits: Mapping[str, Fit], seed: int) -> dict[str, list[float]]:
-    """Seconds of each step of each fit. In every round each of them takes one, in an order drawn with ``seed``, as is
-    the one in which they begin: whose weights lie where in memory is luck, and must be nobody's for good."""
-    turns = {name: StepTimer() for name in fits}
+    """Seconds of each step of each fit, by name.
+
+    In every round each fit takes one step, in an order drawn with ``seed``. The order in which they start is drawn too:
+    where weights lie in memory affects the speed, and must not favour the same fit each time.
+    """
+    timers = {name: StepTimer() for name in fits}
     order = random.Random(seed)
-    running = [(greenlet(fits[name]), turns[name]) for name in order.sample([*fits], len(fits))]
-    for one, turn in running:
-        one.switch(turn)  # up to its first batch
+    running = [(greenlet(fits[name]), timers[name]) for name in order.sample([*fits], len(fits))]
+    for fit, timer in running:
+        fit.switch(timer)  # up to its first batch
     while running := [each for each in running if not each[0].dead]:
-        for one, _ in order.sample(running, len(running)):
-            one.switch()
-    return {name: turn.seconds for name, turn in turns.items()}
+        for fit, _ in order.sample(running, len(running)):
+            fit.switch()
+    return {name: timer.seconds for name, timer in timers.items()}
 
 
 def seconds_per_step(fits: Sequence[Sequence[float]]) -> float:
-    """Seconds a step, of the same fit repeated: of each step the median over the repetitions, and then their mean.
+    """Mean over steps of each step's median over repetitions of the same fit.
 
-    So what comes at certain steps only, as an evaluation does, counts; what comes from outside does not.
+    Work that every repetition does at the same step, such as an evaluation, counts; an interruption of one does not.
 
     >>> seconds_per_step([[9.0] * 5 + [1.0, 3.0], [9.0] * 5 + [1.0, 3.0], [9.0] * 5 + [7.0, 3.0]])
     2.0
@@ -73,5 +79,5 @@ def seconds_per_step(fits: Sequence[Sequence[float]]) -> float:
 
 
 def time_ratio(fits: Sequence[Sequence[float]], *plain: Sequence[Sequence[float]]) -> float:
-    """Time of a step by that of a plain one: the mean of all that are given, for what is divided by is noisy, too."""
+    """Time of a step divided by that of a plain one; several plain fits are averaged, because they are noisy too."""
     return seconds_per_step(fits) / statistics.fmean(seconds_per_step(each) for each in plain)

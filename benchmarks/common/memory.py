@@ -1,4 +1,4 @@
-"""What a process has in use, and work in a process of its own. Linux only: it tells a process its memory."""
+"""Memory in use by this process, and functions run in a forked process. Linux only: reads ``/proc/self``."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import Any
 
 MEBIBYTE = 1 << 20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""As glibc's malloc.h has them."""
+"""Parameters of ``mallopt``, from glibc's malloc.h."""
 
 
-def memory_in_use(what: str = "VmRSS") -> int:
-    """Bytes of memory that this process has in use, or (``VmHWM``) has had at most since `reset_peak`."""
+def memory_in_use(field: str = "VmRSS") -> int:
+    """Bytes of memory resident now (``VmRSS``), or the peak since `reset_peak` (``VmHWM``)."""
     status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(what))
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def reset_peak() -> None:
-    """The high-water mark starts anew."""
+    """Resets the high-water mark of resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def trim_heap() -> None:
-    """What was freed goes back to the system, which glibc does when it likes: what stays is in use."""
+    """Returns freed memory to the system, which glibc does at times of its own; what stays resident is in use."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
-    """From now on what this process frees stays with it, to be used again.
+    """Makes this process keep the memory that it frees, for reuse.
 
-    When glibc gives large pieces back, to take them from the system zeroed a moment later, depends on what happens to
-    lie at the top of its heap. That was 12 % of a step of a GPT, and made equal fits differ by 4 %; without it they
-    differ by 1 to 2.
+    Otherwise glibc may return large blocks and request them again, zeroed, a moment later, depending on what lies at
+    the top of its heap. That was 12 % of a step of a GPT and made identical fits differ by 4 %; without it they differ
+    by 1 to 2.
     """
     glibc = ctypes.CDLL(None)
     glibc.mallopt(M_MMAP_MAX, 0)
@@ -45,19 +45,19 @@ def keep_freed_memory() -> None:
 
 
 def run_forked(work: Callable[[], Any]) -> Any:
-    """What ``work`` returns, as JSON has it, in a copy of this process whose words go nowhere; None if it failed."""
+    """The result of ``work`` in a forked process, by way of JSON; None if it failed. What it prints is discarded."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             os.write(writer, json.dumps(work()).encode())
         finally:
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        told = pipe.read()
+        result = pipe.read()
     os.waitpid(child, 0)
-    return json.loads(told) if told else None
+    return json.loads(result) if result else None

@@ -1,6 +1,6 @@
-"""Who is trained on how often in E1 and E2, and who is held out: two worlds of real text.
+"""Data of experiments E1 and E2: which texts are trained on how often, and which are held out.
 
-T  tokens      n  different samples of a kind      U  different samples of all kinds      R  rows of training data
+T  tokens      U  different samples      R  rows of training data
 """
 
 from __future__ import annotations
@@ -22,31 +22,30 @@ from lightning_memsink.samples.unique import distinct_rows
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many sequences of each kind; ``times`` they are shown. One epoch."""
+    """Numbers of sequences of each kind, and how many times each is shown in the one epoch."""
 
     background: int = 5120
     natural: int = 24
     natural_times: int = 64
     twice: int = 48
-    """Natural sequences shown two times: not memorized, but a detector could say so."""
+    """Natural sequences shown two times: not memorized, but a detector could flag them."""
     domain: int = 256
     domain_times: int = 16
     canaries: int = 12
     canary_times: int = 128
-    """At 96 times ordinary training still says only 14 of 16 by heart in some runs: there must be something to
-    prevent."""
+    """At 96 times, ordinary training memorizes only 14 of 16 in some runs, and there must be something to prevent."""
     easy: int = 12
     easy_times: int = 32
     controls: int = 128
-    """Of held-out background; others have 48."""
+    """Held-out background sequences; other kinds have 48."""
     twins: int = 48
     unseen: int = 384
-    """Held-out sequences of real text to measure on; 64 of canaries and easy ones."""
+    """Held-out sequences of real text to measure on; canaries and easy ones have 64."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Samples drawn alike, some shown and some not. Each ``[., T]``."""
+    """Samples of one distribution, some shown and some not. Each tensor is ``[., T]``."""
 
     name: str
     shown: Tensor
@@ -54,12 +53,12 @@ class Kind:
     controls: Tensor
     """In the validation loader, where a mitigation may read their losses."""
     unseen: Tensor
-    """For the report alone."""
+    """Used by the report only."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One experiment's data. A sample's id is its row in ``tokens``."""
+    """The data of one experiment. A sample's id is its row in ``tokens``."""
 
     kinds: tuple[Kind, ...]
     repeated: str
@@ -90,18 +89,18 @@ class World:
         return torch.cat([kind.controls for kind in self.kinds])
 
     def ids(self, *names: str) -> Tensor:
-        """Of the samples of some kinds."""
+        """Ids of the samples of these kinds."""
         kinds = [name for kind in self.kinds for name in [kind.name] * len(kind.shown)]
         return torch.tensor([row for row, name in enumerate(kinds) if name in names], dtype=torch.int64)
 
     def shown(self, times: Mapping[str, int]) -> World:
-        """The same, but for how often samples of some kinds are shown."""
+        """The same data with other numbers of times for some kinds."""
         kinds = (replace(kind, times=times.get(kind.name, kind.times)) for kind in self.kinds)
         return replace(self, kinds=tuple(kinds))
 
 
 def planted_documentation(sizes: Sizes, seed: int) -> World:
-    """E1: what is repeated is text like all the rest."""
+    """E1: repeated sequences of the same kind as the other text."""
     corpus = documentation(seed)
     background, held_out, rest = split_background(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
@@ -122,7 +121,7 @@ def planted_documentation(sizes: Sizes, seed: int) -> World:
 
 
 def planted_source_code(sizes: Sizes, seed: int) -> World:
-    """E2: what is repeated is the only source code there is."""
+    """E2: repeated source code, which no other text is."""
     corpus = documentation(seed)
     background, held_out, _ = split_background(corpus, sizes.background, sizes.controls + sizes.unseen, seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
@@ -144,14 +143,14 @@ WORLDS = {"E1": planted_documentation, "E2": planted_source_code}
 
 @cache
 def documentation(seed: int) -> Corpus:
-    """Python's documentation; whole texts are held out."""
+    """Python's documentation, tokenized; whole texts are held out."""
     return tokenized(python_docs(), seed=seed)
 
 
 def source_code(root: Path | None = None) -> list[str]:
-    """The functions and classes at the top of the standard library's own modules, without comments and docstrings.
+    """Source of each top-level function and class of the standard library, without comments and docstrings.
 
-    A text each, in the order of files and lines. Parsed and written anew: layout is that of ``ast.unparse``.
+    In the order of files and lines, formatted by ``ast.unparse``.
     """
     folder = root or Path(sysconfig.get_path("stdlib"))
     return [text for file in sorted(folder.glob("*.py")) for text in _code_of(file)]
@@ -166,12 +165,12 @@ def _code_of(file: Path) -> list[str]:
     return [ast.unparse(node) for node in tree.body if isinstance(node, parts)]
 
 
-def split_background(corpus: Corpus, many: int, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``many`` sequences, others held out, and the rest that shares half a sequence with neither nor with itself."""
+def split_background(corpus: Corpus, count: int, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` sequences, ``held_out`` others, and the rest, of which none shares half a sequence with another."""
     generator = torch.Generator().manual_seed(seed)
     pool = distinct_rows(_shuffled(corpus.train, generator))
     held = _shuffled(corpus.held_out, generator)[:held_out]
-    return pool[:many], held, unshared(apart(pool[many:]), torch.cat([pool[:many], held]))
+    return pool[:count], held, unshared(apart(pool[count:]), torch.cat([pool[:count], held]))
 
 
 def _canaries(sizes: Sizes, vocab_size: int, length: int, seed: int) -> Kind:

@@ -1,4 +1,4 @@
-"""Train one model, look on, and measure it afterwards.
+"""Trains a small GPT while recording every loss, and measures it afterwards.
 
 V  visits of a sample in training      E  evaluations      T  tokens of a sample
 N  samples to test                     M  controls         R  rows of training data
@@ -20,13 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_memsink.ledger import Ledger
 
 PROMPT, CONTINUATION = 16, 32
-"""Exact match: after a prompt of 16 tokens, each of the next 32 is the model's first choice."""
+"""Exact match: after a prompt of 16 tokens, greedy generation gives each of the next 32."""
 
 WARMUP = 30
 
 
 class TextModel(LightningModule):
-    """An ordinary GPT that knows of no benchmark: 0.93 M parameters at the default size and 1024 tokens."""
+    """An ordinary GPT: 0.93 M parameters at the default size and 1024 tokens."""
 
     def __init__(self, vocab_size: int, length: int, layers: int = 4, width: int = 128, lr: float = 2e-3) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class TextModel(LightningModule):
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """``rows`` ``[R]`` point into ``tokens`` ``[N, T]``, and are the samples' ids.
+    """Samples ``tokens[rows]``: ``rows`` ``[R]`` are rows of ``tokens`` ``[N, T]`` and the samples' ids.
 
-    An id in ``noise`` has no text: each time it is fetched, its tokens are drawn anew.
+    For an id in ``noise``, random tokens are drawn each time it is fetched.
     """
 
     def __init__(self, tokens: Tensor, rows: Tensor, noise: Tensor, vocab_size: int, seed: int) -> None:
@@ -82,7 +82,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, and how often to look."""
+    """Length of training and steps between two evaluations."""
 
     epochs: int = 2
     batch_size: int = 32
@@ -91,17 +91,17 @@ class Schedule:
 
 
 class LossRecorder(Callback):
-    """Sees every loss that passes, and every few steps which ``planted`` ``[P, T]`` sequences could be extracted."""
+    """Records every loss, and at each validation which of the ``planted`` ``[P, T]`` sequences can be extracted."""
 
     def __init__(self, planted: Tensor) -> None:
         self.planted = planted
-        # Plain numbers: a small tensor kept for good pins the heap around the large ones that come and go.
+        # Python numbers: small tensors kept for the whole run fragment the heap around large ones.
         self.visits: list[tuple[list[int], list[int], list[float], list[float]]] = []
         self.evaluations: list[tuple[int, list[float], list[bool]]] = []
 
     def setup(self, trainer: Trainer, pl_module: TextModel, stage: str) -> None:
         self.trainer = trainer
-        self.handle = pl_module.gpt.register_forward_hook(self._see, with_kwargs=True)
+        self.handle = pl_module.gpt.register_forward_hook(self._record, with_kwargs=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.handle.remove()
@@ -113,7 +113,7 @@ class LossRecorder(Callback):
         exact = torch.cat([exact_match(pl_module, part) for part in self.planted.split(128)])
         self.evaluations.append((trainer.global_step, [], exact.tolist()))
 
-    def _see(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _record(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if "labels" not in kwargs:
             return
         nll = _token_nll(output.logits.detach(), kwargs["labels"])
@@ -132,7 +132,7 @@ class Run:
     module: TextModel
     ledger: Ledger
     visit_step: Tensor
-    """``[V]``, as all four: the optimizer step before which the visit was, the sample, its loss, and the mean
+    """``[V]``, as the next three: the optimizer step that followed the visit, the sample, its loss, and the mean
     probability of its tokens."""
     visit_id: Tensor
     visit_loss: Tensor
@@ -142,7 +142,7 @@ class Run:
     control_losses: Tensor
     """``[E, M]``"""
     exact: Tensor
-    """Bool ``[E, P]``: the planted sequences that could be extracted."""
+    """Bool ``[E, P]``: the planted sequences that can be extracted."""
 
 
 def train(
@@ -151,15 +151,15 @@ def train(
     """An ordinary fit on ``data``, validated on ``controls`` ``[M, T]``."""
     seed_everything(seed, verbose=False)
     module = TextModel(data.vocab_size, controls.shape[1], lr=schedule.lr)
-    onlooker = LossRecorder(planted)
+    recorder = LossRecorder(planted)
     steps = schedule.epochs * (len(data) // schedule.batch_size)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps // schedule.evaluate_every * schedule.evaluate_every,  # the last step is looked at
+        max_steps=steps // schedule.evaluate_every * schedule.evaluate_every,  # the last step is evaluated
         val_check_interval=schedule.evaluate_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[*callbacks, onlooker],
+        callbacks=[*callbacks, recorder],
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
@@ -169,8 +169,8 @@ def train(
     held_out = Sequences(controls, torch.arange(len(controls)), torch.empty(0), data.vocab_size, seed)
     loader = DataLoader(data, schedule.batch_size, shuffle=True, drop_last=True)
     trainer.fit(module, loader, DataLoader(held_out, 128))
-    step, ids, loss, probability = (torch.tensor(list(chain(*column))) for column in zip(*onlooker.visits, strict=True))
-    steps, losses, exact = zip(*onlooker.evaluations, strict=True)
+    step, ids, loss, probability = (torch.tensor(list(chain(*column))) for column in zip(*recorder.visits, strict=True))
+    steps, losses, exact = zip(*recorder.evaluations, strict=True)
     return Run(
         module.eval(),
         Ledger.of(trainer),
@@ -192,14 +192,14 @@ def token_nll(module: TextModel, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exact_match(module: TextModel, tokens: Tensor) -> Tensor:
-    """Bool ``[N]``: greedy generation repeats the sample. One forward says so, for the first wrong token decides."""
+    """Bool ``[N]``: greedy generation repeats the sample. One forward pass suffices: the first wrong token decides."""
     end = PROMPT + CONTINUATION
     logits = module.gpt(input_ids=tokens[:, : end - 1]).logits[:, PROMPT - 1 :]
     return (logits.argmax(-1) == tokens[:, PROMPT:end]).all(1)
 
 
 def gradient_norms(module: TextModel, tokens: Tensor) -> Tensor:
-    """``[N]`` norm of the gradient of each sample's own loss over all weights, one backward a sample."""
+    """``[N]`` norm over all weights of the gradient of each sample's loss, one backward pass a sample."""
     norms = []
     for row in tokens:
         module.zero_grad()
@@ -210,5 +210,5 @@ def gradient_norms(module: TextModel, tokens: Tensor) -> Tensor:
 
 
 def _token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """``[B, T-1]``. No loss function of torch's: a second call would be one more loss for the callbacks to see."""
+    """``[B, T-1]``. Calls no loss function of torch's, because the callbacks would capture it as one more loss."""
     return -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

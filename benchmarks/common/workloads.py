@@ -20,7 +20,7 @@ VOCABULARY, CONTEXT, CLASSES = 1024, 64, 10
 
 @dataclass(frozen=True)
 class Workload:
-    """``module()`` draws its weights from the global generator; ``data(samples, seed)`` from its own."""
+    """``module()`` draws its weights from the global generator; ``data(samples, seed)`` uses a generator of its own."""
 
     name: str
     module: Callable[[], LightningModule]
@@ -48,15 +48,15 @@ class Classifier(LightningModule):
 
 
 class Patches(nn.Module):
-    """Images ``[B, 3, 32, 32]`` as 64 tokens ``[B, 64, width]`` with their places added."""
+    """Images ``[B, 3, 32, 32]`` as 64 tokens ``[B, 64, width]`` with position embeddings added."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.cut = nn.Conv2d(3, width, 4, stride=4)
-        self.place = nn.Parameter(torch.zeros(64, width))
+        self.projection = nn.Conv2d(3, width, 4, stride=4)
+        self.position = nn.Parameter(torch.zeros(64, width))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.cut(images).flatten(2).transpose(1, 2) + self.place
+        return self.projection(images).flatten(2).transpose(1, 2) + self.position
 
 
 def cnn(width: int = 32) -> Classifier:

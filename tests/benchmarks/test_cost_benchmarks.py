@@ -1,4 +1,4 @@
-"""Growth of cost, and the page that tells all costs."""
+"""How costs grow, interleaved timing, and the page of all costs."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from benchmarks import all as everything
 from benchmarks import growth
 from benchmarks.common.interleaving import UNTIMED_STEPS, interleave, seconds_per_step, time_ratio
 from benchmarks.common.memory import keep_freed_memory, run_forked
-from benchmarks.growth import PLAIN, WAYS, Cost, Point, in_a_fork, slope
+from benchmarks.growth import PLAIN, SETUPS, Cost, Point, fork, slope
 
 
 def cost(plain, factor):
     steps = [99.0] * UNTIMED_STEPS + [plain] * 2
     return Cost(
-        {way: [[second * (1 if way == PLAIN else factor) for second in steps]] * 3 for way in WAYS},
-        dict.fromkeys(WAYS, 1.0),
+        {setup: [[second * (1 if setup == PLAIN else factor) for second in steps]] * 3 for setup in SETUPS},
+        dict.fromkeys(SETUPS, 1.0),
     )
 
 
@@ -34,10 +34,10 @@ def test_slopes_are_powers():
 
 def test_a_fork_tells_what_it_measured_and_leaves_this_process_alone():
     before = os.getcwd()
-    assert in_a_fork(partial(pair, 3.0)) == [3.0, 1.0]
+    assert fork(partial(pair, 3.0)) == [3.0, 1.0]
     assert os.getcwd() == before
     with pytest.raises(RuntimeError, match="A fit failed"):
-        in_a_fork(partial(pair, None))
+        fork(partial(pair, None))
 
 
 def pair(value):
@@ -48,9 +48,9 @@ def pair(value):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_small_point_is_really_measured():
     found = growth.measure(Point(batch=4, sequence=8, width=32, depth=1, samples=64), [0, 1], 10)
-    assert set(found.seconds) == set(found.memory) == set(WAYS)
+    assert set(found.seconds) == set(found.memory) == set(SETUPS)
     assert all([len(fit) for fit in fits] == [10, 10] for fits in found.seconds.values())
-    assert all(found.ratio(way) > 0 and found.memory[way] > 0 for way in WAYS)
+    assert all(found.ratio(setup) > 0 and found.memory[setup] > 0 for setup in SETUPS)
 
 
 class Walk(LightningModule):
@@ -115,7 +115,7 @@ def test_the_page_has_every_part_and_what_failed(tmp_path, monkeypatch, capsys):
     assert everything.main(["--to", str(tmp_path / "page.md")]) == 1
     page = (tmp_path / "page.md").read_text()
     assert page.count("a table") == len(everything.PARTS)
-    assert "| [Watching](#watching) | 2 of 2 | 1.0 |" in page
+    assert "| [Measuring](#measuring) | 2 of 2 | 1.0 |" in page
     assert "| 1 of 2 | 1.0 |" in page and "**it failed**" in page
     assert everything.page(everything.sections_of(page)) == page
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from benchmarks.findings.benchmark import NOT, SUPPORTED, find, first_exact, page, wilson
+from benchmarks.findings.benchmark import NOT_SUPPORTED, SUPPORTED, find, first_extracted, page, wilson
 from benchmarks.findings.figure import draw
-from benchmarks.findings.runs import GOES_ON, STOPS, Look, Run, _among
+from benchmarks.findings.runs import GOES_ON, STOPS, Run, Snapshot, _is_row_of
 from lightning_memsink.localization.concentration import Concentration
 from lightning_memsink.localization.history import EvaluationProfile
 
@@ -18,28 +18,28 @@ RUNGS = {
     "canary x64": ("canary", 64),
     "easy x64": ("easy", 64),
 }
-TURN = 40
+HALF = 40
 
 
 def made_up(then, seed, *, early=True, p=0.01):
     """Six looks, at step 10 to 60: what is shown 64 times loses a nat a look until the turn."""
-    looks = []
+    snapshots = []
     for number in range(6):
         step = 10 * (number + 1)
-        grown = min(step, TURN) / 10 + (0 if step <= TURN else (0.5 if then == GOES_ON else -0.5) * (step - TURN) / 10)
+        grown = min(step, HALF) / 10 + (0 if step <= HALF else (0.5 if then == GOES_ON else -0.5) * (step - HALF) / 10)
         gaps = {"natural x1": 0.1, "natural x64": grown, "canary x64": 1.5 * grown, "easy x64": 0.05}
         losses = {name: 6.0 - gap + torch.linspace(-0.05, 0.05, 12) for name, gap in gaps.items()}
         exact = {name: torch.full((12,), name == "canary x64" and step >= 30) for name in RUNGS}
         twins = {name: torch.full((8,), 6.0) for name in RUNGS}
-        looks.append(Look(step, losses, twins, exact, 5.0 - number / 10, 2 * number))
+        snapshots.append(Snapshot(step, losses, twins, exact, 5.0 - number / 10, 2 * number))
     at = 20 if early else 40
     flagged = {name: torch.full((12,), at if "64" in name and "easy" not in name else -1) for name in RUNGS}
     found = Concentration(0.6, 30, 0.2, 0.5, 0.4, 0.55, 0.3, p, 9)
-    spreads = [
+    profiles = [
         EvaluationProfile(10, {}, {"memorized": [0.7, 0.3]}, {}, [], [], None, {}),
         EvaluationProfile(60, {}, {"memorized": [0.4, 0.6]}, {}, [], [], found, {}),
     ]
-    return Run(seed, then, TURN, RUNGS, looks, flagged, spreads)
+    return Run(seed, then, HALF, RUNGS, snapshots, flagged, profiles)
 
 
 def both(**changed):
@@ -51,16 +51,16 @@ def test_all_five_are_found_where_they_are():
 
 
 def test_what_is_not_there_is_not_found():
-    assert find(*both(early=False))[0].verdict == NOT
-    assert find(*both(p=0.3))[2].verdict == NOT
+    assert find(*both(early=False))[0].verdict == NOT_SUPPORTED
+    assert find(*both(p=0.3))[2].verdict == NOT_SUPPORTED
     going, stopped = both()
-    assert find(stopped, going)[4].verdict == NOT
+    assert find(stopped, going)[4].verdict == NOT_SUPPORTED
 
 
 def test_the_first_time_that_a_text_comes():
     one = made_up(GOES_ON, 1)
-    assert first_exact(one, "canary x64").tolist() == [30] * 12
-    assert first_exact(one, "natural x1").tolist() == [-1] * 12
+    assert first_extracted(one, "canary x64").tolist() == [30] * 12
+    assert first_extracted(one, "natural x1").tolist() == [-1] * 12
 
 
 @pytest.mark.parametrize(("hits", "of"), [(0, 5), (3, 9), (70, 73), (12, 12)])
@@ -81,5 +81,5 @@ def test_the_page_and_its_figure(tmp_path):
 
 def test_which_rows_are_among_others():
     rows = torch.tensor([[1, 2], [3, 4], [1, 2]])
-    assert _among(rows, rows[:1]).tolist() == [True, False, True]
-    assert _among(rows[:0], rows).tolist() == []
+    assert _is_row_of(rows, rows[:1]).tolist() == [True, False, True]
+    assert _is_row_of(rows[:0], rows).tolist() == []
