@@ -1,7 +1,8 @@
-"""Five claims on memorization, tested on real text; writes FINDINGS.md.
+"""Tests five claims about memorization on real text, and writes FINDINGS.md.
 
-It sets in early and before anything can be extracted; what is repeated, and what nothing else resembles, is at risk; it
-leans on few units; the model goes on generalizing meanwhile; and training longer reinforces it, if repetition goes on.
+Memorization sets in early, and before anything can be extracted. Repeated text is at risk, and most of all text that
+resembles no other. Memorization is concentrated on few units. The model goes on generalizing meanwhile. Longer training
+reinforces memorization as long as repetition goes on.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from lightning_memsink.localization.concentration import Concentration
 
 QUICK = Sizes(background=1536, per_rung=8, canaries=4, easy=4, controls=96)
 BEFORE, EARLY, DOSE, SIGNIFICANT = 0.8, 0.5, 0.5, 0.05
-SUPPORTED, NOT = "supported", "not supported at this scale"
+SUPPORTED, NOT_SUPPORTED = "supported", "not supported at this scale"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``criteria``: all have to hold for the claim to stand. ``words``: what was measured, a sentence each."""
+    """A claim, which is supported if all ``criteria`` hold. ``words``: the measurements, in sentences."""
 
     claim: str
     criteria: list[Criterion]
@@ -45,20 +46,20 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        return SUPPORTED if all(each.holds for each in self.criteria) else NOT
+        return SUPPORTED if all(each.holds for each in self.criteria) else NOT_SUPPORTED
 
 
 def early(runs: Sequence[Run]) -> Finding:
-    """Of what was shown most: was it flagged before it came word for word, and how far into training?"""
+    """Are the most repeated sequences flagged before they can be extracted, and how early in training?"""
     before, extracted, onsets = 0, 0, []
     for one in runs:
-        flags = torch.cat([one.flagged[name] for name in most(one)])
-        exact = torch.cat([first_exact(one, name) for name in most(one)])
-        said = exact >= 0
-        extracted += int(said.sum())
-        before += int(((flags >= 0) & (flags < exact))[said].sum())
-        seen = flags[(flags >= 0) & (flags <= one.turn)]
-        onsets.append(float(seen.double().median()) / one.turn if len(seen) else float("nan"))
+        flags = torch.cat([one.flagged[name] for name in most_repeated(one)])
+        exact = torch.cat([first_extracted(one, name) for name in most_repeated(one)])
+        is_extracted = exact >= 0
+        extracted += int(is_extracted.sum())
+        before += int(((flags >= 0) & (flags < exact))[is_extracted].sum())
+        early_flags = flags[(flags >= 0) & (flags <= one.half)]
+        onsets.append(float(early_flags.double().median()) / one.half if len(early_flags) else float("nan"))
     low, high = wilson(before, extracted)
     return Finding(
         "Memorization sets in early, and before extraction",
@@ -68,21 +69,23 @@ def early(runs: Sequence[Run]) -> Finding:
         ],
         [
             f"{before} of {extracted} extracted sequences were flagged first (95 % interval {low:.2f} to {high:.2f}).",
-            f"Half of the flags had come after {mean_and_range(onsets)} of the steps with repetition.",
+            f"Half of the flags were raised in the first {mean_and_range(onsets)} of the steps with repetition.",
         ],
     )
 
 
 def at_risk(runs: Sequence[Run]) -> Finding:
-    """Does memorization grow with repetition, and at equal repetition with rarity?"""
+    """Does memorization grow with the number of repeats, and at equal repeats with rarity?"""
     doses, rarities = [], []
     for one in runs:
-        look = one.at_turn()
-        ladder = [(repeats, one.gap(look, kind, repeats)) for kind, repeats in one.rungs.values() if kind == "natural"]
+        snapshot = one.at_half()
+        ladder = [
+            (repeats, one.gap(snapshot, kind, repeats)) for kind, repeats in one.groups.values() if kind == "natural"
+        ]
         times = torch.cat([torch.full((len(gaps),), float(repeats)) for repeats, gaps in ladder])
         doses.append(spearman(times, torch.cat([gaps for _, gaps in ladder])))
-        highest = max(repeats for kind, repeats in one.rungs.values() if kind == "easy")
-        rare, common = one.gap(look, "canary", highest), one.gap(look, "easy", highest)
+        highest = max(repeats for kind, repeats in one.groups.values() if kind == "easy")
+        rare, common = one.gap(snapshot, "canary", highest), one.gap(snapshot, "easy", highest)
         rarities.append(float(rare.mean() - common.mean()))
     return Finding(
         "What is repeated is at risk, and of that most what nothing else resembles",
@@ -101,28 +104,28 @@ def at_risk(runs: Sequence[Run]) -> Finding:
 
 
 def localizes(runs: Sequence[Run]) -> Finding:
-    """Do memorized samples lean on the same few units, more than matched others?"""
-    tested = [found for found in (last_concentration(one) for one in runs) if found is not None]
-    worst = max((each.p for each in tested), default=float("nan"))
-    shares = [f"{each.gini:.2f} against {each.null_gini:.2f}" for each in tested]
+    """Is the effect on memorized samples concentrated on few units, more than that on matched other samples?"""
+    tests = [test for test in (last_concentration(one) for one in runs) if test is not None]
+    worst = max((each.p for each in tests), default=float("nan"))
+    shares = [f"{each.gini:.2f} against {each.null_gini:.2f}" for each in tests]
     moved = [layer_movement(one) for one in runs]
     return Finding(
         "Memorization localizes",
         [Criterion("p of a permutation test of concentration, worst seed", worst, "<=", SIGNIFICANT)],
         [
-            f"Concentration of memorized samples' attribution on units (Gini) against that of blindly picked others: "
+            f"Concentration of memorized samples' attribution on units (Gini) against that of randomly chosen others: "
             f"{'; '.join(shares) or 'too few memorized samples to test'}.",
-            f"Between the first and the last look, {mean_and_range(moved)} of memorized samples' attribution moved to "
-            "another layer.",
+            f"Between the first and the last evaluation, {mean_and_range(moved)} of memorized samples' attribution moved "
+            "to another layer.",
         ],
     )
 
 
 def coexists(runs: Sequence[Run]) -> Finding:
-    """From the first memorized sample on: does held-out loss go on falling?"""
+    """Does the held-out loss go on falling after the first sample is memorized?"""
     improved, grown = [], []
     for one in runs:
-        since = [look for look in one.looks if look.memorized and look.step <= one.turn]
+        since = [snapshot for snapshot in one.snapshots if snapshot.memorized and snapshot.step <= one.half]
         improved.append(since[0].held_out - since[-1].held_out if since else float("nan"))
         grown.append(float(since[-1].memorized - since[0].memorized) if since else float("nan"))
     return Finding(
@@ -141,13 +144,13 @@ def coexists(runs: Sequence[Run]) -> Finding:
 
 
 def reinforces(going: Sequence[Run], stopped: Sequence[Run]) -> Finding:
-    """What becomes of the gap if repetition goes on, and if it stops?"""
+    """Does the gap grow while repetition goes on, and shrink after it stops?"""
     grown, faded, left = [], [], []
     for on, off in zip(going, stopped, strict=True):
-        repeats = max(repeats for kind, repeats in on.rungs.values() if kind == "natural")
+        repeats = max(repeats for kind, repeats in on.groups.values() if kind == "natural")
         at, end, after = (
-            float(one.gap(look, "natural", repeats).mean())
-            for one, look in ((on, on.at_turn()), (on, on.looks[-1]), (off, off.looks[-1]))
+            float(one.gap(snapshot, "natural", repeats).mean())
+            for one, snapshot in ((on, on.at_half()), (on, on.snapshots[-1]), (off, off.snapshots[-1]))
         )
         grown.append(end - at)
         faded.append(at - after)
@@ -165,27 +168,27 @@ def reinforces(going: Sequence[Run], stopped: Sequence[Run]) -> Finding:
     )
 
 
-def most(one: Run) -> list[str]:
-    """Names of the rungs shown most, whose text is not easy anyway."""
-    hard = {name: repeats for name, (kind, repeats) in one.rungs.items() if kind != "easy"}
+def most_repeated(one: Run) -> list[str]:
+    """Names of the canary groups with the most repeats, without those of easy text."""
+    hard = {name: repeats for name, (kind, repeats) in one.groups.items() if kind != "easy"}
     return [name for name, repeats in hard.items() if repeats == max(hard.values())]
 
 
-def first_exact(one: Run, name: str) -> Tensor:
-    """``[n]`` the first step at which each sequence of a rung came word for word, -1 if never."""
+def first_extracted(one: Run, name: str) -> Tensor:
+    """The first step at which each sequence of a canary group was extracted word for word, ``[n]``; -1 if never."""
     first = torch.full((len(one.flagged[name]),), -1)
-    for look in reversed(one.looks):
-        first[look.exact[name]] = look.step
+    for snapshot in reversed(one.snapshots):
+        first[snapshot.exact[name]] = snapshot.step
     return first
 
 
 def last_concentration(one: Run) -> Concentration | None:
-    return next((each.concentration for each in reversed(one.spreads) if each.concentration is not None), None)
+    return next((each.concentration for each in reversed(one.profiles) if each.concentration is not None), None)
 
 
 def layer_movement(one: Run) -> float:
-    """Share of memorized samples' attribution in another layer at the end than at the beginning."""
-    rows = [torch.tensor(each.shares["memorized"]) for each in one.spreads if "memorized" in each.shares]
+    """The share of memorized samples' attribution that is in another layer at the end than at the beginning."""
+    rows = [torch.tensor(each.shares["memorized"]) for each in one.profiles if "memorized" in each.shares]
     return float((rows[-1] - rows[0]).abs().sum() / 2) if rows else float("nan")
 
 
@@ -195,13 +198,13 @@ def spearman(one: Tensor, other: Tensor) -> float:
     return float(spearman_corrcoef(one.float(), other.float()))
 
 
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    if not of:
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of the share ``hits / trials`` (Wilson 1927)."""
+    if not trials:
         return 0.0, 1.0
-    z, share = 1.96, hits / of
-    centre, reach = share + z * z / (2 * of), z * sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (centre - reach) / (1 + z * z / of), (centre + reach) / (1 + z * z / of)
+    z, share = 1.96, hits / trials
+    centre, reach = share + z * z / (2 * trials), z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return (centre - reach) / (1 + z * z / trials), (centre + reach) / (1 + z * z / trials)
 
 
 def find(going: Sequence[Run], stopped: Sequence[Run]) -> list[Finding]:
@@ -212,15 +215,15 @@ def report(findings: Sequence[Finding], seeds: Sequence[int], seconds: float) ->
     rows = Table("claim", "verdict", title="Five findings")
     for each in findings:
         rows.add_row(each.claim, each.verdict)
-    stands = sum(each.verdict == SUPPORTED for each in findings)
-    figure = f"findings: {stands} of {len(findings)} supported; {len(seeds)} seeds, {seconds:.0f} s"
-    told = {each.claim: {"verdict": each.verdict, "words": each.words} for each in findings}
+    supported = sum(each.verdict == SUPPORTED for each in findings)
+    figure = f"findings: {supported} of {len(findings)} supported; {len(seeds)} seeds, {seconds:.0f} s"
+    measured = {each.claim: {"verdict": each.verdict, "words": each.words} for each in findings}
     criteria = [criterion for each in findings for criterion in each.criteria]
-    return Report("findings", [rows], criteria, figure, {"seeds": list(seeds), "findings": told})
+    return Report("findings", [rows], criteria, figure, {"seeds": list(seeds), "findings": measured})
 
 
 def page(findings: Sequence[Finding], seeds: Sequence[int], command: str, figure: str | None) -> str:
-    """FINDINGS.md."""
+    """The text of FINDINGS.md."""
     lines = [
         "# Findings",
         "",
@@ -231,16 +234,18 @@ def page(findings: Sequence[Finding], seeds: Sequence[int], command: str, figure
     ]
     for number, each in enumerate(findings, 1):
         lines += ["", f"## {number}. {each.claim}: {each.verdict}", "", *(f"- {words}" for words in each.words), ""]
-        lines += [f"- Asked for: {' '.join(str(criterion).split())}" for criterion in each.criteria]
+        lines += [f"- Criterion: {' '.join(str(criterion).split())}" for criterion in each.criteria]
     if figure is not None:
-        lines += ["", f"![What was measured, a panel a claim]({figure})"]
+        lines += ["", f"![The measurements, a panel per claim]({figure})"]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = argument_parser("findings", "The five findings, tested; writes a page.", seeds=3)
-    parser.add_argument("--page", type=Path, default=Path("FINDINGS.md"), metavar="FILE", help="where to write it")
-    parser.add_argument("--figure", type=Path, default=Path("docs/findings.png"), metavar="FILE", help="and its figure")
+    parser = argument_parser("findings", "Tests five claims about memorization and writes a page.", seeds=3)
+    parser.add_argument("--page", type=Path, default=Path("FINDINGS.md"), metavar="FILE", help="the page to write")
+    parser.add_argument(
+        "--figure", type=Path, default=Path("docs/findings.png"), metavar="FILE", help="the figure to write"
+    )
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
     configure_process()
