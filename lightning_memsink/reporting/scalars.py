@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.statistics import LN2
+from lightning_memsink.detection.statistics import LN2, finite_mean
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
 from lightning_memsink.extraction.canaries import CanaryGroup
 from lightning_memsink.samples.control_table import ControlTable
@@ -80,15 +80,15 @@ def canary_series(
     memorized = _memorized(table, flags)
     for group in planted:
         rows = _known(table.index, group.ids)
-        series[f"loss/{group.family}/{group.member}"] = _finite_mean(table.last_loss[rows])
-        series[f"share/{group.family}/{group.member}"] = _finite_mean(memorized[rows].float())
+        series[f"loss/{group.family}/{group.member}"] = finite_mean(table.last_loss[rows].double())
+        series[f"share/{group.family}/{group.member}"] = finite_mean(memorized[rows].double())
         twins.setdefault(group.family, []).append(group.twin_ids)
     passes = _null_by_control(controls, flags) >= evaluation.threshold
     for family, ids in twins.items():
         of_family = torch.isin(controls.ids, torch.cat(ids))
-        series[f"loss/{family}/twins"] = _finite_mean(controls.latest[of_family])
+        series[f"loss/{family}/twins"] = finite_mean(controls.latest[of_family].double())
         if len(passes) == len(of_family):
-            series[f"share/{family}/twins"] = _finite_mean(passes[of_family].float())
+            series[f"share/{family}/twins"] = finite_mean(passes[of_family].double())
     return series
 
 
@@ -221,8 +221,3 @@ def _null_by_control(controls: ControlTable, flags: Flags) -> Tensor:
     gaps = torch.full((len(controls),), torch.nan)
     gaps[used] = flags.null_gaps.float()
     return gaps
-
-
-def _finite_mean(values: Tensor) -> float:
-    finite = values[torch.isfinite(values)]
-    return float(finite.double().mean()) if len(finite) else math.nan

@@ -1,4 +1,4 @@
-"""What a logger can be told of a run, and the default for loggers that take scalars only."""
+"""What a logger shows of a run, and the default for loggers that take scalars only."""
 
 from __future__ import annotations
 
