@@ -1,6 +1,10 @@
 """Conformal p-values, false-discovery control, robust scale.
 
 N  samples      M  controls
+
+Conformal p-values compare a score with the scores of held-out data (Vovk, Gammerman & Shafer 2005, "Algorithmic
+Learning in a Random World"). Benjamini-Hochberg controls the false-discovery rate with them, although they share the
+held-out data (Bates et al. 2023, "Testing for outliers with conformal p-values", Annals of Statistics 51).
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2)
+"""Nats in a bit."""
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
-    """``[N]`` share of the null (with the sample itself) that is at least as large; ties count against the sample.
+    """``[N]`` conformal p-values: the share of ``null`` ``[M]`` and the sample itself that is at least as large.
 
-    If score and null are exchangeable, ``P(p <= t) <= t`` for every t (Vovk et al. 2005; Bates et al. 2023).
+    Ties count against the sample. If score and null are exchangeable, ``P(p <= t) <= t`` for every t (Vovk et al.
+    2005; Bates et al. 2023, section 2).
     """
     ranked = null.sort().values
     at_least = len(null) - torch.searchsorted(ranked, scores.contiguous())
@@ -24,19 +30,28 @@ def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
 
 
 def normal_tail_p(scores: Tensor, null: Tensor) -> Tensor:
-    """``[N]`` upper-tail p-values under a normal law fitted to the null. An assumption: label it where it is used."""
-    z = (scores - null.mean()) / null.std().clamp(min=1e-6)  # the plain sd: wide on purpose
+    """``[N]`` upper-tail p-values under a normal distribution fitted to ``null`` ``[M]``.
+
+    This is an assumption, unlike `conformal_p`: report it wherever such a p-value is used.
+    """
+    z = (scores - null.mean()) / null.std().clamp(min=1e-6)  # not the robust sd: a wider null flags fewer samples
     tail: Tensor = torch.special.erfc(z.double() / math.sqrt(2)) / 2
     return tail.clamp(min=1e-38).to(scores.dtype)
 
 
 def robust_sd(values: Tensor) -> float:
-    """Standard deviation of the bulk, 1.4826 times the median absolute deviation.
+    """Standard deviation without outliers: 1.4826 times the median absolute deviation (Hampel 1974).
 
-    Controls that resemble something in training more than their features tell have large gaps too. They belong in
-    the p-values, which count them, but a few of them should not widen the unit that effects are measured in.
+    Controls that resemble training text more than their features show have large gaps, too. They belong in the
+    p-values, which count them, but a few of them should not widen the unit that effects are measured in.
     """
     return float(1.4826 * (values - values.median()).abs().median())
+
+
+def finite_mean(values: Tensor) -> float:
+    """Mean of the finite ``values``, in their precision; NaN if there is none."""
+    finite = values[torch.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
 
 
 def benjamini_hochberg(p: Tensor, alpha: float) -> Tensor:
@@ -63,5 +78,5 @@ def controls_for(samples: int, alpha: float, memorized: int = 1) -> int:
 
 
 def bits(gap: Tensor, elements: Tensor) -> Tensor:
-    """A gap in nats per element, over the whole sample, in bits."""
+    """``[N]`` gaps in bits over whole samples, from ``gap`` ``[N]`` in nats per element and counts of ``elements``."""
     return gap * elements / LN2
