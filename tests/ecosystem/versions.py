@@ -35,6 +35,7 @@ CORE = (
     "callbacks/test_sink_dropout",
     "callbacks/test_sink_gradient_mask",
     "callbacks/test_sink_localizer",
+    "cli/test_cli",
     "cli/test_recipes",
     "losses/test_capture",
     "losses/test_capture_runs",
