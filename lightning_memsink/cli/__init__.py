@@ -1,4 +1,4 @@
-"""The ``memsink`` command. Torch is loaded only by what trains or validates."""
+"""The ``memsink`` command. Torch is imported only by the subcommands that need it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lightning_memsink.cli.recipes import copy_recipe, did_you_mean, recipe_tabl
 
 USAGE = """usage: memsink COMMAND ...
 
-  fit -c CONFIG [-c MORE] [--any.option=value]    train, and watch for memorization; --help lists every option
+  fit -c CONFIG [-c MORE] [--any.option=value]    train and detect memorization; --help lists every option
   validate CONFIG [-c MORE] [--any.option=value]  check a config without training
-  audit --model DIR --suspects FILE --controls FILE   what a model that was trained without us knows of texts
-  report DIR [--against OTHER]                    the page of a finished run or audit, alone or beside another run
+  audit --model DIR --suspects FILE --controls FILE   test a finished model for memorized texts
+  report DIR [--against OTHER]                    write the HTML report of a finished run or audit again
   recipes ls                                      list the recipes that come with memsink
-  recipes cp NAME [DEST] [--force]                copy one, to change it
+  recipes cp NAME [DEST] [--force]                copy a recipe, to edit it
 
 A CONFIG is a YAML file or the name of a recipe: memsink fit -c watch --memsink.detector.k=16
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exits with 0, or with 1 after one line on stderr for each error."""
+    """Runs one command and returns its exit code; an error exits with 1 and one line on stderr per error."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")

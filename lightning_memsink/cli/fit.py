@@ -1,4 +1,4 @@
-"""LightningCLI with a ``memsink:`` group."""
+"""``memsink fit``: LightningCLI with a ``memsink:`` group of options."""
 
 from __future__ import annotations
 
@@ -24,35 +24,37 @@ MITIGATIONS: tuple[type[Callback], ...] = tuple(entry.load() for entry in mitiga
 
 
 class MemSinkCLI(LightningCLI):
-    """A LightningCLI that watches what it trains. Give it your own classes, or let the config name them.
+    """A LightningCLI that adds the callbacks of this package. Pass your own classes, or let the config name them.
 
-    Beside LightningCLI's options it has ``memsink.enabled``, ``.localize`` and ``.extract``, the callbacks' arguments
-    under ``memsink.tracker``, ``.detector``, ``.curves``, ``.report``, ``.localizer`` and ``.probe``, and
+    In addition to LightningCLI's options it has ``memsink.enabled``, ``.localize`` and ``.extract``, the callbacks'
+    arguments under ``memsink.tracker``, ``.detector``, ``.curves``, ``.report``, ``.localizer`` and ``.probe``, and
     ``memsink.mitigation``, any callback or null.
-    A callback that the config also lists under ``trainer.callbacks`` is used as listed there, and where it lists no
-    progress bar, ours shows what is memorized.
-    A config may be the name of a shipped recipe, and an error is one line with a remedy.
+    A callback that the config also lists under ``trainer.callbacks`` is used as listed there. If the config lists no
+    progress bar, `MemSinkProgressBar` is used.
+    A config may be the name of a shipped recipe. An error is reported in one line with a suggestion.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Loggers that share a folder, as W&B runs do, would refuse a second config.yaml in it.
+        # Runs that share a folder, such as those of W&B, would otherwise fail: a config.yaml exists there already.
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
-        quiet = {"exit_on_error": False}  # errors come to us, to be explained
-        subcommands = {name: {**quiet} for name in self.subcommands()}
-        kwargs["parser_kwargs"] = {**quiet, **subcommands, **(kwargs.get("parser_kwargs") or {})}
+        raises = {"exit_on_error": False}  # the parser raises its errors, and `explain` rewrites them
+        subcommands = {name: {**raises} for name in self.subcommands()}
+        kwargs["parser_kwargs"] = {**raises, **subcommands, **(kwargs.get("parser_kwargs") or {})}
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--memsink.enabled", type=bool, default=True, help="Watch for memorization at all.")
-        parser.add_argument("--memsink.localize", type=bool, default=False, help="Also say in which layers and units.")
-        parser.add_argument("--memsink.extract", type=bool, default=False, help="Also ask for texts word for word.")
+        parser.add_argument("--memsink.enabled", type=bool, default=True, help="Add the callbacks of memsink.")
+        parser.add_argument("--memsink.localize", type=bool, default=False, help="Also localize layers and units.")
+        parser.add_argument(
+            "--memsink.extract", type=bool, default=False, help="Also test which texts can be extracted."
+        )
         for name, kind in GROUPS.items():
             parser.add_class_arguments(kind, f"memsink.{name}")
         parser.add_argument(
             "--memsink.mitigation",
             type=Callback | None,
             default=None,
-            help="A callback that acts on what is found; null only watches. By name, "
+            help="A callback that mitigates memorization, or null. By name: "
             f"{', '.join(kind.__name__ for kind in MITIGATIONS)}, or any by class_path.",
         )
 
@@ -78,26 +80,30 @@ class MemSinkCLI(LightningCLI):
             listed = listed if isinstance(listed, list) else [listed]
             chosen = [entry.group for entry in preset_entries() if entry.option is None or memsink[entry.option]]
             ours = [memsink[group] for group in chosen if group and GROUPS[group] not in map(type, listed)]
-            if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in listed):
+            if trainer.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in listed):
                 ours.append(MemSinkProgressBar())
             kwargs["callbacks"] = [*listed, *ours, *([memsink.mitigation] if memsink.mitigation else [])]
         return super().instantiate_trainer(**kwargs)
 
 
 def with_recipes(words: list[str]) -> list[str]:
-    """The same command line, each config that names a recipe replaced by the recipe's file."""
-    resolved, named = [], []
+    """The same command line with each config that names a recipe replaced by the recipe's file.
+
+    Raises:
+        SystemExit: all configs are overlays, or one is neither a file nor a recipe.
+    """
+    resolved, configs = [], []
     expects_path = False
     for word in words:
         flag, equals, value = word.partition("=")
         if expects_path:
-            named.append(word)
+            configs.append(word)
             word = config_path(word)
         elif equals and flag in ("-c", "--config"):
-            named.append(value)
+            configs.append(value)
             word = f"{flag}={config_path(value)}"
         expects_path = word in ("-c", "--config")
         resolved.append(word)
-    if named and all(map(is_overlay, named)):
-        raise SystemExit(f"`{named[0]}` is an overlay: lay it over what to train, -c watch -c {named[0]}")
+    if configs and all(map(is_overlay, configs)):
+        raise SystemExit(f"`{configs[0]}` is an overlay: put a base config before it, -c watch -c {configs[0]}")
     return resolved

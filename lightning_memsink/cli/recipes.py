@@ -1,4 +1,4 @@
-"""The recipes that ship with memsink: where they are, and how they are named."""
+"""The recipes that ship with memsink: their folder, names and descriptions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-_SEE = ". List them: memsink recipes ls"
+_LIST_THEM = ". List them: memsink recipes ls"
 
 
 def recipes_folder() -> Path:
-    """In a wheel beside the modules, in a checkout beside the package."""
-    shipped = _PACKAGE / "recipes"
-    return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
+    """The folder of the recipes: in the package if it was installed from a wheel, beside it in a checkout."""
+    in_wheel = _PACKAGE / "recipes"
+    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """``watch``, ``mitigate/hold``, ...: paths below the recipes' folder, without ``.yaml``."""
+    """Names of all recipes, ``watch``, ``mitigate/hold``, ...: paths in their folder without ``.yaml``."""
     folder = recipes_folder()
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def recipe_table() -> str:
-    """A line for each recipe: its name, and the first line of its comment."""
+    """One line per recipe: its name, and the first line of its comment."""
     names = recipe_names()
     width = max(map(len, names), default=0)
     return "\n".join(f"{name:<{width}}  {_description(recipes_folder() / f'{name}.yaml')}" for name in names)
@@ -32,40 +32,48 @@ def recipe_table() -> str:
 
 def find_recipe(name: str) -> Path | None:
     """The shipped recipe called ``watch``, ``watch.yaml`` or ``recipes/watch.yaml``; None if there is none."""
-    plain = name.removeprefix("./").removeprefix("recipes/").removesuffix(".yaml")
-    return recipes_folder() / f"{plain}.yaml" if plain in recipe_names() else None
+    stem = name.removeprefix("./").removeprefix("recipes/").removesuffix(".yaml")
+    return recipes_folder() / f"{stem}.yaml" if stem in recipe_names() else None
 
 
 def is_overlay(name: str) -> bool:
-    """Whether a recipe only changes others: those in folders, as ``mitigate/hold``, do."""
+    """Whether a name is that of a recipe which only changes others: one in a folder, such as ``mitigate/hold``."""
     recipe = None if Path(name).is_file() else find_recipe(name)
     return recipe is not None and recipe.parent != recipes_folder()
 
 
 def is_for_audit(name: str) -> bool:
-    """Whether a recipe is one of `memsink audit`, and not of `memsink fit`."""
+    """Whether a name is that of a recipe for `memsink audit`, not for `memsink fit`."""
     recipe = None if Path(name).is_file() else find_recipe(name)
     return recipe is not None and recipe.stem.startswith("audit_")
 
 
 def config_path(name: str) -> str:
-    """The file of that name or, where there is none, the shipped recipe."""
+    """The path of the file of that name or, if there is none, of the shipped recipe.
+
+    Raises:
+        SystemExit: there is neither.
+    """
     if Path(name).is_file():
         return name
     recipe = find_recipe(name)
     if recipe is None:
         near = [str(path) for path in Path(name).parent.glob("*.yaml")] if Path(name).parent.is_dir() else []
         hint = did_you_mean(name, [*near, *recipe_names()])
-        raise SystemExit(f"There is no config `{name}`, neither as a file nor as a recipe{hint or _SEE}")
+        raise SystemExit(f"There is no config `{name}`, neither as a file nor as a recipe{hint or _LIST_THEM}")
     return str(recipe)
 
 
 def copy_recipe(name: str, destination: str = ".", force: bool = False) -> Path:
-    """Copies a recipe into a folder or to a file; one that exists is overwritten only with ``force``."""
+    """Copies a recipe into a folder or to a file, and returns the path of the copy.
+
+    Raises:
+        SystemExit: there is no such recipe, or the file exists and ``force`` is false.
+    """
     source = find_recipe(name)
     if source is None:
         hint = did_you_mean(name, recipe_names())
-        raise SystemExit(f"There is no recipe `{name}`{hint or _SEE}")
+        raise SystemExit(f"There is no recipe `{name}`{hint or _LIST_THEM}")
     target = Path(destination)
     target = target / source.name if target.is_dir() or destination.endswith("/") else target
     if target.exists() and not force:
@@ -76,7 +84,7 @@ def copy_recipe(name: str, destination: str = ".", force: bool = False) -> Path:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean `watch`?``, or nothing where nothing is near."""
+    """The hint ``; did you mean `watch`?`` at the most similar known word; empty if none is similar."""
     close = get_close_matches(word, list(known), n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 

@@ -1,4 +1,4 @@
-"""``memsink validate``: what a config would run, without running it."""
+"""``memsink validate``: checks a config and describes what it would run, without running it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,38 @@ from lightning_memsink.cli.fit import MemSinkCLI
 from lightning_memsink.cli.recipes import is_for_audit
 
 
-class Rehearsal(MemSinkCLI):
-    """Parses, checks every type, and stops there: nothing is seeded, instantiated or trained."""
+class ValidationCLI(MemSinkCLI):
+    """Parses and checks every type; seeds, instantiates and trains nothing."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         self.config.fit.seed_everything = False
 
     def instantiate_classes(self) -> None:
-        """Nothing is built."""
+        """Instantiates nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Runs nothing."""
 
 
 def validate(words: list[str]) -> str:
-    """A line on what a valid config would run.
+    """One line that describes what a valid config would run.
 
     Raises:
-        SystemExit: with one line for each error.
+        SystemExit: the config has errors; one line per error.
     """
     if not words:
         raise SystemExit("usage: memsink validate CONFIG [-c MORE] [--any.option=value]")
     if is_for_audit(words[0]):
-        raise SystemExit(f"`{words[0]}` is of a finished model, and fits none: memsink audit --config {words[0]}")
-    first = words if words[0].startswith("-") else ["-c", *words]
-    config = Rehearsal(args=["fit", *first]).config.fit
-    return (
-        f"OK: would fit {_name(config.model)} on {_name(config.data)} for {_duration(config.trainer)}, {_watch(config)}"
-    )
+        raise SystemExit(f"`{words[0]}` is a recipe for an audit and trains nothing: memsink audit --config {words[0]}")
+    options = words if words[0].startswith("-") else ["-c", *words]
+    config = ValidationCLI(args=["fit", *options]).config.fit
+    run = f"{_name(config.model)} on {_name(config.data)} for {_duration(config.trainer)}"
+    return f"OK: would fit {run}, {_callbacks(config)}"
 
 
-def _name(described: Any) -> str:
-    return "the model's own data" if described is None else described.class_path.rpartition(".")[2]
+def _name(component: Any) -> str:
+    return "the model's own data" if component is None else component.class_path.rpartition(".")[2]
 
 
 def _duration(trainer: Any) -> str:
@@ -52,8 +51,8 @@ def _duration(trainer: Any) -> str:
     return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
-def _watch(config: Any) -> str:
+def _callbacks(config: Any) -> str:
     if not config.memsink.enabled:
-        return "unwatched (memsink.enabled: false)"
+        return "without memsink (memsink.enabled: false)"
     mitigation = config.memsink.mitigation
     return f"watched for memorization, mitigation: {_name(mitigation) if mitigation else 'none'}"
