@@ -1,9 +1,9 @@
-"""Did designed sinks take the memorization, or did the shared weights keep it?
+"""The certificate of designed sinks: whether memorization is in the sinks or in the shared weights.
 
-A low loss with the own mask and a high one without could also mean that the model merely does not work without a pool.
-So the pool is not only dropped but also exchanged for another sample's (the placebo): what that leaves of the loss is
-no memory of this sample. And what a never-trained twin of equal difficulty would have is the most there is to lose.
-In fine-tuning sinks can stay empty, the shared weights learning everything; then nobody may speak of isolation.
+A low loss with the own mask and a high loss without it could also mean that the model does not work without a pool. So
+the pool is not only dropped, but also replaced by another sample's units (the placebo): the rise in loss that this
+causes is no general damage. The loss of a never-trained twin of equal difficulty is the most that a sample can lose.
+In fine-tuning, sinks can stay empty because the shared weights learn everything; the certificate then says so.
 
     N  samples
 """
@@ -23,25 +23,30 @@ CertificateVerdict = Literal["isolated", "partly", "sinks are empty", "too few s
 SIGNIFICANCE = 0.01
 """Largest p-value at which the own mask counts as better than another sample's."""
 EMPTY = 0.1
-"""Sinks that hold a smaller share of what was learned are empty."""
+"""Sinks that hold a smaller share of what was learned count as empty."""
 ISOLATED = 0.5
-"""Sinks that hold this share or more isolate it."""
+"""Sinks that hold this share or more of what was learned isolate it."""
 FEWEST = 8
-"""Samples, below which there is no verdict: seven could just reach the significance asked for."""
+"""Number of samples below which there is no verdict: seven can just reach the required significance."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Mean losses, in nats, of ``samples`` trained samples under four masks, and of their never-trained twins.
+    """Mean losses, in nats, of trained samples under four masks and of their never-trained twins, and the verdict.
 
-    ``own``: with their own units. ``dropped``: without the pool. ``placebo``: with the units of another trained sample.
-    ``random``: with as many units that no sample was given. ``twins``: what untrained samples of equal difficulty have
-    without the pool; NaN if nobody knows. ``exact``: share of samples reproduced exactly under each of the masks.
-
-    ``p_dropped``, ``p_placebo``: one-sided p-values that own losses are the lower ones, paired by sample.
-    ``content``: the share of what was learned of a sample, beyond what its twin knows, that goes with its own units:
-    (min(dropped, placebo) - own) / (twins - own). 1 if nothing of it is left, 0 if all; it may lie outside. NaN without
-    twins, and where nothing was learned.
+    Args:
+        samples: number of samples measured.
+        own: mean loss with the sample's own units.
+        dropped: mean loss without the pool.
+        placebo: mean loss with the units of another trained sample.
+        random: mean loss with as many units that belong to no sample.
+        twins: mean loss expected of untrained samples of equal difficulty, without the pool; NaN if unknown.
+        p_dropped: one-sided p-value that own losses are lower than dropped ones, paired by sample.
+        p_placebo: the same against the placebo.
+        content: share of what was learned of a sample, beyond what its twin shows, that is lost without its own units:
+            (min(dropped, placebo) - own) / (twins - own). 1 if all is lost, 0 if nothing; it may be outside 0…1. NaN
+            without twins, and if nothing was learned.
+        exact: share of samples reproduced exactly, by the name of the mask.
     """
 
     samples: int
@@ -57,7 +62,7 @@ class Certificate:
 
     @property
     def verdict(self) -> CertificateVerdict:
-        """``isolated`` is only said where twins are known."""
+        """Where the memorization is. ``isolated`` requires twins: without them, ``content`` is NaN."""
         if self.samples < FEWEST:
             return "too few samples"
         if self.p_placebo >= SIGNIFICANCE or self.content < EMPTY:
@@ -65,10 +70,10 @@ class Certificate:
         return "isolated" if self.content >= ISOLATED else "partly"
 
     def words(self) -> str:
-        """One plain sentence, with the losses that it rests on."""
+        """The verdict as one sentence, with the losses behind it."""
         if self.verdict == "too few samples":
             return (
-                f"Too few samples: {self.samples} seen twice or more, and {FEWEST} is the least that shows whether "
+                f"Too few samples: {self.samples} seen twice or more, and at least {FEWEST} are needed to show whether "
                 "sinks hold what was memorized."
             )
         twins = "unknown for" if math.isnan(self.twins) else f"{self.twins:.2f} for"
@@ -77,7 +82,7 @@ class Certificate:
             f"another sample's, {twins} never-trained twins)"
         )
         if self.verdict == "sinks are empty":
-            return f"Sinks are empty: {self.samples} samples are known as well without their own sinks {losses}."
+            return f"Sinks are empty: the model knows {self.samples} samples as well without their own sinks {losses}."
         share = "an unknown share" if math.isnan(self.content) else f"{100 * self.content:.0f} %"
         return (
             f"{self.verdict.capitalize()}: of what training taught of {self.samples} samples, {share} is in their own "
@@ -85,7 +90,7 @@ class Certificate:
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain types only, for a checkpoint; ``Certificate(**state)`` is the certificate."""
+        """The certificate in plain types, for a checkpoint; ``Certificate(**state)`` restores it."""
         return {**asdict(self), "exact": dict(self.exact)}
 
 
@@ -97,12 +102,12 @@ def certify(
     twins: Tensor | None = None,
     exact: Mapping[str, Tensor] | None = None,
 ) -> Certificate:
-    """A certificate from the losses of N samples under each mask.
+    """The certificate from the losses of N samples under each mask.
 
     Args:
         own, dropped, placebo, random: ``[N]`` losses in nats. Samples with a loss that is not finite are left out.
-        twins: ``[N]`` losses expected of never-trained samples of equal difficulty; NaN where there is no match.
-        exact: bool ``[N]`` by the name of a mask: whether the sample is reproduced exactly.
+        twins: ``[N]`` losses expected of never-trained samples of equal difficulty; NaN for a sample without a match.
+        exact: bool ``[N]`` by the name of the mask: whether the sample is reproduced exactly.
 
     Raises:
         ValueError: the arguments are not all ``[N]``.
@@ -115,9 +120,9 @@ def certify(
     finite = torch.isfinite(torch.stack(list(masks.values()))).all(0)
     means = {name: _mean(values[finite]) for name, values in masks.items()}
     matched = finite & torch.isfinite(twins)
-    mine = _mean(own[matched])
-    learned = _mean(twins[matched]) - mine
-    lost = min(_mean(dropped[matched]), _mean(placebo[matched])) - mine
+    own_loss = _mean(own[matched])
+    learned = _mean(twins[matched]) - own_loss
+    lost = min(_mean(dropped[matched]), _mean(placebo[matched])) - own_loss
     return Certificate(
         samples=int(finite.sum()),
         **means,
@@ -130,9 +135,9 @@ def certify(
 
 
 def signed_rank_p(differences: Tensor) -> float:
-    """One-sided p-value that ``differences`` ``[N]`` are above zero: Wilcoxon's signed-rank test, exact.
+    """One-sided p-value that ``differences`` ``[N]`` are above zero: Wilcoxon's signed-rank test, exact also with ties.
 
-    The chance that random signs give a rank sum at least as large. Zeros are left out, ties share their mean rank.
+    The probability that random signs give a rank sum at least as large. Zeros are left out; ties get their mean rank.
 
     >>> signed_rank_p(torch.tensor([1.0, 2.0, 3.0]))
     0.125
@@ -141,7 +146,7 @@ def signed_rank_p(differences: Tensor) -> float:
     if not len(differences):
         return 1.0
     size = differences.abs()
-    # Twice the mean rank of ties: a whole number.
+    # Twice the mean rank, which is an integer for ties too.
     ranks = (size[:, None] > size).sum(1) + (size[:, None] >= size).sum(1) + 1
     chance = torch.zeros(int(ranks.sum()) + 1, dtype=torch.float64)
     chance[0] = 1

@@ -1,9 +1,10 @@
-"""Sinks by design: a pool of hidden units that every sample owns a few of, and masks that give each sample its own.
+"""Designed sinks: a pool of hidden units of which each sample owns a few, and the masks that switch them.
 
-A sample trains with the shared units and its own pool units; serving leaves the pool out. What only its own units know
-of a sample goes with them (MemSinks, SeqTD; for vision: example-tied dropout, Maini et al. 2023). The published hash
-turns everything on for id 0, misses the wanted density in narrow pools and gives one unit to nearly all; here every id
-gets exactly as many units as any other, by a permutation of its own.
+A sample trains with the shared units and its own pool units, and the served model has no pool: what only its own units
+store of a sample is removed with them (MemSinks and its sequence-tied dropout, Ghosal et al. 2025; for vision,
+example-tied dropout, Maini et al. 2023). The published hash turns all units on for id 0, misses the intended density
+in narrow pools, and gives one unit to nearly all ids. Here each id gets a pseudorandom permutation of its own, of which
+it owns the same number of units as any other.
 
     B  samples in a batch      T  tokens      U  units of a layer, the pool being the last of them
 """
@@ -24,15 +25,17 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 
 _OVERRIDDEN: WeakSet[nn.Module] = WeakSet()
-"""Modules whose mask is fixed by `masked` for the moment."""
+"""Modules whose mask is currently set by `masked`."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Which units of a layer are reserved, and how many of them a sample owns.
+    """Which units of a layer are the pool, and which of them each sample owns.
 
-    ``pool_fraction`` of a layer's units, its last ones, are the pool; each id owns ``active_fraction`` of the pool,
-    the same units in all layers of equal size. ``seed`` chooses another assignment.
+    Args:
+        pool_fraction: share of a layer's units, its last ones, that are the pool.
+        active_fraction: share of the pool that each id owns, the same units in all layers of equal size.
+        seed: of the assignment of units to ids.
 
     Raises:
         ValueError: a fraction is not strictly between 0 and 1.
@@ -49,42 +52,43 @@ class Pool:
                 raise ValueError(f"{name} is a share strictly between 0 and 1, but it is {value}.")
 
     def size(self, units: int) -> int:
-        """Pool units of a layer: at least one, and one at least is left to all."""
+        """Number of pool units in a layer: at least one, and at least one unit stays shared."""
         if units < 2:
             raise ValueError(f"A layer of {units} unit can't be split into shared units and a pool. Leave it out.")
         return min(max(round(self.pool_fraction * units), 1), units - 1)
 
     def active(self, units: int) -> int:
-        """Pool units of each sample: at least one."""
+        """Number of pool units that each sample owns: at least one."""
         return max(round(self.active_fraction * self.size(units)), 1)
 
     def own(self, ids: Tensor, units: int) -> Tensor:
-        """Bool ``[*ids.shape, U]``: the shared units and those that each of ``ids`` owns."""
+        """Bool ``[*ids.shape, U]``: the shared units and the pool units that each of ``ids`` owns."""
         owned = own_units(ids, self.size(units), self.active(units), self.seed)
         shared = owned.new_ones(()).expand(*ids.shape, units - self.size(units))
         return torch.cat([shared, owned], -1)
 
     def dropped(self, units: int) -> Tensor:
-        """Bool ``[U]``: the shared units only, as the model is served."""
+        """Bool ``[U]``: the shared units only, as in the served model."""
         return torch.arange(units) < units - self.size(units)
 
     def without(self, ids: Tensor, units: int) -> Tensor:
-        """float32 ``[U]``: all units but those that any of ``ids`` ``[N]`` owns.
+        """float32 ``[U]``: a factor for each unit, 0 for those that any of ``ids`` ``[N]`` owns, 1 for shared ones.
 
-        What is left of the pool counts as much as in training, a share of ``active`` in ``size`` at a time. At full
-        strength it breaks the model.
+        The rest of the pool gets ``active / size``, the share of it that was on at a time in training. At full
+        strength, it breaks the model.
         """
         kept = ~self.own(ids, units).any(0) | self.dropped(units)
         return torch.where(self.dropped(units), 1.0, kept * self.active(units) / self.size(units))
 
 
 def own_units(ids: Tensor, pool: int, active: int, seed: int = 0) -> Tensor:
-    """Which of ``pool`` units each id owns: the ``active`` first of a pseudorandom permutation.
+    """Which of ``pool`` units each id owns: the first ``active`` of a pseudorandom permutation.
 
-    Stateless: ids, sizes and seed decide alone, on every machine and device; no global random state is touched.
+    Stateless: depends on ids, sizes and seed only, on every machine and device; global random state is unchanged.
 
     Args:
-        ids: int64, any shape, any value. Equal ids own equal units; two others share ``active**2 / pool`` on average.
+        ids: int64, any shape, any value. Equal ids own the same units; two different ids share ``active**2 / pool`` on
+            average.
 
     Returns:
         Bool ``[*ids.shape, pool]``, exactly ``active`` true in every row.
@@ -94,29 +98,30 @@ def own_units(ids: Tensor, pool: int, active: int, seed: int = 0) -> Tensor:
     """
     if not 0 <= active <= pool:
         raise ValueError(f"active is a number of units between 0 and pool={pool}, but it is {active}.")
-    if ids.ndim > 1:  # of tokens, few are of different documents
+    if ids.ndim > 1:  # by token: most tokens have the id of another one
         unique, inverse = ids.unique(return_inverse=True)
         return own_units(unique, pool, active, seed)[inverse]
     if not active or not len(ids):
         return torch.zeros(*ids.shape, pool, dtype=torch.bool, device=ids.device)
-    number, spread, start = _spread(pool, seed, ids.device)
-    rank = _mix_(_mix_(ids.long() ^ start)[:, None] + spread)
+    number, unit_keys, start = _unit_keys(pool, seed, ids.device)
+    rank = _mix_(_mix_(ids.long() ^ start)[:, None] + unit_keys)
     low = (1 << pool.bit_length()) - 1
-    rank &= ~low  # the unit's number in the low bits: no two ranks of a row are equal
+    rank &= ~low  # the low bits get the unit's number, so that all ranks of a row differ
     rank |= number
     last = rank.topk(active, -1, sorted=False).values.amin(-1, keepdim=True)
     return rank >= last
 
 
 @lru_cache(maxsize=32)
-def _spread(pool: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What `own_units` needs of its numbers alone, which are the same in every step: not to be written to."""
+def _unit_keys(pool: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors of `own_units` that are the same in every step: unit numbers ``[pool]``, their hashes ``[pool]`` and
+    that of the seed. Cached: must not be written to."""
     number = torch.arange(pool, device=device)
     return number, _mix_(number + 1), _mix_(torch.full((), seed, dtype=torch.int64, device=device) + 1)
 
 
 def union_fraction(active_fraction: float, deleted: int) -> float:
-    """Expected share of the pool that ``deleted`` ids own together, 0…1.
+    """Expected share, 0…1, of the pool that ``deleted`` ids own together.
 
     >>> round(union_fraction(0.3, 20), 4), round(union_fraction(0.013, 20), 2)
     (0.9992, 0.23)
@@ -125,7 +130,7 @@ def union_fraction(active_fraction: float, deleted: int) -> float:
 
 
 def plan(active_fraction: float, deleted: int) -> str:
-    """What deleting some ids alone would take from all others, in a sentence.
+    """A sentence on how much of the pool the deletion of ``deleted`` ids removes, for all other ids too.
 
     >>> plan(0.3, 2)
     'Deleting 2 ids removes 51 % of the pool at active_fraction=0.3.'
@@ -140,28 +145,29 @@ def plan(active_fraction: float, deleted: int) -> str:
 
 
 def apply_mask(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None = None) -> Tensor | None:
-    """``hidden`` times ``mask``, in the dtype of ``hidden``; None where the rows of ``hidden`` are not the mask's.
+    """``hidden`` times ``mask``, in the dtype of ``hidden``; None if the rows of ``hidden`` don't match the mask.
 
     Args:
-        hidden: ``[B, ..., U]``, ``[T, B, U]`` or ``[B, U, ...]`` as the layer's axes tell; ``[B * T, U]``, where some
-            models have put all tokens in a row; or a nested tensor, as torch's encoder makes of padded batches.
+        hidden: ``[B, ..., U]``, ``[T, B, U]`` or ``[B, U, ...]`` by the layer's axes; ``[B * T, U]``, as some models
+            flatten it; or a nested tensor, as torch's encoder makes of padded batches.
         mask: ``[U]``, by sample ``[B, U]``, or by token ``[B, T, U]``.
-        tokens: T, for a mask by sample on tokens in a row. Without it such rows are not the mask's.
+        tokens: T, needed for a mask by sample on a flattened ``hidden``; without it, these don't match.
     """
     if hidden.is_nested:
         parts = hidden.unbind()
-        each = [mask] * len(parts) if mask.ndim == 1 else list(mask)
-        if len(each) != len(parts):
+        masks = [mask] * len(parts) if mask.ndim == 1 else list(mask)
+        if len(masks) != len(parts):
             return None
-        pairs = zip(parts, each, strict=True)
+        pairs = zip(parts, masks, strict=True)
         masked_parts = [part * (own[: len(part)] if own.ndim > 1 else own).to(part) for part, own in pairs]
         nested: Tensor = torch.nested.as_nested_tensor(masked_parts, layout=hidden.layout)
         return nested
-    shaped = _laid_out(hidden, mask, layer, tokens)
+    shaped = _broadcastable(hidden, mask, layer, tokens)
     return None if shaped is None else hidden * shaped.to(hidden)
 
 
-def _laid_out(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None) -> Tensor | None:
+def _broadcastable(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None) -> Tensor | None:
+    """``mask`` in a shape that broadcasts with ``hidden``; None if their rows don't match."""
     unit, batch = layer.unit_axis % hidden.ndim, layer.batch_axis % hidden.ndim
     if hidden.shape[unit] != mask.shape[-1] or (unit == batch and mask.ndim > 1):
         return None
@@ -172,11 +178,11 @@ def _laid_out(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | No
     shape[batch] = hidden.shape[batch]
     if mask.ndim == 2 and len(mask) == hidden.shape[batch]:
         return mask.view(shape)
-    in_a_row = hidden.ndim == 2 and layer.batch_axis == 0
+    is_flat = hidden.ndim == 2 and layer.batch_axis == 0
     if mask.ndim == 2:
-        fits = in_a_row and tokens is not None and len(hidden) == len(mask) * tokens
+        fits = is_flat and tokens is not None and len(hidden) == len(mask) * tokens
         return mask.repeat_interleave(tokens or 1, 0) if fits else None
-    if in_a_row and len(hidden) == len(mask) * mask.shape[1]:
+    if is_flat and len(hidden) == len(mask) * mask.shape[1]:
         return mask.flatten(0, 1)
     by_token = mask.transpose(0, 1) if layer.batch_axis == 1 else mask
     return by_token if by_token.shape == hidden.shape else None
@@ -184,19 +190,18 @@ def _laid_out(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | No
 
 @contextmanager
 def masked(layers: Sequence[HiddenLayer], mask: Callable[[int], Tensor], tokens: int | None = None) -> Iterator[None]:
-    """Within, every hidden layer is multiplied by ``mask(U)``, and the masks of a `MemSinks` callback give way.
+    """Within, every hidden layer is multiplied by ``mask(U)``, which replaces the masks of a `MemSinks` callback.
 
-    So ``masked(layers, pool.dropped)`` is how the model is served, and
-    ``masked(layers, lambda units: pool.own(ids, units))`` gives each sample of one batch its own units. Arguments as in
-    `apply_mask`.
+    ``masked(layers, pool.dropped)`` gives the served model, and ``masked(layers, lambda units: pool.own(ids, units))``
+    gives each sample of one batch its own units. Arguments as in `apply_mask`.
 
     Raises:
-        ValueError: from the forward, where a layer's rows are not the mask's.
+        ValueError: from the forward, if a layer's rows don't match the mask.
     """
     masks = {units: mask(units) for units in {layer.units for layer in layers}}
-    mine = {layer.module for layer in layers} - set(_OVERRIDDEN)
+    added = {layer.module for layer in layers} - set(_OVERRIDDEN)
 
-    def by(layer: HiddenLayer) -> Callable[[Tensor], Tensor]:
+    def masking(layer: HiddenLayer) -> Callable[[Tensor], Tensor]:
         def change(hidden: Tensor) -> Tensor:
             changed = apply_mask(hidden, masks[layer.units], layer, tokens)
             if changed is None:
@@ -210,19 +215,19 @@ def masked(layers: Sequence[HiddenLayer], mask: Callable[[int], Tensor], tokens:
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(register_input_hook(layer, by(layer)).remove)
-        stack.callback(_OVERRIDDEN.difference_update, mine)
-        _OVERRIDDEN.update(mine)
+            stack.callback(register_input_hook(layer, masking(layer)).remove)
+        stack.callback(_OVERRIDDEN.difference_update, added)
+        _OVERRIDDEN.update(added)
         yield
 
 
 def is_overridden(layer: HiddenLayer) -> bool:
-    """Whether `masked` decides over this layer at the moment."""
+    """Whether `masked` currently sets the mask of this layer."""
     return layer.module in _OVERRIDDEN
 
 
 def register_input_hook(layer: HiddenLayer, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """A hook that changes what ``layer`` reads, before any other hook sees it."""
+    """Registers a forward pre-hook, before all others, that replaces the input of ``layer`` by ``change(input)``."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         if args:
@@ -234,7 +239,7 @@ def register_input_hook(layer: HiddenLayer, change: Callable[[Tensor], Tensor]) 
 
 
 def _mix_(number: Tensor) -> Tensor:
-    """Spreads every bit over the others, in place: two rounds of xor-shift and odd multiplication, int64 that wraps."""
+    """Mixes the bits of int64s in place: two rounds of xor-shift and wrapping multiplication by odd numbers."""
     number ^= number >> 32
     number *= -0x40A7B892E31B1A47
     number ^= number >> 29

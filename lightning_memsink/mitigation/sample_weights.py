@@ -37,7 +37,8 @@ class SampleWeights:
 
 def latch(latched: Tensor, flagged: Tensor) -> Tensor:
     """Sorted ids ``[L]``: those of ``latched`` and those of ``flagged``, each once."""
-    return torch.unique(torch.cat([latched, flagged]))
+    ids: Tensor = torch.unique(torch.cat([latched, flagged]))
+    return ids
 
 
 def is_latched(ids: Tensor, latched: Tensor) -> Tensor:

@@ -226,8 +226,8 @@ def normed(norm: nn.Module) -> nn.Module:
     ("make", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), "No hidden layer found in Sequential"),
-        (lambda: normed(nn.LayerNorm(8)), r"1 \(LayerNorm\) lies on the way to 3.*can't be cut out there"),
-        (lambda: normed(nn.LayerNorm(8, elementwise_affine=False)), r"1 \(LayerNorm\) lies on the way"),
+        (lambda: normed(nn.LayerNorm(8)), r"1 \(LayerNorm\) comes before 3.*can't be cut out there"),
+        (lambda: normed(nn.LayerNorm(8, elementwise_affine=False)), r"1 \(LayerNorm\) comes before"),
         (lambda: hf(*MIXTRAL), r"mixture of experts \(num_local_experts=2\)"),
         (lambda: hf(*BLOOM), "No setting of BloomConfig"),
     ],
@@ -242,6 +242,6 @@ def test_layers_of_unequal_width_are_refused_where_the_configuration_tells_one()
     with pytest.raises(ValueError, match="No setting of LlamaConfig makes a LlamaForCausalLM with 6 instead of 24"):
         bake(model, modules=["model.layers.0.mlp.down_proj"])
     with pytest.raises(
-        ValueError, match=r"Nobody knows .* writes the units that model.layers.0.self_attn.o_proj reads"
+        ValueError, match=r"model.layers.0.self_attn.o_proj reads units, but .* does not show which module writes them"
     ):
         bake(model, modules=["*.o_proj"])
