@@ -66,9 +66,9 @@ def test_the_writer_ends_its_evaluation_when_a_reader_asks():
 
 
 def test_a_ledger_goes_with_its_trainer():
-    run, _ = fit(watch(), max_epochs=1)
+    run, model = fit(watch(), max_epochs=1)
     ledger = ref(Ledger.of(run))
     assert isinstance(run, Trainer)
-    del run
+    del run, model
     gc.collect()
     assert ledger() is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,9 +74,9 @@ class LoggedRun(Protocol):
 
 
 class ScalarRun:
-    """The run of a logger that takes scalars only."""
+    """The run of a logger that takes scalars only; it has no place for ``text``."""
 
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: Logger, text: Callable[[int], str] | None = None) -> None:
         self._logger = logger
 
     def start(self, config: Mapping[str, Any]) -> None:
