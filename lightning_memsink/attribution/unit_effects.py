@@ -1,4 +1,4 @@
-"""What each hidden unit did for each sample's loss: activation × gradient, to first order the effect of zeroing it.
+"""Unit effects: activation x gradient of each hidden unit and sample, to first order the effect of zeroing the unit.
 
 B  samples in a batch      U  units of a hidden layer
 """
@@ -6,7 +6,6 @@ B  samples in a batch      U  units of a hidden layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from torch import Tensor
 from lightning_memsink.losses.autograd_graph import walk
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import SampleAxisLost, terms_of
-from lightning_memsink.losses.saved_tensors import NEGATIVE_LIKELIHOOD
+from lightning_memsink.losses.readers import is_likelihood, saved_value
 
 
 def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axis: int = -1) -> Tensor:
-    """``[B, U]`` ``-sum_t h * dL/dh``: by how much the loss would rise, to first order, were the unit zero.
+    """``[B, U]`` ``-sum_t h * dL/dh``: by how much the loss would rise, to first order, if the unit were zero.
 
     Chang et al., "Do localization methods actually localize memorized data in LLMs?", NAACL 2024.
 
@@ -27,10 +26,10 @@ def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axi
         gradient: same shape, of the differentiated number with respect to ``hidden``.
 
     Returns:
-        float32 (float64 of float64), in the differentiated number's own unit.
+        float32 (float64 of float64), in the unit of the differentiated number.
 
     Raises:
-        ValueError: batch and units are one axis.
+        ValueError: batch and units are the same axis.
     """
     batch, unit = batch_axis % hidden.ndim, unit_axis % hidden.ndim
     if batch == unit:
@@ -97,8 +96,8 @@ def divide_by_weights(values: Tensor, weights: Tensor, power: int = 1) -> Tensor
 def sample_weights(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0) -> Tensor | None:
     """``[B]`` weight of each sample's own mean loss in the number that was differentiated, after backward.
 
-    ``1 / B`` under a batch mean; token counts over their sum under a token mean; times whatever accumulation or
-    gradient scaling multiply with. Dividing a sample's effects by it gives nats of its own loss.
+    ``1 / B`` under a batch mean; token counts over their sum under a token mean; times the factors of accumulation and
+    gradient scaling. A sample's effects divided by it are nats of its own loss.
 
     Args:
         calls: of the step's loss, from `find_loss_calls` before backward.
@@ -127,26 +126,20 @@ def margins(loss: Tensor) -> Tensor:
     Raises:
         ValueError: no cross entropy (``nll_loss``) in the graph behind ``loss``.
     """
-    nodes = [node for node, _ in walk(loss.grad_fn, stop=_is_likelihood) if _is_likelihood(node)]
+    nodes = [node for node, _ in walk(loss.grad_fn, stop=is_likelihood) if is_likelihood(node)]
     if not nodes:
         raise ValueError(
             "margins need a cross entropy whose log-probabilities autograd kept, but found none behind "
             f"{loss.grad_fn.name() if loss.grad_fn is not None else 'a loss without a graph'}. Use objective='loss'."
         )
-    return torch.stack(
-        [_margin(node._saved_self, node._saved_target, node._saved_ignore_index) for node in nodes]
-    ).sum()
-
-
-def _is_likelihood(node: Any) -> bool:
-    return node.name() in NEGATIVE_LIKELIHOOD
+    saved = [[saved_value(node, name) for name in ("self", "target", "ignore_index")] for node in nodes]
+    return torch.stack([_margin(*values) for values in saved]).sum()
 
 
 def _margin(log_probs: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Of ``[N, C, ...]`` log-probabilities and ``[N, ...]`` classes."""
-    ignore_index -= 2**64 if ignore_index >= 2**63 else 0
     counted = target != ignore_index
-    place = torch.where(counted, target, 0).unsqueeze(1)
-    mine = log_probs.gather(1, place)
-    best_other = log_probs.scatter(1, place, -torch.inf).amax(1, keepdim=True)
-    return torch.where(counted.unsqueeze(1), mine - best_other, 0.0).float().sum()
+    index = torch.where(counted, target, 0).unsqueeze(1)
+    target_log_probs = log_probs.gather(1, index)
+    best_other = log_probs.scatter(1, index, -torch.inf).amax(1, keepdim=True)
+    return torch.where(counted.unsqueeze(1), target_log_probs - best_other, 0.0).float().sum()

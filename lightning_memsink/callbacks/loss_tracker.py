@@ -24,6 +24,7 @@ from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.losses.capture import EvaluationCapture, StepCapture, reported_ids
 from lightning_memsink.losses.per_sample import NotCaptured
+from lightning_memsink.losses.unreadable import InternalError
 from lightning_memsink.samples.content_check import ContentCheck
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
@@ -55,6 +56,8 @@ class LossTracker(Callback):
     Raises:
         ValueError: when both `controls` and `control_fraction` are given, or the latter can't be split off.
     """
+
+    saves_samples = True
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class LossTracker(Callback):
             ids = reported_ids(outputs, ids)
             captured = self.capture.finish(outputs, len(ids))
             if isinstance(captured, NotCaptured):
-                warn_once(self._warnings, captured.reason)
+                self._warn(captured)
                 losses = torch.full((len(ids),), torch.nan)
             else:
                 self._self_check(captured.explained)
@@ -230,7 +233,7 @@ class LossTracker(Callback):
         ids = reported_ids(outputs, ids)
         captured = self.control_capture.finish(outputs, len(ids))
         if isinstance(captured, NotCaptured):
-            warn_once(self._warnings, captured.reason)
+            self._warn(captured)
         else:
             losses = captured.losses.detach().float().cpu()
             self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features))
@@ -282,6 +285,9 @@ class LossTracker(Callback):
             if changed is not None:
                 warn_once(self._warnings, changed)
         self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
+
+    def _warn(self, refusal: NotCaptured) -> None:
+        warn_once(self._warnings, refusal.reason, category=InternalError if refusal.is_internal else UserWarning)
 
     def _self_check(self, explained: float | None) -> None:
         if explained is not None and abs(explained - 1) > 0.01:

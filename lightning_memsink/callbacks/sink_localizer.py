@@ -27,6 +27,7 @@ from lightning_memsink.detection.verdicts import verdicts_of
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.localization.sample_attribution import StepAttribution
+from lightning_memsink.losses.unreadable import UnreadableLoss
 
 
 class SinkLocalizer(Callback):
@@ -210,7 +211,7 @@ class SinkLocalizer(Callback):
                         stack.enter_context(other.paused())
                 torch.autograd.grad(-margins(loss), recorder.inputs(), retain_graph=True, allow_unused=True)
             self._margin_effects = recorder.finish(len(ids))
-        except (ValueError, RuntimeError) as error:
+        except (UnreadableLoss, ValueError, RuntimeError) as error:
             warn_once(self._warnings, f"SinkLocalizer attributes the loss instead of the margin in this step: {error}")
 
     def _open_alignment(self, trainer: Trainer, pl_module: LightningModule, alignment: GradientAlignment) -> None:

@@ -1,7 +1,7 @@
-"""Loss calls, read out of the autograd graph behind a loss, before it is differentiated.
+"""Finds the loss calls in the autograd graph of a loss, before the loss is differentiated.
 
-The walk starts at the loss and stops at the loss calls, so it sees a handful of nodes and never the model.
-A pre-hook on each call's node then tells, in the user's own backward, the weight the call has in the loss.
+The walk starts at the loss and stops at the loss calls, so it visits a handful of nodes and never the model.
+A pre-hook on each call's node then reads, in the user's own backward, the weight that the call has in the loss.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink.losses.loss_call import LossCall, LossRows
-from lightning_memsink.losses.saved_tensors import (
-    DIFFERENCES,
-    ELEMENTWISE,
-    LOG_SOFTMAX,
-    NEGATIVE_LIKELIHOOD,
+from lightning_memsink.losses.readers import (
+    is_likelihood,
+    is_log_softmax,
     is_report,
     read_loss_call,
-    saved_by,
-    signed,
+    reader_of,
+    saved_value,
+    saved_values,
 )
 
-LossNodes = Sequence[tuple[Any, LossCall]]
+LossNodes = Sequence[tuple[Node, LossCall]]
 """Loss calls, each with its node of the graph."""
 
 MOST_NODES = 4096
-DEEPEST = 16  # nodes between a loss call and the tensor whose sizes tell its samples
+DEEPEST = 16  # nodes between a loss call and the tensor that was flattened into its rows
 
-# The model begins here: nothing below is a loss.
+# The model begins at such a node: nothing below it is a loss.
 MODEL = frozenset(
     f"{name}Backward0"
     for name in "Addmm Mm Bmm Baddbmm Convolution Embedding NativeLayerNorm NativeBatchNorm NativeDropout".split()
@@ -60,39 +60,42 @@ class _ForwardNeeded(Exception):
 def find_loss_calls(loss: Tensor) -> list[LossCall]:
     """The loss calls that ``loss`` is made of, in the order they were made.
 
-    Their ``upstream`` is filled in by the backward that must follow. None is found in compiled code, in a custom
-    autograd function, or where reading would recompute a checkpointed forward.
+    The backward that must follow fills in their ``upstream``. None is found in compiled code, in a custom autograd
+    function, or where reading would recompute a checkpointed forward.
+
+    Raises:
+        UnreadableLoss: torch can't give what a loss call saved.
     """
     return awaiting_upstream(find_loss_nodes(loss))
 
 
-def awaiting_upstream(found: LossNodes) -> list[LossCall]:
-    """The calls, hooked: the backward that must follow fills in their ``upstream``."""
-    for node, call in found:
+def awaiting_upstream(loss_nodes: LossNodes) -> list[LossCall]:
+    """The calls, with hooks by which the backward that must follow fills in their ``upstream``."""
+    for node, call in loss_nodes:
         node.register_prehook(note_upstream(node, call))
-    return [call for _, call in found]
+    return [call for _, call in loss_nodes]
 
 
 def find_loss_nodes(loss: Tensor) -> LossNodes:
-    """The same, each with its node of the graph, and nothing hooked: ``upstream`` stays empty."""
+    """As `find_loss_calls`, each call with its node of the graph. Registers no hooks: ``upstream`` stays empty."""
     root = loss.grad_fn
     try:
         with _NoForward():
-            nodes = list(_loss_nodes(root))
-            saved = [saved_by(node) for node in nodes]
+            nodes = _loss_nodes(root)
+            saved = [saved_values(node) for node in nodes]
             rows = [_rows(node) for node in nodes]
     except _ForwardNeeded:
         return []
     with torch.no_grad():
-        calls = [read_loss_call(*found) for found in zip(nodes, saved, rows, strict=True)]
+        calls = [read_loss_call(*parts) for parts in zip(nodes, saved, rows, strict=True)]
     return list(zip(nodes, calls, strict=True))
 
 
 def names_near(loss: Tensor, most: int = 4) -> list[str]:
-    """Names of the graph nodes nearest ``loss``, each once; those of sums and means only if there is nothing else."""
+    """Names of the graph nodes nearest ``loss``, each once; those of linear nodes only if there are no others."""
     names = dict.fromkeys(node.name() for node, _ in walk(loss.grad_fn, 64))
-    telling = [name for name in names if _stem(name) not in LINEAR and name != "torch::autograd::AccumulateGrad"]
-    return (telling or list(names))[:most]
+    nonlinear = [name for name in names if _stem(name) not in LINEAR and name != "torch::autograd::AccumulateGrad"]
+    return (nonlinear or list(names))[:most]
 
 
 def _stem(name: str) -> str:
@@ -100,17 +103,20 @@ def _stem(name: str) -> str:
 
 
 def walk(
-    root: Any, most: int = MOST_NODES, stop: Callable[[Any], bool] = lambda node: False
-) -> Iterator[tuple[Any, bool]]:
-    """Nodes from ``root`` breadth first, each with whether the loss is linear in it; nothing below a ``stop``."""
-    seen: dict[Any, bool] = {}
+    root: Node | None, most: int = MOST_NODES, stop: Callable[[Node], bool] = lambda node: False
+) -> Iterator[tuple[Node, bool]]:
+    """Nodes from ``root`` breadth first, each with whether the loss is linear in it; nothing below a ``stop``.
+
+    A node is visited again if a linear path to it is found after a nonlinear one.
+    """
+    visited: dict[Node, bool] = {}
     front = [(root, True)] if root is not None else []
-    while front and len(seen) < most:
+    while front and len(visited) < most:
         nodes, front = front, []
         for node, linear in nodes:
-            if seen.get(node, False) >= linear and node in seen:
+            if node in visited and visited[node] >= linear:
                 continue
-            seen[node] = linear
+            visited[node] = linear
             yield node, linear
             name = node.name()
             if name in MODEL or stop(node):
@@ -119,75 +125,64 @@ def walk(
             front += [(child, linear) for child, _ in node.next_functions if child is not None]
 
 
-def _loss_nodes(root: Any) -> Iterator[Any]:
-    """Nodes of loss calls. A log-softmax replaces the likelihoods above it, if it is reached in any other way."""
-    found: dict[Any, Any] = {}  # node -> the log-softmax below it
-    softmaxes: dict[Any, int] = {}  # log-softmax -> ways to it that are no lone likelihood
-    is_found = found.__contains__
-    for node, linear in walk(root, stop=lambda node: is_found(node) or node.name() == LOG_SOFTMAX):
-        name = node.name()
+def _loss_nodes(root: Node | None) -> list[Node]:
+    """Nodes of loss calls, in the order they were made.
+
+    A log-softmax replaces the likelihoods above it if more than one likelihood, or anything else, leads to it.
+    """
+    calls: dict[Node, Node | None] = {}  # node -> the log-softmax below it
+    softmaxes: dict[Node, None] = {}  # log-softmaxes that are calls themselves
+    is_known = calls.__contains__
+    for node, linear in walk(root, stop=lambda node: is_known(node) or is_log_softmax(node)):
         if is_report(node):
-            return iter([node])
-        if name in NEGATIVE_LIKELIHOOD:
-            below = _log_softmax_below(node)
-            if below is not None and below in found.values():
-                softmaxes[below] = 1
-            found[node] = below
-        elif name == LOG_SOFTMAX and linear:
-            softmaxes[node] = 1
-        elif (name in ELEMENTWISE and not _on_parameter(node)) or (
-            name in DIFFERENCES and linear and _is_difference(node)
-        ):
-            found[node] = None
-    nodes = [node for node, below in found.items() if below is None or below not in softmaxes]
-    return iter(sorted([*nodes, *softmaxes], key=lambda node: node._sequence_nr()))
+            return [node]
+        reader = reader_of(node)
+        if reader is None or not reader.is_call(node, linear):
+            continue
+        if is_log_softmax(node):
+            softmaxes[node] = None
+            continue
+        below = _log_softmax_below(node) if is_likelihood(node) else None
+        if below is not None and below in calls.values():
+            softmaxes[below] = None
+        calls[node] = below
+    nodes = [node for node, below in calls.items() if below is None or below not in softmaxes]
+    return sorted([*nodes, *softmaxes], key=lambda node: node._sequence_nr())
 
 
-def _log_softmax_below(node: Any) -> Any:
+def _log_softmax_below(node: Node) -> Node | None:
     for _ in range(4):
-        node = node.next_functions[0][0] if node.next_functions else None
-        if node is None or node.name() == LOG_SOFTMAX:
-            return node
+        below = node.next_functions[0][0] if node.next_functions else None
+        if below is None or is_log_softmax(below):
+            return below
+        node = below
         if node.name() not in VIEWS and _stem(node.name()) not in ("Squeeze", "Unsqueeze", "ToCopy"):
             return None
     return None
 
 
-def _on_parameter(node: Any) -> bool:
-    children = [child for child, _ in node.next_functions if child is not None]
-    return all(child.name() == "torch::autograd::AccumulateGrad" for child in children)
-
-
-def _is_difference(node: Any) -> bool:
-    """True for ``(a - b).abs()`` and ``(a - b) ** 2``, unless it is of parameters."""
-    below = node.next_functions[0][0]
-    squared = node.name() == "PowBackward0" and node._saved_exponent != 2
-    return below is not None and below.name() == "SubBackward0" and not squared and not _on_parameter(below)
-
-
-def _rows(node: Any) -> LossRows:
+def _rows(node: Node) -> LossRows:
     """Follows the first input down to the tensor that was flattened into the call's rows."""
-    if is_report(node):
+    reader = None if is_report(node) else reader_of(node)
+    if reader is None:
         return LossRows()
     sizes: list[tuple[int, ...]] = []
-    classes = int(node.name() in NEGATIVE_LIKELIHOOD or node.name() == LOG_SOFTMAX)
     index, picked_by = None, ""
     for _ in range(DEEPEST):
-        name = node.name()
-        node = node.next_functions[1 if name == "AddmmBackward0" else 0][0] if node.next_functions else None
-        if node is None or node.name() in REARRANGES or len(node.next_functions) == 0:
+        below = node.next_functions[int(node.name() == "AddmmBackward0")][0] if node.next_functions else None
+        if below is None or below.name() in REARRANGES or not below.next_functions:
             break
-        name = node.name()
+        node, name = below, below.name()
         if name in VIEWS:
-            shape = tuple(node._saved_self_sym_sizes)
-            sizes.append(shape[: len(shape) - classes])
+            shape = tuple(saved_value(node, "self_sym_sizes"))
+            sizes.append(shape[: len(shape) - int(reader.has_classes)])
             if len(shape) > 2:
                 break
         elif name == "MaskedSelectBackward0":
             picked_by = name
             break
         elif name == "IndexBackward0":
-            first = node._saved_indices[0]
+            first = saved_value(node, "indices")[0]
             if first is not None:
                 index, picked_by = first, name
                 break
@@ -196,9 +191,12 @@ def _rows(node: Any) -> LossRows:
     return LossRows(tuple(sizes), index, picked_by)
 
 
-def note_upstream(node: Any, call: LossCall) -> Callable[[Any], None]:
-    """The pre-hook that notes the gradient arriving at a call; the first one, should the graph be walked twice."""
-    dim = signed(node._saved_dim) if node.name() == LOG_SOFTMAX else None
+def note_upstream(node: Node, call: LossCall) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """A pre-hook that sets the call's ``upstream`` to the gradient that arrives first.
+
+    For a log-softmax it also sets ``losses``: the mean of the log-probabilities, weighted by that gradient.
+    """
+    dim = saved_value(node, "dim") if is_log_softmax(node) else None
 
     def note(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[0]

@@ -30,20 +30,19 @@ from lightning_memsink.losses.per_sample import (
     terms_of,
     weigh,
 )
+from lightning_memsink.losses.unreadable import UnreadableLoss, internal_error
 
 NOTHING = torch.zeros(0)
-UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
 @dataclass
 class _Backward:
-    """One backward call of a step: its loss, what that was multiplied with, the calls found in its graph, and what to
-    say if there are none."""
+    """One backward call of a step."""
 
     loss: Tensor
-    loss_scale: float
-    calls: list[LossCall]
-    names: list[str]
+    loss_scale: float  # what the loss was multiplied with
+    calls: list[LossCall]  # found in its graph
+    names: list[str]  # of graph nodes, for the message if there are no calls
 
 
 class StepCapture:
@@ -68,13 +67,15 @@ class StepCapture:
         self.terms: tuple[Term, ...] = ()  # of the last captured step, without its samples
         self._backwards: list[_Backward] = []
         self._watch = LossWatch()
-        self._watching = False  # from the second step on, if the graph of the first told nothing
-        self._watched_in_vain = 0
+        self._watching = False  # from the second step on, if the graph of the first has no loss calls
+        self._steps_without_calls = 0  # of those watched
         self._explained = False
+        self._error: Exception | None = None  # while reading the graph of this step
 
     def begin(self) -> None:
         """At the start of a training step."""
         self._backwards.clear()
+        self._error = None
         if self._watching:
             self._watch.start()
 
@@ -86,8 +87,10 @@ class StepCapture:
         try:
             calls = awaiting_upstream(self.search(loss))
             names = [] if calls else names_near(loss)
-        except UNREADABLE as error:
-            calls, names = [], [f"a graph whose reading ended in {type(error).__name__}: {error}"]
+        except UnreadableLoss as error:
+            calls, names = [], [f"a graph that can't be read ({error})"]
+        except Exception as error:
+            self._error, calls, names = error, [], []
         self._backwards.append(_Backward(loss.detach(), loss_scale, calls, names))
 
     def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
@@ -102,13 +105,14 @@ class StepCapture:
         if not backwards or batch_size == 0:  # the step returned None: it skipped its batch
             return Captured(torch.full((batch_size,), torch.nan))
         try:
+            for error in (self._error, self._watch.error):
+                if error is not None:
+                    raise error
             if any(backward.calls for backward in backwards):
                 return self._from_graph(backwards, batch_size)
             return self._from_watch(backwards, watched, batch_size)
-        except SampleAxisLost as lost:
-            return self._not_captured(f"has a loss without a sample axis: {lost}.")
-        except UNREADABLE as error:
-            return self._not_captured(f"has a loss that can't be split ({type(error).__name__}: {error}).")
+        except Exception as error:
+            return _failed(f"{self.module_name}.training_step", error)
 
     def abandon(self) -> None:
         """After an exception in the step: forget it."""
@@ -131,12 +135,12 @@ class StepCapture:
     def _from_watch(
         self, backwards: Sequence[_Backward], watched: Sequence[LossCall], batch_size: int
     ) -> Captured | NotCaptured:
-        if not self._watching and self._watched_in_vain == 0:
+        if not self._watching and self._steps_without_calls == 0:
             self._watching = True
             return Captured(torch.full((batch_size,), torch.nan))
         if not watched:
-            self._watched_in_vain += 1
-            self._watching = self._watched_in_vain < 2  # a call that never comes is not worth 1 µs per torch call
+            self._steps_without_calls += 1
+            self._watching = self._steps_without_calls < 2  # a call that never comes is not worth 1 µs per torch call
             names = dict.fromkeys(name for backward in backwards for name in backward.names)
             return self._not_captured(
                 f"has a loss that comes from {', '.join(names)}, which tells no per-sample losses."
@@ -185,13 +189,13 @@ class EvaluationCapture:
         if batch_size == 0:
             return Captured(torch.zeros(0))
         try:
+            if self._watch.error is not None:
+                raise self._watch.error
             terms = self._terms(watched, batch_size)
-        except SampleAxisLost as lost:
-            return NotCaptured(remedy(step, f"has a loss without a sample axis: {lost}."))
-        except UNREADABLE as error:
-            return NotCaptured(remedy(step, f"has a loss that can't be split ({type(error).__name__}: {error})."))
-        if terms:
-            return Captured(weigh(terms))
+            if terms:
+                return Captured(weigh(terms))
+        except Exception as error:
+            return _failed(step, error)
         calls = ", ".join(call.kind for call in watched) or "no loss function that can be watched"
         trained = ", ".join(term.kind for term in self.training.terms) or "nothing yet"
         return NotCaptured(remedy(step, f"calls {calls}, where training_step was seen to use {trained}."))
@@ -246,6 +250,15 @@ def reported_ids(outputs: Any, ids: Tensor) -> Tensor:
 def remedy(step: str, found: str) -> str:
     """One message: what was found in a step, and the line that ends the doubt."""
     return f"{step} {found} End {step} with `return per_sample(losses, ids)`."
+
+
+def _failed(step: str, error: Exception) -> NotCaptured:
+    """The reason why a step's losses were not read: an `UnreadableLoss`, or a mistake of this package."""
+    if isinstance(error, SampleAxisLost):
+        return NotCaptured(remedy(step, f"has a loss without a sample axis: {error}."))
+    if isinstance(error, UnreadableLoss):
+        return NotCaptured(remedy(step, f"has a loss that can't be split: {error}."))
+    return NotCaptured(f"{internal_error(f'Reading the losses of {step}', error)}.", is_internal=True)
 
 
 def _laid_out(call: LossCall, batch_size: int, time_major: bool) -> LossCall:

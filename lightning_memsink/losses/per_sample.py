@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.losses.loss_call import LossCall
+from lightning_memsink.losses.unreadable import UnreadableLoss
 
 LOSSES_KEY = "memsink/losses"
 IDS_KEY = "memsink/ids"
@@ -51,9 +52,12 @@ def per_sample(losses: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class NotCaptured:
-    """No per-sample losses this step. ``reason`` is one message: what was found, and what to type."""
+    """No per-sample losses this step."""
 
     reason: str
+    """One message: what was found, and what to type."""
+    is_internal: bool = False
+    """Whether the reason is a mistake of this package, not the user's loss."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,8 @@ class Term:
         return self.weights.sum() * self.scale
 
 
-class SampleAxisLost(ValueError):
-    """The rows of a loss call can't be told apart by sample."""
+class SampleAxisLost(UnreadableLoss):
+    """The rows of a loss call can't be assigned to samples."""
 
 
 def time_steps(call: LossCall, batch_size: int) -> int:
@@ -208,8 +212,11 @@ def terms_of(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0
     at most 1. A sole loss has weight 1, whatever it is multiplied with.
 
     Raises:
-        SampleAxisLost: no call has a sample axis.
+        UnreadableLoss: no call has a sample axis (`SampleAxisLost`), or calls are on several devices.
     """
+    devices = dict.fromkeys(str(call.losses.device) for call in calls)
+    if len(devices) > 1:
+        raise UnreadableLoss(f"its loss calls are on several devices, {', '.join(devices)}")
     terms: list[Term] = []
     lost: list[SampleAxisLost] = []
     for same in alike(calls):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes, names_near, note_upstream
@@ -31,18 +31,15 @@ from lightning_memsink.losses.per_sample import (
     terms_of,
     weigh,
 )
-from lightning_memsink.losses.saved_tensors import LOG_SOFTMAX, NEGATIVE_LIKELIHOOD, is_report, signed
-
-
-class Unweighable(ValueError):
-    """The loss calls of a step can't be weighed by sample. The message says what was found, and what to type."""
+from lightning_memsink.losses.readers import is_likelihood, is_log_softmax, is_report, metadata, saved_value
+from lightning_memsink.losses.unreadable import UnreadableLoss
 
 
 @dataclass(frozen=True)
 class OpenCall:
     """A loss call that is about to be differentiated."""
 
-    node: Any
+    node: Node
     call: LossCall
     """With its ``upstream``; only up to a factor where there is one for all elements of the step."""
     owners: Tensor | None
@@ -61,14 +58,14 @@ class OpenLoss:
         found: what `find_loss_nodes` says of this loss, where it was asked before.
 
     Raises:
-        Unweighable: no loss call is found (compiled code, custom autograd functions), or none has a sample axis.
+        UnreadableLoss: no loss call is found (compiled code, custom autograd functions), or none has a sample axis.
     """
 
     def __init__(self, loss: Tensor, batch_size: int, loss_scale: float = 1.0, found: LossNodes | None = None) -> None:
         self.batch_size, self.loss_scale = batch_size, loss_scale
         found = find_loss_nodes(loss) if found is None else found
         if not found:
-            raise Unweighable(
+            raise UnreadableLoss(
                 f"the loss comes from {', '.join(names_near(loss)) or 'no graph'}, where the part of a sample can't be "
                 "told. End training_step with `return per_sample(losses, ids)`"
             )
@@ -86,7 +83,7 @@ class OpenLoss:
                 except SampleAxisLost as error:
                     lost = str(error)
         if not self.calls:
-            raise Unweighable(
+            raise UnreadableLoss(
                 f"the loss has no sample axis: {lost}. End training_step with `return per_sample(losses, ids)`"
             )
         self._handles: list[RemovableHandle] = []
@@ -95,7 +92,7 @@ class OpenLoss:
     def ids(self) -> Tensor | None:
         """``[B]`` ids that the step itself reported with `per_sample`."""
         node = self.calls[0].node
-        return node.metadata.get(IDS_KEY) if is_report(node) else None
+        return metadata(node).get(IDS_KEY) if is_report(node) else None
 
     @cached_property
     def _terms(self) -> list[Term]:
@@ -140,7 +137,10 @@ def _note_upstreams(loss: Tensor, found: LossNodes) -> None:
         found[0][1].upstream = torch.ones((), device=loss.device)  # one number for all elements cancels
         return
     edges = [GradientEdge(node, 0) for node, _ in found]
-    gradients = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise UnreadableLoss(f"the loss can't be differentiated with respect to its loss calls ({error})") from error
     for (node, call), gradient in zip(found, gradients, strict=True):
         note_upstream(node, call)((gradient,))
 
@@ -150,10 +150,10 @@ def _scale(each: OpenCall, weights: Tensor) -> Callable[[Sequence[Any], Sequence
     if weights.numel() < each.call.losses.numel():
         weights = weights[:, None].expand(-1, each.call.losses.numel() // len(weights))
     weights = weights.reshape(shape)
-    if node.name() in NEGATIVE_LIKELIHOOD:
-        return _scale_targets(node, weights.unsqueeze(1))
-    if node.name() == LOG_SOFTMAX:
-        weights = weights.unsqueeze(signed(node._saved_dim))
+    if is_likelihood(node):
+        return _scale_targets(node, weights)
+    if is_log_softmax(node):
+        weights = weights.unsqueeze(saved_value(node, "dim"))
 
     def scale(leaving: Sequence[Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(
@@ -164,17 +164,22 @@ def _scale(each: OpenCall, weights: Tensor) -> Callable[[Sequence[Any], Sequence
     return scale
 
 
-def _scale_targets(node: Any, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
-    """What leaves a likelihood, ``[N, C]``, is zero but at the targets: only those are touched, and in place, for it
-    was made for this node alone. A pass over all classes would cost more than the loss itself."""
-    targets = node._saved_target
-    place = torch.where(targets == signed(node._saved_ignore_index), 0, targets).unsqueeze(1)
+def _scale_targets(node: Node, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
+    """A hook that multiplies the gradient of a likelihood, ``[N, C, ...]`` or ``[C]``, with ``weights`` of its targets.
+
+    The gradient is zero except at the targets, so only those are multiplied, and in place, since the tensor was made
+    for this node alone. A pass over all classes would cost more than the loss itself.
+    """
+    targets = saved_value(node, "target")
+    dim = min(1, targets.ndim)  # of the classes
+    place = torch.where(targets == saved_value(node, "ignore_index"), 0, targets).unsqueeze(dim)
+    weights = weights.unsqueeze(dim)
 
     def scale(leaving: Sequence[Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
         gradient, *rest = leaving
         if torch.is_grad_enabled():  # a graph of the gradient itself is being made
-            return gradient.scatter(1, place, _times(gradient.gather(1, place), weights)), *rest
-        return gradient.scatter_(1, place, _times(gradient.gather(1, place), weights)), *rest
+            return gradient.scatter(dim, place, _times(gradient.gather(dim, place), weights)), *rest
+        return gradient.scatter_(dim, place, _times(gradient.gather(dim, place), weights)), *rest
 
     return scale
 

@@ -1,6 +1,9 @@
-"""The one exception for a loss that can't be read, and the warning for an error of our own."""
+"""The exception for a loss that can't be read, and the warning for a mistake of this package."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from traceback import extract_tb
 
 
 class UnreadableLoss(Exception):
@@ -14,3 +17,13 @@ class UnreadableLoss(Exception):
 
 class InternalError(RuntimeWarning):
     """A mistake in lightning_memsink that was kept from ending the training. Tests turn it into a failure."""
+
+
+def internal_error(task: str, error: Exception) -> str:
+    """The message of an `InternalError`. ``task``: what failed, "Reading the losses of Model.training_step"."""
+    frames = extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return (
+        f"{task} failed with {type(error).__name__}: {error}{place}. The step goes on without it. This is a mistake in "
+        "lightning_memsink, please report it"
+    )

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_memsink.losses.autograd_graph import find_loss_calls
 from lightning_memsink.losses.per_sample import per_sample, terms_of, weigh
-from lightning_memsink.losses.reweighting import OpenLoss, Unweighable
+from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.losses.unreadable import UnreadableLoss
 from tests.support.capturing import QUIET, B, Model, Sequences, T, alone, flat, new, token_loss
 from tests.support.user_losses import (
     CHUNKS,
@@ -233,6 +234,6 @@ def test_once_closed_a_second_backward_is_plain():
     ids=["custom", "checkpointed", "no sample axis", "a leaf"],
 )
 def test_what_cannot_be_weighed_is_said_with_the_cure(step, found):
-    with pytest.raises(Unweighable, match=found) as raised:
+    with pytest.raises(UnreadableLoss, match=found) as raised:
         OpenLoss(step(new(None), batch_of()), B)
     assert "End training_step with `return per_sample(losses, ids)`" in str(raised.value)
