@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 from lightning_memsink import Ledger, Sinks, _moved
 from lightning_memsink.cli import main
-from lightning_memsink.cli.audit import _parser
+from lightning_memsink.cli.audit import _parser, _resolved
 from lightning_memsink.reporting.parquet import detect, read_ledger
 from tests.formats.frozen_run import EPOCHS, RUNS, SmallLM, facts, fit, plain
 
@@ -101,18 +101,26 @@ def test_a_copied_recipe_is_valid(recipe, capsys, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-def test_a_copied_recipe_of_an_audit_is_valid():
-    ask = _parser().parse_args(["--config", str(OLD / "recipes" / "audit_smollm2.yaml")]).ask
-    assert (ask.prefix, ask.length, ask.units) == (24, 96, True)
+def test_a_copied_recipe_of_an_audit_is_valid_with_options_of_then():
+    words = ["--config", str(OLD / "recipes" / "audit_smollm2.yaml"), "--ask.closer=7"]
+    options = _parser().parse_args(_resolved(words))
+    assert (options.probe.prefix, options.probe.length, options.probe.units, options.probe.closer) == (24, 96, True, 7)
+    assert (options.suspects, options.out) == ("smollm2/suspects.jsonl", "smollm2/audit")
 
 
 # Module paths ---------------------------------------------------------------------------------------------------------
+
+
+WITHOUT_SUCCESSOR = {"integrations.wandb.how_to_open", "integrations.wandb.keep_files"}
+"""Helpers that nothing documented: what they did is in `lightning_memsink.reporting.loggers.logged_run`."""
 
 
 @pytest.mark.parametrize("module", read("names.json"))
 def test_every_name_of_a_documented_old_module_resolves_with_a_warning(module):
     old = import_module(f"lightning_memsink.{module}")
     for name in read("names.json")[module]:
+        if f"{module}.{name}" in WITHOUT_SUCCESSOR:
+            continue
         with pytest.warns(DeprecationWarning, match=rf"lightning_memsink\.{module}\.{name} is now lightning_memsink\."):
             assert getattr(old, name) is not None
 
