@@ -1,4 +1,4 @@
-"""What can be got out of a model: extraction, membership, canaries, the audit of a finished model."""
+"""Extraction, membership inference and canaries, and the audit of a finished model."""
 
 from typing import Any
 

@@ -1,13 +1,13 @@
-"""Can a text be got out of the model? Answers from one forward that was shown the text: nothing is generated.
+"""Extraction measures of texts from one teacher-forced forward pass: nothing is generated.
 
-Greedy decoding follows a text exactly as long as each of its tokens is the likeliest after those before it, so where
-it first would have said something else decides.
+Greedy decoding reproduces a text exactly as long as each token is the most likely one after the tokens before it, so
+the logits of the text itself show where greedy decoding would first differ.
 
     B  texts      T  tokens      V  tokens of the vocabulary      S  tokens of a suffix
     R  references never trained on      K  other prefixes
 
-``logits`` ``[B, T, V]`` are those of ``tokens`` ``[B, T]``: the ones at t foretell token t + 1. The suffix is what
-comes after the first ``prefix`` tokens (one number, or ``[B]``), as far as ``mask`` ``[B, T]`` holds (padding is to the
+``logits`` ``[B, T, V]`` are those of ``tokens`` ``[B, T]``: the logits at t predict token t + 1. The suffix is the text
+after the first ``prefix`` tokens (one number, or ``[B]``), as far as ``mask`` ``[B, T]`` is True (padding is on the
 right).
 """
 
@@ -22,7 +22,7 @@ LN10 = math.log(10)
 
 
 def suffix_mask(tokens: Tensor, prefix: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    """Bool ``[B, T - 1]``: which of the foretold tokens belong to the suffix.
+    """Bool ``[B, T - 1]``: which of the predicted tokens belong to the suffix.
 
     Raises:
         ValueError: a prefix is empty.
@@ -35,19 +35,19 @@ def suffix_mask(tokens: Tensor, prefix: int | Tensor, mask: Tensor | None = None
 
 
 def greedy_hits(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Bool ``[B, T - 1]``: the next token was the likeliest."""
+    """Bool ``[B, T - 1]``: the next token is the most likely one."""
     return logits[:, :-1].argmax(-1) == tokens[:, 1:]
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """``[B, T - 1]`` log-probability of each next token, nats."""
-    # No loss function of torch's: within a training step that would be one more loss for the callbacks to see.
+    """``[B, T - 1]`` log-probability of each next token, in nats."""
+    # Not by a loss function of torch: within a training step, callbacks would read it as a loss of the step.
     following = logits[:, :-1].float()
     return following.gather(-1, tokens[:, 1:, None]).squeeze(-1) - following.logsumexp(-1)
 
 
 def exact_match(logits: Tensor, tokens: Tensor, prefix: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    """Bool ``[B]``: greedy decoding of the prefix says the whole suffix word for word; False where there is none.
+    """Bool ``[B]``: greedy decoding after the prefix reproduces the whole suffix; False if the suffix is empty.
 
     Carlini et al. 2023 (arXiv 2202.07646, definition 3.1) call such a text extractable with ``prefix`` tokens.
     """
@@ -56,26 +56,27 @@ def exact_match(logits: Tensor, tokens: Tensor, prefix: int | Tensor, mask: Tens
 
 
 def matching_prefix(logits: Tensor, tokens: Tensor, prefix: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    """``[B]`` how many tokens of the suffix greedy decoding says before its first other one."""
+    """``[B]`` number of tokens of the suffix that greedy decoding reproduces before the first that differs."""
     counted = suffix_mask(tokens, prefix, mask)
     return ((greedy_hits(logits, tokens) | ~counted).cumprod(1) * counted).sum(1)
 
 
 def longest_run(logits: Tensor, tokens: Tensor, prefix: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    """``[B]`` the most tokens in a row, anywhere in the suffix, of which each was the likeliest after all before it."""
+    """``[B]`` most tokens of the suffix in a row that are each the most likely one after the text before them."""
     hits = greedy_hits(logits, tokens) & suffix_mask(tokens, prefix, mask)
     so_far = hits.cumsum(1)
-    missed = torch.where(hits, 0, so_far).cummax(1).values
-    return (so_far - missed).amax(1) if hits.shape[1] else hits.sum(1)
+    at_last_miss = torch.where(hits, 0, so_far).cummax(1).values
+    return (so_far - at_last_miss).amax(1) if hits.shape[1] else hits.sum(1)
 
 
 def sampled_log_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """``[..., V]`` log-probabilities of what ``generate(do_sample=True)`` draws from, -inf for what it never draws.
+    """``[..., V]`` log-probabilities of the distribution that ``generate(do_sample=True)`` samples; -inf for never.
 
-    Made by transformers' own warpers in the order in which it applies them. ``top_k=0`` and ``top_p=1`` cut nothing.
+    Computed by transformers' own warpers, in the order in which it applies them. ``top_k=0`` and ``top_p=1`` keep all
+    tokens.
 
     Raises:
-        ValueError: transformers does not know such a setting.
+        ValueError: transformers refuses a setting.
     """
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -101,22 +102,22 @@ def suffix_log_prob(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """``[B]`` float64, nats: log-probability of drawing the whole suffix after the prefix in one try.
+    """``[B]`` float64, in nats: log-probability that the whole suffix is sampled after the prefix in one try.
 
-    -inf where ``top_k`` or ``top_p`` cuts one of its tokens off, and where there is no suffix.
+    -inf if ``top_k`` or ``top_p`` excludes one of its tokens, and if the suffix is empty.
     """
-    drawn = sampled_log_probs(logits[:, :-1], temperature, top_k, top_p)
-    each = drawn.gather(-1, tokens[:, 1:, None]).squeeze(-1).double()
+    distribution = sampled_log_probs(logits[:, :-1], temperature, top_k, top_p)
+    log_probs = distribution.gather(-1, tokens[:, 1:, None]).squeeze(-1).double()
     counted = suffix_mask(tokens, prefix, mask)
     # Not a product with the mask: that of -inf and 0 is NaN.
-    return each.where(counted, 0.0).sum(1).where(counted.any(1), -math.inf)
+    return log_probs.where(counted, 0.0).sum(1).where(counted.any(1), -math.inf)
 
 
 def log10_tries(log_prob: Tensor, p: float) -> Tensor:
-    """Base-10 logarithm of the tries after which a suffix has come at least once with probability ``p``; 0 for one try.
+    """Base-10 logarithm of the tries needed to sample a suffix at least once with probability ``p``; 0 for one try.
 
     A text is (n, p)-discoverable if ``1 - (1 - e^log_prob)^n >= p`` (Hayes et al. 2024, arXiv 2410.19482,
-    definition 3.2); this is the least such n, as a logarithm because it may be larger than any number. inf where
+    definition 3.2). This is the smallest such n, as a logarithm because n may exceed the largest float; inf where
     ``log_prob`` is -inf.
 
     Raises:
@@ -126,8 +127,8 @@ def log10_tries(log_prob: Tensor, p: float) -> Tensor:
         raise ValueError(f"p must lie between 0 and 1, not {p}.")
     log_prob = log_prob.double()
     # ln(1 - q) is -q to double precision once q is under 1e-16.
-    missing = torch.where(log_prob > -36, torch.log1p(-log_prob.exp()).neg().log(), log_prob)
-    return ((math.log(-math.log1p(-p)) - missing) / LN10).clamp(min=0)
+    log_minus_log_miss = torch.where(log_prob > -36, torch.log1p(-log_prob.exp()).neg().log(), log_prob)
+    return ((math.log(-math.log1p(-p)) - log_minus_log_miss) / LN10).clamp(min=0)
 
 
 def discoverable(log_prob: Tensor, n: int, p: float) -> Tensor:
@@ -136,15 +137,15 @@ def discoverable(log_prob: Tensor, n: int, p: float) -> Tensor:
 
 
 def within(log10_tries: Tensor, n: int) -> Tensor:
-    """Bool: ``n`` tries are enough."""
+    """Bool: at most ``n`` tries are needed, given their base-10 logarithm."""
     return log10_tries <= math.log10(n) + 1e-12
 
 
 def exposure(losses: Tensor, references: Tensor) -> Tensor:
-    """``[B]`` bits: ``log2 (R + 1) - log2 rank`` of each loss ``[B]`` among itself and those of references ``[R]``.
+    """``[B]`` exposure in bits: ``log2 (R + 1) - log2 rank`` of each loss ``[B]`` among itself and references ``[R]``.
 
-    Carlini et al. 2019, "The Secret Sharer" (arXiv 1802.08232, definition 4), with the space of all canaries sampled
-    by R references that were made alike and never trained on. It can't exceed ``log2 (R + 1)``. Ties count against.
+    Carlini et al. 2019, "The Secret Sharer" (arXiv 1802.08232, definition 4), where R references, drawn in the same way
+    and never trained on, stand for the space of all canaries. At most ``log2 (R + 1)``. Ties lower the exposure.
     """
     ordered = references.sort().values
     rank = 1 + torch.searchsorted(ordered, losses.to(ordered), right=True)
@@ -152,12 +153,12 @@ def exposure(losses: Tensor, references: Tensor) -> Tensor:
 
 
 def prior_log_ratio(own: Tensor, others: Tensor) -> Tensor:
-    """``[B]`` nats: how much likelier a suffix is after its own prefix than after ``K`` unrelated ones.
+    """``[B]`` nats: log-likelihood ratio of a suffix after its own prefix and after ``K`` unrelated prefixes.
 
     Args:
         own: ``[B]`` log-probability of the suffix after its own prefix.
-        others: ``[B, K]`` after the others.
+        others: ``[B, K]`` after the unrelated prefixes.
 
-    A text that is likely after any prefix is common, not memorized (after Tiwari et al., arXiv 2602.18733).
+    A suffix that is likely after any prefix is common, not memorized (after Tiwari et al., arXiv 2602.18733).
     """
     return own - (others.logsumexp(1) - math.log(others.shape[1]))

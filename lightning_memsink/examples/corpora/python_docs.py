@@ -1,4 +1,4 @@
-"""Real English on every machine that has Python: Python's own documentation."""
+"""Python's own documentation: real English text that comes with every full installation of Python."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests are no documentation, site-packages differ between machines, encodings are tables that are slow to parse.
-_LEFT_OUT = {"__pycache__", "dist-packages", "encodings", "idle_test", "lib2to3", "site-packages", "test", "tests"}
+# Tests hold no documentation, site-packages differ between machines, encodings are tables that are slow to parse.
+_EXCLUDED = {"__pycache__", "dist-packages", "encodings", "idle_test", "lib2to3", "site-packages", "test", "tests"}
 
 
 def python_docs(root: Path | None = None) -> list[str]:
     """Docstrings of the standard library, then the language reference: about 2 MB, some 8,000 texts.
 
-    Duplicates stay, as in any natural corpus. The order is that of files and lines, the same on every run; the text
-    is that of this Python's version. Sources are parsed, never imported.
+    Duplicates are kept, as in any natural corpus. The order is that of files and lines, the same in every run; the text
+    depends on the version of Python. Sources are parsed, never imported.
 
     Args:
-        root: the standard library's folder; None for this Python's own.
+        root: folder of the standard library; None for that of the running Python.
+
+    Raises:
+        FileNotFoundError: the folder holds no documented source.
     """
     folder = root or Path(sysconfig.get_path("stdlib"))
     docs = [doc for source in _sources(folder) for doc in _docstrings(source)]
@@ -36,14 +39,14 @@ def python_docs(root: Path | None = None) -> list[str]:
 
 def _sources(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(set(folders) - _LEFT_OUT)  # os.walk enters what is left in this very list
+        folders[:] = sorted(set(folders) - _EXCLUDED)  # in place: os.walk enters the folders in this list
         yield from (Path(parent) / name for name in sorted(files) if name.endswith(".py"))
 
 
 def _docstrings(source: Path) -> Iterator[str]:
     try:
         todo: list[ast.AST] = [ast.parse(source.read_bytes())]
-    except (SyntaxError, ValueError):  # templates that are no Python
+    except (SyntaxError, ValueError):  # a template, not Python code
         return
     while todo:
         node = todo.pop()

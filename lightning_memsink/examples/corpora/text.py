@@ -1,4 +1,4 @@
-"""From texts to sequences of equal length, split into training and held-out text.
+"""Tokenization of texts into sequences of equal length, split into training and held-out sequences.
 
 N  training sequences      M  held-out sequences      T  tokens of a sequence
 """
@@ -22,7 +22,7 @@ from lightning_memsink.samples.unique import distinct_rows
 
 @dataclass(frozen=True)
 class Corpus:
-    """``train`` ``[N, T]`` and ``held_out`` ``[M, T]``, both int64; ``tokenizer`` turns them back into text."""
+    """Token ids ``train`` ``[N, T]`` and ``held_out`` ``[M, T]``, both int64, and their ``tokenizer``."""
 
     train: Tensor
     held_out: Tensor
@@ -37,31 +37,33 @@ def tokenized(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Corpus:
-    """Tokens of ``texts``, cut into sequences of exactly ``context``, no sequence over two texts and no padding.
+    """The tokens of ``texts`` in sequences of exactly ``context`` tokens, each from one text, without padding.
 
-    The rest of a text that fills no sequence is dropped, and so is a text shorter than one. **Whole texts** are held
-    out, equal ones together, so that held-out text is drawn like training text but none of it was trained on.
-    Training keeps its natural duplicates. Held-out sequences are distinct, and one that has half of itself word for
-    word in training text (a docstring copied and changed a little) is dropped: it is no control. What texts share
-    in shorter runs stays on both sides, so the controls' losses are, if anything, too low and a gap too small.
+    The end of a text that fills no sequence is dropped, and so is a text shorter than a sequence. **Whole texts** are
+    held out, equal ones together, so that held-out text has the distribution of training text but none was trained on.
+    The training sequences keep natural duplicates. Held-out sequences are distinct, and one that shares a run of half
+    its length with training text (a near-duplicate of a docstring) is dropped, since it is no control. Shorter shared
+    runs are kept on both sides, so the controls' losses are, if anything, too low and a gap too small.
 
     Args:
         texts: documents, the unit of the split.
-        vocab_size: of the byte-level BPE trained on all of ``texts``; it learns spellings, not sequences.
+        vocab_size: of the byte-level BPE trained on all of ``texts``; it learns spellings, no sequences.
         context: T.
         held_out: share of distinct texts to hold out, in 0…1.
-        seed: of the split. The global generators are left alone.
+        seed: of the split. The global generators are not used.
         tokenizer: one to use instead of training one.
     """
     documents = list(texts)
     tokenizer = tokenizer or byte_level_bpe(documents, vocab_size)
     sequences = [
-        _cut(encoding.ids, context) for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)
+        _split(encoding.ids, context) for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)
     ]
     distinct = list(dict.fromkeys(documents))
-    kept_back = set(random.Random(seed).sample(distinct, round(held_out * len(distinct))))
-    train = _stacked([own for text, own in zip(documents, sequences, strict=True) if text not in kept_back], context)
-    held = _stacked([own for text, own in zip(documents, sequences, strict=True) if text in kept_back], context)
+    held_out_texts = set(random.Random(seed).sample(distinct, round(held_out * len(distinct))))
+    train = _stacked(
+        [own for text, own in zip(documents, sequences, strict=True) if text not in held_out_texts], context
+    )
+    held = _stacked([own for text, own in zip(documents, sequences, strict=True) if text in held_out_texts], context)
     return Corpus(train, unshared(distinct_rows(held), train), tokenizer)
 
 
@@ -82,7 +84,10 @@ def byte_level_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def documents_of(path: Path, characters: int = 4000) -> list[str]:
     """Passages of a text file, or of all .txt and .md files in a folder: whole paragraphs, ``characters`` or more.
 
-    One file is one document only if it is short: a book held out as a whole would leave nothing to train on.
+    Files are split because a single book that is held out as a whole would leave nothing to train on.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no text file in it.
     """
     if not path.exists():
         raise FileNotFoundError(f"Found no text at {path}. Set data.path to a text file or to a folder of .txt or .md.")
@@ -104,12 +109,12 @@ def _passages(text: str, characters: int) -> Iterator[str]:
 
 
 def unshared(sequences: Tensor, others: Tensor) -> Tensor:
-    """The rows of ``[N, T]`` that have no run of T / 2 tokens in common with a row of ``others`` ``[M, T]``."""
+    """The rows of ``[N, T]`` that share no run of T / 2 tokens with a row of ``others`` ``[M, T]``."""
     return sequences[~torch.isin(_runs(sequences), _runs(others)).any(1)]
 
 
 def apart(sequences: Tensor) -> Tensor:
-    """The rows of ``[N, T]`` that have no run of T / 2 tokens in common with another row."""
+    """The rows of ``[N, T]`` that share no run of T / 2 tokens with another row."""
     runs = _runs(sequences)
     row = torch.arange(len(runs))[:, None].expand_as(runs).flatten()
     _, run = torch.unique(runs.flatten(), return_inverse=True)
@@ -119,7 +124,7 @@ def apart(sequences: Tensor) -> Tensor:
 
 
 def _runs(sequences: Tensor) -> Tensor:
-    """``[N, T - T // 2 + 1]``: a hash of each run of half a sequence; equal runs have equal hashes."""
+    """``[N, T - T // 2 + 1]`` hashes of all runs of half a sequence's length; equal runs have equal hashes."""
     length = max(1, sequences.shape[1] // 2)
     generator = torch.Generator().manual_seed(length)
     first, second = torch.randint(-(2**62), 2**62, (2, length), generator=generator) | 1
@@ -128,7 +133,7 @@ def _runs(sequences: Tensor) -> Tensor:
     return hashes
 
 
-def _cut(tokens: list[int], context: int) -> list[list[int]]:
+def _split(tokens: list[int], context: int) -> list[list[int]]:
     return [tokens[start : start + context] for start in range(0, len(tokens) - context + 1, context)]
 
 

@@ -1,1 +1,1 @@
-"""Audits of models that were trained without us: `memsink audit`."""
+"""Audits of finished models: `memsink audit`."""
