@@ -21,7 +21,7 @@ pytestmark = QUIET
 
 
 class Broken(Logger):
-    """Raises whenever it is told a number; ``sorry`` is the error."""
+    """Raises the error ``sorry`` whenever it gets numbers."""
 
     def __init__(self, sorry: Exception) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def test_evaluations_between_validations_and_at_the_end_are_shown_in_any_order(f
     assert [row["step"] for row in curves.history] == [2, 3, 4, 6, 7]
 
 
-def test_rungs_given_win_over_the_data_module_and_unknown_ids_are_said():
+def test_rungs_given_win_over_the_data_module_and_unknown_ids_are_warned_of():
     rung = RUNGS[0]
     strangers = type(rung)("strange x8", 8, torch.tensor([777]), rung.twin_ids)
     with pytest.warns(UserWarning, match="identity='content'"):
@@ -74,11 +74,11 @@ def test_csv_and_tensorboard_get_every_scalar(tmp_path):
     fit([curves, Writer()], loggers)
     with open(Path(loggers[0].log_dir) / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["memsink/gap"]]
-    for row, told in zip(rows, curves.history, strict=True):
-        assert {name: float(row[f"memsink/{name}"]) for name in told if name != "step"} == {
-            name: value for name, value in told.items() if name != "step"
+    for row, logged in zip(rows, curves.history, strict=True):
+        assert {name: float(row[f"memsink/{name}"]) for name in logged if name != "step"} == {
+            name: value for name, value in logged.items() if name != "step"
         }
-        assert int(row["step"]) == told["step"]
+        assert int(row["step"]) == logged["step"]
     board = scalars_of(loggers[1].log_dir)
     for name in set(curves.history[-1]) - {"step"}:
         expected = [(row["step"], pytest.approx(row[name])) for row in curves.history if name in row]
@@ -96,9 +96,9 @@ def scalars_of(directory: str) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.parametrize("sorry", [RuntimeError("no server"), OSError(28, "No space left on device")], ids=str)
 def test_a_logger_that_raises_is_named_once_and_training_goes_on(sorry, tmp_path):
     broken, curves = Broken(sorry), LiveCurves()
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as warned:
         trainer = fit([curves, Writer()], [broken, CSVLogger(tmp_path)])
-    [warning] = [str(one.message) for one in said if "Broken" in str(one.message)]
+    [warning] = [str(one.message) for one in warned if "Broken" in str(one.message)]
     assert str(sorry) in warning
     assert (trainer.global_step, broken.tried, len(curves.history)) == (6, 3, 3)
     assert (Path(tmp_path) / "lightning_logs" / "version_0" / "metrics.csv").exists(), "the others still get theirs"
@@ -131,12 +131,12 @@ def test_more_rows_than_a_log_should_hold_are_refused():
 
 
 def test_the_report_is_written_and_printed_with_the_last_evaluation(tmp_path, capsys):
-    fit([RunReport(tmp_path / "told.md"), LiveCurves(), Writer(also_at=(7,))], steps=7)
-    text, printed = (tmp_path / "told.md").read_text(), capsys.readouterr().out
+    fit([RunReport(tmp_path / "report.md"), LiveCurves(), Writer(also_at=(7,))], steps=7)
+    text, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     assert "set in at step 40" in text and "natural x4 (75 %)" in text
-    assert "set in at step 40" in printed and "told.md" in printed
-    assert len([file for file in (tmp_path / "told_files").iterdir() if file.suffix in (".png", ".svg")]) == 6
-    assert sorted(file.name for file in (tmp_path / "told_files/ledger").iterdir()) == [
+    assert "set in at step 40" in printed and "report.md" in printed
+    assert len([file for file in (tmp_path / "report_files").iterdir() if file.suffix in (".png", ".svg")]) == 6
+    assert sorted(file.name for file in (tmp_path / "report_files/ledger").iterdir()) == [
         "controls.parquet",
         "samples.parquet",
     ]
@@ -154,7 +154,7 @@ def test_a_failed_training_writes_no_report(tmp_path):
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        fit([RunReport(tmp_path / "told.md"), LiveCurves(), Writer(), Fails()], steps=64, limit_train_batches=4)
+        fit([RunReport(tmp_path / "report.md"), LiveCurves(), Writer(), Fails()], steps=64, limit_train_batches=4)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,22 +164,22 @@ def test_a_full_disk_costs_the_report_and_nothing_else(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.warns(UserWarning, match="No space left"):
-        fit([RunReport(tmp_path / "told.md"), LiveCurves(), Writer()])
-    assert not list(tmp_path.glob("told.md*")), "nothing half written"
+        fit([RunReport(tmp_path / "report.md"), LiveCurves(), Writer()])
+    assert not list(tmp_path.glob("report.md*")), "nothing half written"
     assert "set in at step 40" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_report_has_words_only(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lightning_memsink.reporting.figures", None)
     with pytest.warns(UserWarning, match=r"lightning-memsink\[report\]"):
-        fit([RunReport(tmp_path / "told.md"), LiveCurves(), Writer()])
-    assert "![" not in (tmp_path / "told.md").read_text()
+        fit([RunReport(tmp_path / "report.md"), LiveCurves(), Writer()])
+    assert "![" not in (tmp_path / "report.md").read_text()
 
 
-def test_the_bar_shows_what_stands():
+def test_the_bar_shows_the_memorized_samples():
     bar = MemSinkProgressBar()
     fit([bar, Writer(), LiveCurves()], enable_progress_bar=True)
-    assert bar.configure_columns(bar.trainer)[-1].words() == "memorized 3 · gap 0.12 nats"
+    assert bar.configure_columns(bar.trainer)[-1].text() == "memorized 3 · gap 0.12 nats"
 
 
 def test_nothing_heavy_is_imported_with_the_callbacks():

@@ -1,4 +1,4 @@
-"""The report as HTML and JSON: valid, alone, the same for the same run, and nothing but numbers in it."""
+"""The report as HTML and JSON: valid, self-contained, the same for the same run, and without any text of samples."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def document(**changed):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_report(replace(made_up().findings(), settings=SETTINGS), folder / "told.md")
+    write_report(replace(made_up().findings(), settings=SETTINGS), folder / "report.md")
     return folder
 
 
-def test_the_page_is_valid_stands_alone_and_is_small(folder):
-    page = (folder / "told.html").read_text()
+def test_the_page_is_valid_self_contained_and_small(folder):
+    page = (folder / "report.html").read_text()
     html5lib.HTMLParser(strict=True).parse(page)
     assert not re.findall(r"https?:|//[a-z]|src=|@import|url\((?!#)", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -46,41 +46,41 @@ def test_the_page_is_valid_stands_alone_and_is_small(folder):
     assert len(page) < 1_000_000
 
 
-def test_its_json_is_what_the_schema_says(folder):
-    told = json.loads((folder / "told.json").read_text())
-    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(told)
-    assert told["numbers"]["settings"] == SETTINGS
-    assert told["numbers"]["last_evaluation"]["step"] == made_up().findings().evaluation.step
-    assert Document.from_json(told).as_json() == told
+def test_the_json_follows_the_schema(folder):
+    content = json.loads((folder / "report.json").read_text())
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(content)
+    assert content["numbers"]["settings"] == SETTINGS
+    assert content["numbers"]["last_evaluation"]["step"] == made_up().findings().evaluation.step
+    assert Document.from_json(content).as_json() == content
 
 
 def test_the_same_run_gives_the_same_bytes_but_for_the_date(folder, tmp_path):
-    write_report(replace(made_up().findings(), settings=SETTINGS), tmp_path / "told.md")
-    for name in ("told.html", "told.json"):
+    write_report(replace(made_up().findings(), settings=SETTINGS), tmp_path / "report.md")
+    for name in ("report.html", "report.json"):
         pages = [re.sub(r"20\d\d-\d\d-\d\dT[\d:+]+", "", (place / name).read_text()) for place in (folder, tmp_path)]
         assert pages[0] == pages[1], name
 
 
 def test_the_command_makes_the_same_page_again(folder, capsys):
-    before = (folder / "told.html").read_bytes()
-    (folder / "told.html").write_text("lost")
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").write_text("lost")
     assert main(["report", str(folder)]) == 0
-    assert capsys.readouterr().out.strip().endswith("told.html")
-    assert (folder / "told.html").read_bytes() == before
+    assert capsys.readouterr().out.strip().endswith("report.html")
+    assert (folder / "report.html").read_bytes() == before
 
 
-def test_another_run_stands_beside_it(folder, tmp_path, capsys):
-    write_report(made_up().findings(), tmp_path / "told.md")
-    told = json.loads((tmp_path / "told.json").read_text())
-    told["numbers"]["curves"]["control_loss"] = 9.5
-    (tmp_path / "told.json").write_text(json.dumps(told))
+def test_a_run_is_compared_with_another(folder, tmp_path, capsys):
+    write_report(made_up().findings(), tmp_path / "report.md")
+    other = json.loads((tmp_path / "report.json").read_text())
+    other["numbers"]["curves"]["control_loss"] = 9.5
+    (tmp_path / "report.json").write_text(json.dumps(other))
     main(["report", str(folder), "--against", str(tmp_path)])
-    page = (folder / "told.html").read_text()
+    page = (folder / "report.html").read_text()
     assert "Compared with another run" in page
     assert "<td>held-out loss</td><td>9.5</td>" in page
     html5lib.HTMLParser(strict=True).parse(page)
     main(["report", str(folder)])  # and alone again
-    assert "Compared with another run" not in (folder / "told.html").read_text()
+    assert "Compared with another run" not in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_another_run_stands_beside_it(folder, tmp_path, capsys):
         ("[]", "schema version 1 was expected, and found: None"),
     ],
 )
-def test_what_is_no_report_is_told(tmp_path, content, words):
+def test_a_file_that_is_no_report_is_refused(tmp_path, content, words):
     (tmp_path / "one.json").write_text(content)
     with pytest.raises(SystemExit, match=words):
         main(["report", str(tmp_path / "one.json")])
@@ -114,7 +114,7 @@ def test_the_first_page_says_whether_it_was_suppressed():
     assert document(interventions={"SampleGradientMask": acted}).numbers["actions"]["SampleGradientMask"]["acted"] == 3
 
 
-def test_what_comes_from_outside_is_escaped():
+def test_text_from_outside_is_escaped():
     evil = "<script>alert(1)</script> | & ${x}"
     made = Document(
         "run", evil, [Answer(evil, "yes", evil)], [evil],

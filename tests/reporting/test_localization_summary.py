@@ -128,7 +128,7 @@ def test_a_sample_whose_gradient_was_left_out_is_left_out():
 
 def test_a_run_shows_it_in_every_logger_and_in_the_report(tmp_path, capsys):
     wandb, csv = SafeWandbLogger(save_dir=str(tmp_path), offline=True), CSVLogger(str(tmp_path))
-    crew = memsink(localize=True, every=1, identity="content", k=4, path=tmp_path / "told.md")
+    crew = memsink(localize=True, every=1, identity="content", k=4, path=tmp_path / "report.md")
     fit(crew, DeepLM(), logger=[wandb, csv])
     wandb.experiment.finish()
     run = read_run(tmp_path)
@@ -139,8 +139,8 @@ def test_a_run_shows_it_in_every_logger_and_in_the_report(tmp_path, capsys):
     assert any("memsink/layer_heat_map" in name for row in run.history for name in row)
     [metrics] = tmp_path.rglob("metrics.csv")
     assert "memsink/depth/memorized" in metrics.read_text().splitlines()[0]
-    report = (tmp_path / "told.md").read_text()
+    report = (tmp_path / "report.md").read_text()
     assert "## Where" in report and "layers.png" in report
-    assert (tmp_path / "told_files" / "layers.png").stat().st_size > 5000
-    assert not Sinks.load(tmp_path / "told_files" / "sinks.safetensors").empty
+    assert (tmp_path / "report_files" / "layers.png").stat().st_size > 5000
+    assert not Sinks.load(tmp_path / "report_files" / "sinks.safetensors").empty
     assert "Where\n" in capsys.readouterr().out

@@ -24,13 +24,13 @@ def test_what_is_written_comes_back_to_the_bit(ledger, tmp_path):
 
 
 def test_the_detector_works_on_the_files_alone(ledger, tmp_path):
-    """What stands as memorized at the end of the run is flagged again from disk."""
+    """What is memorized at the end of the run is flagged again from disk."""
     write_ledger(tmp_path, ledger.losses, ledger.controls, ledger.flags)
     flags, evaluation = detect(tmp_path)
-    stood = ledger.flags.memorized
-    assert flags.memorized[stood].all() and evaluation.memorized == int(flags.memorized.sum())
-    # One look forgives less than two in a row, but whom it adds it ranks below those who stood.
-    assert (flags.gap[flags.memorized & ~stood] < flags.gap[stood].min()).all()
+    live = ledger.flags.memorized
+    assert flags.memorized[live].all() and evaluation.memorized == int(flags.memorized.sum())
+    # One evaluation flags more samples than two in a row; those that it adds have smaller gaps.
+    assert (flags.gap[flags.memorized & ~live] < flags.gap[live].min()).all()
     words = pq.read_table(tmp_path / "samples.parquet")["verdict"].to_pylist()
     assert words == [Verdict(code).word for code in ledger.flags.verdict.tolist()]
 

@@ -8,7 +8,7 @@ import torch
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.callbacks.progress import standing
+from lightning_memsink.callbacks.progress import describe_flags
 from lightning_memsink.detection.verdicts import WORDS, Flags
 from lightning_memsink.reporting.document import first_page, markdown
 from lightning_memsink.reporting.findings import Findings
@@ -20,7 +20,7 @@ from lightning_memsink.reporting.run_sections import SECTIONS
 from lightning_memsink.reporting.run_summary import summary
 from lightning_memsink.reporting.scalars import top_memorized
 from lightning_memsink.samples.loss_table import LossTable
-from tests.support.made_up import HASHED, ONSET, RUNGS, TOKENS, made_up, told_otherwise
+from tests.support.made_up import HASHED, ONSET, RUNGS, TOKENS, findings_with, made_up
 
 
 def test_a_row_holds_every_finite_number_of_the_evaluation():
@@ -114,13 +114,13 @@ def test_the_summary_without_any_evaluation_says_what_to_pass():
 
 def test_the_summary_without_controls_claims_nothing():
     nothing = {name: math.nan for name in ("gap", "gap_memorized", "null_low", "null_high", "null_sd", "threshold")}
-    text = summary(told_otherwise(made_up(memorized=0), controls=0, tail="none", **nothing))
+    text = summary(findings_with(made_up(memorized=0), controls=0, tail="none", **nothing))
     assert "no usable controls" in text and "Unknown: no sample could be compared with controls" in text
     assert "nan" not in text
 
 
 def test_a_fitted_tail_is_called_an_estimate():
-    assert "take p-values as estimates" in summary(told_otherwise(made_up(), tail="normal"))
+    assert "take p-values as estimates" in summary(findings_with(made_up(), tail="normal"))
 
 
 def test_samples_without_tokens_are_not_measured_per_token():
@@ -131,13 +131,13 @@ def test_samples_without_tokens_are_not_measured_per_token():
 
 def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
     findings = replace(made_up().findings(), logged_runs=["W&B run: somewhere"])
-    write_report(findings, tmp_path / "deep" / "told.md")
-    text = (tmp_path / "deep" / "told.md").read_text()
+    write_report(findings, tmp_path / "deep" / "report.md")
+    text = (tmp_path / "deep" / "report.md").read_text()
     assert "| 6 | 4 |" in text and "W&B run: somewhere" in text
-    files = {file.name for file in (tmp_path / "deep" / "told_files").iterdir()}
+    files = {file.name for file in (tmp_path / "deep" / "report_files").iterdir()}
     stems = ("loss_by_rung", "gap_distribution", "verdict_map")
     assert files == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    assert all(f"(told_files/{stem}.png)" in text for stem in stems)
+    assert all(f"(report_files/{stem}.png)" in text for stem in stems)
 
 
 def test_the_report_without_figures_links_none():
@@ -148,7 +148,7 @@ def test_the_report_is_the_whole_document():
     """First page, method, settings and versions as in HTML, every section once, and no table twice."""
     findings = replace(made_up().findings(), settings={"LossTracker": {"flush_every": 50}}, versions={"torch": "9.9"})
     document = run_document(findings, "2030-01-01T00:00:00+00:00")
-    text = markdown(document, "told_files")
+    text = markdown(document, "report_files")
     assert "\n".join(first_page(document)) in text and "2030-01-01T00:00:00+00:00" in text
     titles = ["When", "Which", "How sure", "What this does not show", "Method"]
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {title}" for title in titles]
@@ -157,7 +157,7 @@ def test_the_report_is_the_whole_document():
     paragraphs = [words for section in document.sections for words in section.paragraphs]
     assert all(text.count(f"- {words}\n") == 1 for words in paragraphs)
     for picture in (picture for section in document.sections for picture in section.pictures):
-        assert text.count(f"*{picture.caption}.* [SVG](told_files/{picture.stem}.svg)") == 1
+        assert text.count(f"*{picture.caption}.* [SVG](report_files/{picture.stem}.svg)") == 1
 
 
 def test_the_summary_is_the_sections_of_the_report():
@@ -178,9 +178,9 @@ def test_every_figure_has_a_section_and_a_stem_of_its_own():
 
 
 def test_the_bar_says_nothing_until_something_was_measured():
-    assert standing(Flags()) == ""
-    assert standing(made_up().flags) == "memorized 3 · gap 0.20 nats"
-    assert standing(told_otherwise(made_up(), gap=math.nan).flags) == "memorized 3"
+    assert describe_flags(Flags()) == ""
+    assert describe_flags(made_up().flags) == "memorized 3 · gap 0.20 nats"
+    assert describe_flags(findings_with(made_up(), gap=math.nan).flags) == "memorized 3"
 
 
 def test_settings_are_the_arguments_and_nothing_found_in_training():

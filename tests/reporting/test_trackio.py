@@ -26,5 +26,5 @@ def test_every_evaluation_is_in_the_project(tmp_path):
     """In a process of its own, since Trackio takes its folder from the environment when it is imported."""
     root = Path(__file__).parents[2]
     environment = {"PATH": "", "HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(root)}
-    told = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, check=False)
-    assert "steps [7, 14, 21, 28, 35, 42, 49, 56, 63] memorized 4" in told.stdout, told.stderr[-2000:]
+    result = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, check=False)
+    assert "steps [7, 14, 21, 28, 35, 42, 49, 56, 63] memorized 4" in result.stdout, result.stderr[-2000:]

@@ -25,7 +25,7 @@ pytestmark = [QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture(autouse=True)
-def nobody(tmp_path, monkeypatch):
+def no_user(tmp_path, monkeypatch):
     """A user without key, settings or home."""
     for name in ["WANDB_MODE", "NETRC", *(name for name in os.environ if name.startswith("WANDB"))]:
         monkeypatch.setenv(name, "")  # so that a test's own value goes with the test
@@ -48,10 +48,10 @@ def recorded(tmp_path_factory) -> tuple[RecordedRun, LiveCurves, Writer, str]:
         patch.setenv("WANDB_DATA_DIR", str(where))
         patch.delenv("WANDB_MODE", raising=False)
         wandb.teardown()  # what a test before may have left open would take these rows
-        fit([curves, writer, RunReport(where / "told.md")], SafeWandbLogger(offline=True, save_dir=where))
+        fit([curves, writer, RunReport(where / "report.md")], SafeWandbLogger(offline=True, save_dir=where))
         wandb.finish()
         wandb.teardown()
-    return read_run(where), curves, writer, (where / "told.md").read_text()
+    return read_run(where), curves, writer, (where / "report.md").read_text()
 
 
 def test_every_series_is_in_the_run_with_the_values_of_the_history(recorded):
@@ -62,8 +62,8 @@ def test_every_series_is_in_the_run_with_the_values_of_the_history(recorded):
     promised |= {f"verdict/{word}" for word in WORDS} | {f"loss/natural/{rung}" for rung in ("x2", "x4", "twins")}
     assert promised <= names
     for name in names:
-        told = [(row["step"], pytest.approx(row[name])) for row in curves.history if name in row]
-        assert run.series(f"memsink/{name}") == told
+        logged = [(row["step"], pytest.approx(row[name])) for row in curves.history if name in row]
+        assert run.series(f"memsink/{name}") == logged
 
 
 def test_the_axis_is_the_optimizer_step_and_no_row_is_lost(recorded):
@@ -77,7 +77,7 @@ def test_the_axis_is_the_optimizer_step_and_no_row_is_lost(recorded):
 def test_the_table_lists_the_memorized_samples_of_each_evaluation(recorded):
     run, _, writer, _ = recorded
     rows = run.table("memsink/memorized_samples")
-    assert [row["step"] for row in rows] == [4, 4, 4, 6, 6, 6], "nothing stood at the first evaluation"
+    assert [row["step"] for row in rows] == [4, 4, 4, 6, 6, 6], "nothing was memorized at the first evaluation"
     for row, sample in zip(rows[3:], top_memorized(writer.made.table, writer.made.flags, 6, 20), strict=True):
         assert (row["id"], row["hash"], row["exposures"]) == (str(sample.id), sample.hash, sample.exposures)
         for name in ("loss", "control_loss", "gap", "bits", "p"):
@@ -127,7 +127,7 @@ def test_without_the_option_no_text_is_in_the_table():
     assert "memsink/gaps" not in logged, "no histogram of nothing"
 
 
-def test_nothing_to_read_is_said(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="No W&B run at"):
         read_run(tmp_path)
 
@@ -137,24 +137,24 @@ def test_nothing_to_read_is_said(tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whoever resolves a name or asks the user fails the test."""
+    """A test fails if it resolves a host name or prompts the user."""
 
     def refuse(*args, **kwargs):
-        raise AssertionError(f"asked for {args}")
+        raise AssertionError(f"tried {args}")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("builtins.input", refuse)
     monkeypatch.setattr("getpass.getpass", refuse)
 
 
-def test_without_a_key_runs_are_offline_and_nobody_is_asked(no_network):
+def test_without_a_key_runs_are_offline_and_there_is_no_prompt(no_network):
     assert offline_without_key()
     assert os.environ["WANDB_MODE"] == "offline"
-    assert not offline_without_key(), "said once"
+    assert not offline_without_key(), "it is offline already"
 
 
 def test_that_is_in_time_for_the_first_run(tmp_path, no_network):
-    """wandb reads its settings once: whoever reads them before the mode is set, sets it in vain."""
+    """wandb reads its settings once, so the mode must be set before it reads them."""
     wandb.teardown()
     offline_without_key()
     trainer = fit([LiveCurves(), Writer()], SafeWandbLogger(save_dir=tmp_path))
@@ -194,9 +194,9 @@ def test_a_run_that_cannot_start_online_is_recorded_offline(error, tmp_path, mon
         return start(*args, **kwargs)
 
     monkeypatch.setattr(wandb, "init", unreachable)
-    with pytest.warns(UserWarning, match="no way there") as said:
+    with pytest.warns(UserWarning, match="no way there") as warned:
         trainer = fit([LiveCurves(), Writer()], SafeWandbLogger(save_dir=tmp_path))
-    assert sum("recorded offline" in str(one.message) for one in said) == 1
+    assert sum("recorded offline" in str(one.message) for one in warned) == 1
     assert trainer.global_step == 6
     wandb.finish()
     assert [step for step, _ in read_run(tmp_path).series("memsink/gap")] == [2, 4, 6]
@@ -213,9 +213,9 @@ def test_a_run_that_breaks_midway_is_named_once(tmp_path, monkeypatch):
             monkeypatch.setattr(wandb, "Histogram", full)
 
     curves = LiveCurves()
-    with pytest.warns(UserWarning, match="SafeWandbLogger failed.*No space left") as said:
+    with pytest.warns(UserWarning, match="SafeWandbLogger failed.*No space left") as warned:
         trainer = fit([curves, FailsToShow()], SafeWandbLogger(offline=True, save_dir=tmp_path))
-    assert sum("failed to log" in str(one.message) for one in said) == 1
+    assert sum("failed to log" in str(one.message) for one in warned) == 1
     assert (trainer.global_step, len(curves.history)) == (6, 3)
     wandb.finish()
 
@@ -224,8 +224,8 @@ def test_a_disabled_run_costs_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     wandb.teardown()
     curves = LiveCurves()
-    fit([curves, Writer(), RunReport(tmp_path / "told.md")], SafeWandbLogger(save_dir=tmp_path))
-    assert len(curves.history) == 3 and "wandb sync" not in (tmp_path / "told.md").read_text()
+    fit([curves, Writer(), RunReport(tmp_path / "report.md")], SafeWandbLogger(save_dir=tmp_path))
+    assert len(curves.history) == 3 and "wandb sync" not in (tmp_path / "report.md").read_text()
     wandb.teardown()
 
 
@@ -241,5 +241,5 @@ def test_the_report_goes_with_the_run_as_an_artifact(recorded):
     artifacts = [record for record in run.artifacts if record["type"] == "memsink-report"]
     assert len(artifacts) == 1
     paths = {entry["path"] for entry in artifacts[0]["manifest"]["contents"]}
-    assert {"told.md", "told.html", "told.json", "told_files/gap_distribution.svg"} <= paths
-    assert any(path.startswith("told_files/ledger") for path in paths)
+    assert {"report.md", "report.html", "report.json", "report_files/gap_distribution.svg"} <= paths
+    assert any(path.startswith("report_files/ledger") for path in paths)

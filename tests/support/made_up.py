@@ -97,7 +97,7 @@ def made_up(memorized: int = 3, evaluations: int = 2) -> MadeUp:
     return made
 
 
-def told_otherwise(made: MadeUp, **facts: object) -> Findings:
+def findings_with(made: MadeUp, **facts: object) -> Findings:
     """The findings, with some facts of the last evaluation replaced."""
     made.flags.evaluations[-1] = replace(made.flags.evaluations[-1], **facts)
     return made.findings()

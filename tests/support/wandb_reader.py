@@ -1,4 +1,4 @@
-"""An offline W&B run, read back with W&B's own reader (``wandb leet inspect``): proof of what a run holds."""
+"""Reads an offline W&B run with W&B's own reader (``wandb leet inspect``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run recorded, in the order it did."""
+    """What a run recorded, in this order."""
 
     path: Path
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -22,7 +22,7 @@ class RecordedRun:
     config: dict[str, Any] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    """What ``define_metric`` was told."""
+    """The arguments of each ``define_metric``."""
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     """Files that were kept with the run."""
 
