@@ -115,8 +115,8 @@ def localizes(runs: Sequence[Run]) -> Finding:
         [
             f"Concentration of memorized samples' attribution on units (Gini) against that of randomly chosen others: "
             f"{'; '.join(shares) or 'too few memorized samples to test'}.",
-            f"Between the first and the last evaluation, {mean_and_range(moved)} of memorized samples' attribution moved "
-            "to another layer.",
+            f"Between the first and the last evaluation, {mean_and_range(moved)} of memorized samples' attribution "
+            "moved to another layer.",
         ],
     )
 

@@ -122,10 +122,8 @@ def run(then: str, seed: int, sizes: Sizes) -> Run:
     new = torch.cat([second, repeated[~_is_row_of(repeated, first)]])
     rows = torch.cat([planted.train, new[torch.randperm(len(new), generator=generator)]])
     seed_everything(seed, verbose=False)
-    module, sequence_probe = (
-        Learner(gpt(vocab_size, rows.shape[1])),
-        SequenceProbe(planted.groups, held_out[sizes.controls :]),
-    )
+    module = Learner(gpt(vocab_size, rows.shape[1]))
+    sequence_probe = SequenceProbe(planted.groups, held_out[sizes.controls :])
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, val_check_interval=sizes.every, num_sanity_val_steps=0, gradient_clip_val=1.0,
         callbacks=[LossTracker(identity="content"), MemorizationDetector(), SinkLocalizer(norms=False), sequence_probe],
