@@ -103,7 +103,7 @@ class LossTracker(Callback):
         Ledger.of(trainer).controls = self.controls
         Ledger.of(trainer).batch = self.batch
         Ledger.of(trainer).close_with(Ledger.controls, self._close_evaluation)
-        self.controls.expected = self.probe.wanted
+        self.controls.has_own_source = self.probe.wanted
 
     # Training -------------------------------------------------------------------------------------------------
 

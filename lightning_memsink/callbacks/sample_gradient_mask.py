@@ -116,7 +116,7 @@ class SampleGradientMask(LossWeighing):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.require(Ledger.batch, Ledger.losses, Ledger.controls if self.mode == "hold" else Ledger.flags)
-        if not trainer.enable_validation and not ledger.controls.expected:
+        if not trainer.enable_validation and not ledger.controls.has_own_source:
             rank_zero_warn(
                 f"SampleGradientMask(mode={self.mode!r}) has no controls: this Trainer runs no validation. Every "
                 "sample trains as usual. Pass held-out data, trainer.fit(model, train_loader, control_loader)."

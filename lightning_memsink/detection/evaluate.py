@@ -76,7 +76,7 @@ def evaluate(
 
 def known_controls(table: ControlTable) -> Controls:
     """The controls of a table, as `measure_gaps` takes them."""
-    early = table.standing(table.snapshots, torch.tensor(table.snapshot_steps)[:, None])
+    early = table.standardize(table.snapshots, torch.tensor(table.snapshot_steps)[:, None])
     return Controls(table.previous, table.latest, table.features, early)
 
 
@@ -96,7 +96,7 @@ def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> Sample
         steps = table.early_step[some]
         samples.weight[part] = controls.weight_at(table.last_step[some])
         samples.features[part] = table.features[some].float()
-        samples.early[part] = controls.standing(table.early_loss[some].float(), steps)
+        samples.early[part] = controls.standardize(table.early_loss[some].float(), steps)
         samples.snapshot[part] = controls.snapshot_of(steps)
 
     in_blocks(count, fill, 1 << 16)

@@ -140,7 +140,7 @@ def _record_nll_loss(
 # Elementwise losses ------------------------------------------------------------------------------------------
 
 
-def _elementwise(
+def elementwise(
     function: Callable[..., Tensor],
     node: str | None = None,
     options: tuple[str, ...] = (),
@@ -213,18 +213,18 @@ LOSS_FUNCTIONS = (
     LossFunction(
         functional.nll_loss, _record_nll_loss, {"NllLossBackward0": LIKELIHOOD, "NllLoss2DBackward0": LIKELIHOOD}
     ),
-    _elementwise(
+    elementwise(
         functional.mse_loss,
         "MseLossBackward0",
         others={"PowBackward0": _difference("mse_loss", lambda difference: difference.float().square())},
     ),
-    _elementwise(
+    elementwise(
         functional.l1_loss, others={"AbsBackward0": _difference("l1_loss", lambda difference: difference.abs().float())}
     ),
-    _elementwise(functional.smooth_l1_loss, "SmoothL1LossBackward0", ("beta",)),
-    _elementwise(functional.huber_loss, "HuberLossBackward0", ("delta",)),
-    _elementwise(functional.binary_cross_entropy, "BinaryCrossEntropyBackward0", ("weight",)),
-    _elementwise(
+    elementwise(functional.smooth_l1_loss, "SmoothL1LossBackward0", ("beta",)),
+    elementwise(functional.huber_loss, "HuberLossBackward0", ("delta",)),
+    elementwise(functional.binary_cross_entropy, "BinaryCrossEntropyBackward0", ("weight",)),
+    elementwise(
         functional.binary_cross_entropy_with_logits, "BinaryCrossEntropyWithLogitsBackward0", ("weight", "pos_weight")
     ),
 )

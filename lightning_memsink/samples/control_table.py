@@ -35,8 +35,8 @@ class ControlTable:
         self.latest_step = -1
         self.curve: list[tuple[int, float, float]] = []
         """Step, mean and standard deviation of the losses, an entry an evaluation."""
-        self.expected = False
-        """Whether the writer will look at controls of its own, validation or not."""
+        self.has_own_source = False
+        """Whether controls come from a loader of their own, so that no validation is needed."""
         self.collected: list[ControlBatch] = []
         """Batches of the evaluation that is open, in this process."""
         self._open_step: int | None = None
@@ -112,9 +112,9 @@ class ControlTable:
         """
         return _between(torch.tensor([self.previous_step, self.latest_step]), torch.tensor([0.0, 1.0]), steps).float()
 
-    def standing(self, losses: Tensor, steps: Tensor) -> Tensor:
-        """``losses`` taken at ``steps``, ``[N]`` both (or as they broadcast), in standard deviations from the controls'
-        mean of that time. So early losses compare although samples come at different steps; NaN where the loss is.
+    def standardize(self, losses: Tensor, steps: Tensor) -> Tensor:
+        """Z-scores of ``losses`` at ``steps``, ``[N]`` both (or as they broadcast), by the controls' mean and standard
+        deviation at that step. Early losses of different steps become comparable. NaN where the loss is NaN.
         """
         if not self.curve:
             return torch.full_like(losses, torch.nan)

@@ -1,72 +1,84 @@
-"""Every sample's losses, one row a sample: dense columns that grow as samples come.
+"""A table of every sample's losses: dense columns that grow with the number of samples.
 
 N  samples known      V  visits in one block      K  visits remembered      F  matching features
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.samples.id_index import IdIndex
 
-if TYPE_CHECKING:
-    pass
-
-
 SCHEMA = 1
+REMEDY = (
+    "Resume with the version that wrote it, or begin a new ledger with memsink(new_ledger=True) or "
+    "LossTracker(new_ledger=True): weights, optimizer and progress are resumed all the same."
+)
+
+
+class Column:
+    """A column of a `LossTable`: read as an attribute, it is a view of one row per known sample, ``[N, ...]``."""
+
+    def __init__(self, dtype: torch.dtype, unknown: float) -> None:
+        self.dtype = dtype
+        self.unknown = unknown
+        """The value of a row that nothing was written to."""
+        self.name = ""
+
+    def __set_name__(self, owner: type[LossTable], name: str) -> None:
+        self.name = name
+
+    def __get__(self, table: LossTable, owner: type[LossTable]) -> Tensor:
+        return table.columns[self.name][: len(table)]
 
 
 class LossTable:
-    """Columns of all samples known.
+    """Columns of all known samples, one row a sample.
 
-    ========== ===== ============================================================================
-    exposures  int32 visits in training, with or without a finite loss
-    first_loss bf16  loss at the first visit with a finite loss: before any training step on the sample
-    first_step int32 its optimizer step; -1 before
-    last_loss  f32   at the last such visit
-    last_step  int32
-    early_loss bf16  at the first such visit at or after ``reference_step``
-    early_step int32
-    elements   bf16  tokens (or other loss elements) counted at the last visit
-    recent     bf16  ``[N, K]`` the last K losses, newest first; K is 0 unless asked for: nothing here reads them
-    features   f16   ``[N, F]`` matching features, as of the last time they were described
-    ========== ===== ============================================================================
+    With several processes ``exposures`` counts what was trained on. A DistributedSampler repeats samples so that each
+    process has as many: these repeats are visits like others. (For held-out controls a repeat counts nothing.)
 
-    Over several processes ``exposures`` counts what was trained on: where a DistributedSampler repeats samples to give
-    each process as many, the repeats are visits like others. (Of held-out controls a repeat counts nothing.)
+    Losses are in nats (per token for token losses); NaN where none is known. With ids and the detector's columns a
+    sample takes 58 bytes. bf16 keeps three digits, enough for values that are only compared in groups.
 
-    Losses in nats (per token for token losses); NaN where none is known. With ids and the detector's columns a sample
-    takes 58 bytes; bf16 keeps three digits, enough for what is only compared in groups.
+    Args:
+        depth: K, the number of recent losses kept in ``recent``.
     """
+
+    exposures = Column(torch.int32, 0)
+    """Visits in training, with or without a finite loss."""
+    first_loss = Column(torch.bfloat16, torch.nan)
+    """Loss at the first visit with a finite loss: before any training step on the sample."""
+    first_step = Column(torch.int32, -1)
+    """Optimizer step of that visit; -1 before it."""
+    last_loss = Column(torch.float32, torch.nan)
+    """Loss at the last visit with a finite loss."""
+    last_step = Column(torch.int32, -1)
+    early_loss = Column(torch.bfloat16, torch.nan)
+    """Loss at the first such visit at or after ``reference_step``."""
+    early_step = Column(torch.int32, -1)
+    elements = Column(torch.bfloat16, 0)
+    """Tokens (or other loss elements) counted at the last visit."""
+    recent = Column(torch.bfloat16, torch.nan)
+    """``[N, K]`` the last K losses, newest first. K is 0 by default: nothing in this package reads them."""
+    features = Column(torch.float16, 0)
+    """``[N, F]`` matching features, as of the last time they were described."""
 
     def __init__(self, depth: int = 0) -> None:
         self.index = IdIndex()
         self.reference_step: int | None = None
         """Step from which a visit counts as early; None until the controls were evaluated once."""
-        self._columns = {
-            "exposures": torch.zeros(0, dtype=torch.int32),
-            "first_loss": torch.zeros(0, dtype=torch.bfloat16),
-            "first_step": torch.zeros(0, dtype=torch.int32),
-            "last_loss": torch.zeros(0),
-            "last_step": torch.zeros(0, dtype=torch.int32),
-            "early_loss": torch.zeros(0, dtype=torch.bfloat16),
-            "early_step": torch.zeros(0, dtype=torch.int32),
-            "elements": torch.zeros(0, dtype=torch.bfloat16),
-            "recent": torch.zeros(0, depth, dtype=torch.bfloat16),
-            "features": torch.zeros(0, 0, dtype=torch.float16),
+        sizes = {"recent": (0, depth), "features": (0, 0)}
+        self.columns = {
+            name: torch.zeros(sizes.get(name, (0,)), dtype=column.dtype) for name, column in COLUMNS.items()
         }
+        """All columns by name, with the rows they have in reserve."""
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def __getattr__(self, name: str) -> Tensor:
-        columns: dict[str, Tensor] = self.__dict__.get("_columns", {})
-        if name not in columns:
-            raise AttributeError(f"LossTable has no column `{name}`; it has {', '.join(columns)}.")
-        return columns[name][: len(self)]
 
     @property
     def ids(self) -> Tensor:
@@ -82,30 +94,30 @@ class LossTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the columns, with the room they have for more rows, and the index."""
-        return self.index.nbytes + sum(column.nbytes for column in self._columns.values())
+        """Bytes of memory: the columns, with the rows they have in reserve, and the index."""
+        return self.index.nbytes + sum(column.nbytes for column in self.columns.values())
 
     def describe(self, rows: Tensor, features: Tensor) -> None:
-        """Matching features ``[V, F]`` of the samples in ``rows`` ``[V]``, each named once."""
+        """Writes matching features ``[V, F]`` of the samples in ``rows`` ``[V]``, which are distinct."""
         if self.features.shape[1] != features.shape[1]:
-            self._columns["features"] = torch.zeros(len(self._columns["exposures"]), features.shape[1]).half()
+            self.columns["features"] = torch.zeros(len(self.columns["exposures"]), features.shape[1]).half()
         self.features[rows] = features.half()
 
     def described(self, rows: Tensor, column: int) -> Tensor:
-        """``[V]`` one feature of the samples in ``rows``; 0 where none was described yet."""
+        """``[V]`` one feature of the samples in ``rows``; 0 where it is not known yet."""
         return self.features[rows, column].float() if column < self.features.shape[1] else torch.zeros(len(rows))
 
     def record(self, ids: Tensor, losses: Tensor, steps: Tensor, elements: Tensor) -> Tensor:
-        """Visits in the order they happened: all ``[V]``. Returns their samples' rows ``[V]`` int64.
+        """Records visits in the order they happened, all ``[V]``. Returns their samples' rows ``[V]`` int64.
 
         A visit whose loss is NaN or infinite counts as an exposure and leaves every loss as it was.
         """
         rows = self.index.intern(ids)
         self._grow(len(self.index))
         self.exposures.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
-        seen = torch.isfinite(losses).nonzero().flatten()
-        by_row, order = rows[seen].sort(stable=True)
-        visits = seen[order]
+        finite = torch.isfinite(losses).nonzero().flatten()
+        by_row, order = rows[finite].sort(stable=True)
+        visits = finite[order]
         if not len(visits):
             return rows
         starts = torch.ones_like(by_row, dtype=torch.bool)
@@ -126,12 +138,13 @@ class LossTable:
         return rows
 
     def _set_once(self, which: str, rows: Tensor, losses: Tensor, steps: Tensor) -> None:
-        loss, step = self._columns[f"{which}_loss"], self._columns[f"{which}_step"]
+        """Writes the ``first`` or ``early`` loss and step of rows that have none."""
+        loss, step = self.columns[f"{which}_loss"], self.columns[f"{which}_step"]
         fresh = step[rows] < 0
         loss[rows[fresh]], step[rows[fresh]] = losses[fresh].to(loss.dtype), steps[fresh]
 
     def _remember(self, rows: Tensor, losses: Tensor, starts: Tensor) -> None:
-        """Push each row's new losses in front of the remembered ones; ``rows`` sorted, oldest first in a row."""
+        """Puts each row's new losses in front of ``recent``. ``rows`` are sorted, and oldest first within a row."""
         recent = self.recent
         depth = recent.shape[1]
         if not depth:
@@ -147,22 +160,21 @@ class LossTable:
         recent[rows[new], from_end[new]] = losses[new].bfloat16()
 
     def _grow(self, rows: int) -> None:
-        have = len(self._columns["exposures"])
+        have = len(self.columns["exposures"])
         if rows <= have:
             return
         capacity = max(1024, rows, have + have // 32)
-        for name, column in self._columns.items():
-            empty = 0 if name in ("exposures", "elements", "features") else _UNKNOWN[column.dtype]
-            more = torch.full((capacity - have, *column.shape[1:]), empty, dtype=column.dtype)
-            self._columns[name] = torch.cat([column, more])
+        for name, column in self.columns.items():
+            more = torch.full((capacity - have, *column.shape[1:]), COLUMNS[name].unknown, dtype=column.dtype)
+            self.columns[name] = torch.cat([column, more])
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only, so that ``torch.load(weights_only=True)`` reads it back."""
-        columns = {name: column[: len(self)].clone() for name, column in self._columns.items()}
+        columns = {name: column[: len(self)].clone() for name, column in self.columns.items()}
         return {"schema": SCHEMA, "ids": self.ids, "reference_step": self.reference_step, "columns": columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a ledger of another schema, or one whose columns do not fit together."""
+        """Restores a table. Raises ValueError for another schema, or columns that don't fit together."""
         if state.get("schema") != SCHEMA:
             raise ValueError(
                 f"The checkpoint holds a memsink ledger of schema {state.get('schema')}; this version reads schema "
@@ -173,25 +185,21 @@ class LossTable:
             raise ValueError(f"The checkpoint's memsink ledger is damaged: {damage}. {REMEDY}")
         self.index = IdIndex.of(state["ids"])
         self.reference_step = state["reference_step"]
-        self._columns = {name: column.clone() for name, column in state["columns"].items()}
+        self.columns = {name: column.clone() for name, column in state["columns"].items()}
 
     def _damage(self, state: dict[str, Any]) -> str:
-        """What does not fit together in a saved table; empty if all does."""
+        """What doesn't fit together in a saved table; empty if everything does."""
         columns, rows = state["columns"], len(state["ids"])
         samples = len(torch.unique(state["ids"]))
         if samples != rows:
             return f"{rows} rows have {samples} different ids"
-        if columns.keys() != self._columns.keys():
-            return f"it has the columns {', '.join(columns)}, and not {', '.join(self._columns)}"
-        for name, own in self._columns.items():
-            found = columns[name]
-            if len(found) != rows or found.dtype != own.dtype or found.ndim != own.ndim:
-                return f"column {name} is {found.dtype} {list(found.shape)} for {rows} samples"
+        if columns.keys() != self.columns.keys():
+            return f"it has the columns {', '.join(columns)}, and not {', '.join(self.columns)}"
+        for name, own in self.columns.items():
+            saved = columns[name]
+            if len(saved) != rows or saved.dtype != own.dtype or saved.ndim != own.ndim:
+                return f"column {name} is {saved.dtype} {list(saved.shape)} for {rows} samples"
         return ""
 
 
-_UNKNOWN: dict[torch.dtype, float] = {torch.int32: -1, torch.float32: torch.nan, torch.bfloat16: torch.nan}
-REMEDY = (
-    "Resume with the version that wrote it, or begin a new ledger with memsink(new_ledger=True) or "
-    "LossTracker(new_ledger=True): weights, optimizer and progress are resumed all the same."
-)
+COLUMNS = {name: column for name, column in vars(LossTable).items() if isinstance(column, Column)}

@@ -105,11 +105,11 @@ def test_early_losses_are_compared_with_the_controls_of_their_time():
     first, spread = torch.arange(40.0), torch.arange(40.0).std()
     controls.record(10, torch.arange(40), first, torch.zeros(40, 0))
     controls.record(1000, torch.arange(40), first / 2 - 3, torch.zeros(40, 0))
-    assert controls.standing(torch.tensor([19.5, 19.5 / 2 - 3]), torch.tensor([10, 1000])).abs().max() < 1e-5
-    assert float(controls.standing(torch.tensor([0.0]), torch.tensor([10]))) == pytest.approx(
+    assert controls.standardize(torch.tensor([19.5, 19.5 / 2 - 3]), torch.tensor([10, 1000])).abs().max() < 1e-5
+    assert float(controls.standardize(torch.tensor([0.0]), torch.tensor([10]))) == pytest.approx(
         -19.5 / float(spread), rel=1e-4
     )
-    halfway = controls.standing(torch.tensor([19.5]), torch.tensor([100]))  # 100 is between them in the logarithm
+    halfway = controls.standardize(torch.tensor([19.5]), torch.tensor([100]))  # 100 is between them in the logarithm
     assert float(halfway) == pytest.approx((19.5 - (19.5 + 19.5 / 2 - 3) / 2) / (float(spread) * 0.75), rel=1e-4)
 
 
