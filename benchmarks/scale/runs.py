@@ -122,7 +122,7 @@ def measure_size(samples: int, threads: int) -> Sized:
     for step in (STEPS["then"], STEPS["last"]):
         visit_all(tracker, samples, step)
         look_at_controls(tracker, step + 10)
-        timed("evaluation", lambda: detector._judge(trainer, None))
+        timed("evaluation", lambda: detector._evaluate(trainer, None))
         timed("curves", lambda: curves._show(trainer))
     trim_heap()
     held = memory_in_use() - before
@@ -159,7 +159,7 @@ def _warm_up() -> None:
         trainer = _trainer([tracker, detector, curves])
         for callback in (tracker, detector, curves):
             callback.on_fit_start(trainer, None)  # type: ignore[arg-type]
-        detector._judge(trainer, None)
+        detector._evaluate(trainer, None)
         curves._show(trainer)
         RunReport(Path(folder) / "report.md").teardown(trainer, None, "fit")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The progress bar that also says what is memorized."""
+"""A progress bar that also shows the number of memorized samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from lightning_memsink.ledger import Ledger
 
 
 class MemSinkProgressBar(RichProgressBar):
-    """Lightning's rich bar with one column more, ``memorized 12 · gap 0.84 nats``, in place of the same as metrics."""
+    """Lightning's rich progress bar with one more column, ``memorized 12 · gap 0.84 nats``.
+
+    The column replaces the metrics ``memsink/...``, which are left out.
+    """
 
     _flags = Flags()
 
@@ -26,24 +29,26 @@ class MemSinkProgressBar(RichProgressBar):
         super().on_train_start(trainer, pl_module)
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        return [*super().configure_columns(trainer), _Memorized(lambda: standing(self._flags))]
+        return [*super().configure_columns(trainer), _MemorizedColumn(lambda: describe_flags(self._flags))]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if not name.startswith("memsink/")}
 
 
-class _Memorized(ProgressColumn):
-    def __init__(self, words: Callable[[], str]) -> None:
-        self.words = words
+class _MemorizedColumn(ProgressColumn):
+    """A column with the text that ``text()`` returns."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        self.text = text
         super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        return Text(self.words(), style="bold")
+        return Text(self.text(), style="bold")
 
 
-def standing(flags: Flags) -> str:
-    """The last evaluation in a few words; nothing before the first."""
+def describe_flags(flags: Flags) -> str:
+    """The last evaluation in a few words; empty before the first."""
     if not flags.evaluations:
         return ""
     last = flags.evaluations[-1]

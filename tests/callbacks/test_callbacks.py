@@ -1,4 +1,4 @@
-"""What the callbacks promise of a whole run."""
+"""Whole runs with the tracker and the detector: what is recorded, flagged, resumed and left behind."""
 
 from itertools import permutations
 
@@ -30,7 +30,7 @@ from tests.support.small_runs import (
 
 
 def test_a_visit_is_measured_at_one_evaluation_only():
-    """The one just before an evaluation is not counted again at the next."""
+    """A visit just before an evaluation is not counted again at the next one."""
     run, _ = fit(watch(), max_epochs=2)
     ledger = Ledger.of(run)
     visits = {step: set() for step in range(42)}
@@ -38,18 +38,18 @@ def test_a_visit_is_measured_at_one_evaluation_only():
         order = torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(epoch))
         for batch, rows in enumerate(order.split(16)):
             visits[epoch * 21 + batch] = set(content_ids({"input_ids": TRAIN[rows]}).tolist())
-    seen, expected = set(), []
+    known, expected = set(), []
     for evaluation in ledger.flags.evaluations:
         fresh = set()
         for step in range(evaluation.step - 7, evaluation.step):
-            fresh |= visits[step] & seen
-            seen |= visits[step]
+            fresh |= visits[step] & known
+            known |= visits[step]
         expected.append(len(fresh))
     assert [evaluation.tested for evaluation in ledger.flags.evaluations] == expected
 
 
 class Bystander(Callback):
-    """Reads slots at the wrong time for a writer and at the right time for a reader."""
+    """Reads slots as a reader should: first in on_train_start, and in hooks that write none of them."""
 
     def on_train_start(self, trainer, pl_module):
         assert Ledger.of(trainer).flags is not None
@@ -58,8 +58,8 @@ class Bystander(Callback):
         _ = Ledger.of(trainer).onset
 
 
-def test_planted_canaries_are_found_and_of_the_rest_a_hundredth_at_most():
-    """The rest is seen six times, by a model that can keep a rare pair of tokens."""
+def test_planted_canaries_are_flagged_and_at_most_a_hundredth_of_the_rest():
+    """The rest has six visits a sample, in a model that can memorize a rare pair of tokens."""
     run, _ = fit(watch(), max_epochs=6)
     ledger = Ledger.of(run)
     rows = ledger.losses.index.find(content_ids({"input_ids": CANARIES}))
@@ -70,7 +70,7 @@ def test_planted_canaries_are_found_and_of_the_rest_a_hundredth_at_most():
 
 
 def test_losses_are_those_of_each_sample_alone():
-    """At learning rate zero, the ledger holds what the model makes of each sample by itself."""
+    """At learning rate zero, the ledger holds the loss of a forward pass on each sample by itself."""
 
     class Frozen(TinyLM):
         def configure_optimizers(self):
@@ -88,7 +88,7 @@ def test_losses_are_those_of_each_sample_alone():
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}], ids=str)
-def test_watching_leaves_weights_and_random_state_as_they_would_be(options):
+def test_watching_leaves_weights_and_random_state_as_they_are_without_it(options):
     _, plain = fit([], **options)
     state = torch.get_rng_state()
     _, watched = fit(watch(), **options)
@@ -98,16 +98,16 @@ def test_watching_leaves_weights_and_random_state_as_they_would_be(options):
 
 def test_callbacks_agree_in_any_order():
     """Losses, flags, onset and weights are bit-equal however the list is written."""
-    found = set()
+    snapshots = set()
     for order in permutations(range(3)):
-        crew = [*watch(), Bystander()]
-        found.add(snapshot(*fit([crew[i] for i in order])))
-    assert len(found) == 1
+        callbacks = [*watch(), Bystander()]
+        snapshots.add(snapshot(*fit([callbacks[i] for i in order])))
+    assert len(snapshots) == 1
 
 
 @pytest.mark.parametrize("every", [7, 10])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
-    """Wherever the checkpoint falls between two flushes; through Lightning's weights_only loading."""
+    """Wherever the checkpoint falls between two flushes, and by Lightning's loading with weights_only."""
     keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     whole = fit([*watch(flush_every=every), keep], max_epochs=4, enable_checkpointing=True)
     again = [*watch(flush_every=every), ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")]
@@ -116,15 +116,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
 
 
 @pytest.mark.parametrize(
-    ("crew", "message"),
+    ("callbacks", "message"),
     [
         ([MemorizationDetector()], r"No callback of this Trainer writes `losses`. Add LossTracker\(\) to Trainer"),
         ([Bystander(), LossTracker()], r"writes `onset`. Add MemorizationDetector\(\) to Trainer"),
     ],
 )
-def test_a_missing_callback_is_named_before_the_first_step(crew, message):
+def test_a_missing_callback_is_named_before_the_first_step(callbacks, message):
     with pytest.raises(RuntimeError, match=message):
-        fit(crew)
+        fit(callbacks)
 
 
 def test_two_of_a_kind_are_refused_by_lightning_at_once():
@@ -133,15 +133,15 @@ def test_two_of_a_kind_are_refused_by_lightning_at_once():
 
 
 def test_a_callback_list_can_be_used_again():
-    """The second run continues the first one's ledger, of which it is warned; nothing is left on model or strategy."""
-    crew = watch()
-    fit(crew, max_epochs=1)
-    with pytest.warns(UserWarning, match="judged another run up to step 21, and this one starts at step 0"):
-        run, _ = fit(crew, max_epochs=1)
+    """The second run continues the ledger of the first, with a warning; nothing is left on model or strategy."""
+    callbacks = watch()
+    fit(callbacks, max_epochs=1)
+    with pytest.warns(UserWarning, match="evaluated another run up to step 21, and this run starts at step 0"):
+        run, _ = fit(callbacks, max_epochs=1)
     assert Ledger.of(run).losses.exposures.max() == 64
 
 
-def test_scalars_can_stop_and_name_a_run(tmp_path):
+def test_scalars_can_stop_a_run_and_name_its_checkpoint(tmp_path):
     stop = EarlyStopping("memsink/memorized", stopping_threshold=0.5, mode="max", patience=1000, strict=True)
     keep = ModelCheckpoint(tmp_path, monitor="memsink/gap", filename="{memsink/gap:.2f}", auto_insert_metric_name=False)
     run, _ = fit([*watch(), stop, keep], max_epochs=20, enable_checkpointing=True)
@@ -158,10 +158,10 @@ def test_nothing_is_left_behind(end):
                 raise RuntimeError("user's own") if end == "exception" else KeyboardInterrupt
             return super().training_step(batch, batch_idx)
 
-    model, loader, crew = Fails(), train_loader(), watch()
+    model, loader, callbacks = Fails(), train_loader(), watch()
     before = dict(vars(loader))
     try:
-        run, _ = fit(crew, model, train=loader, max_epochs=1)
+        run, _ = fit(callbacks, model, train=loader, max_epochs=1)
     except (RuntimeError, SystemExit):
         run = model._trainer
     assert vars(loader) == before
@@ -171,9 +171,9 @@ def test_nothing_is_left_behind(end):
 
 
 def test_a_share_of_the_training_set_serves_as_controls():
-    """It is never trained on, every other sample is, and the run goes on as it would on the rest."""
-    crew = [LossTracker(identity="index", control_fraction=0.2, control_every=5), MemorizationDetector(k=4)]
-    run, _ = fit(crew, train=DataLoader(Rows(TRAIN), 16, shuffle=True), controls="none", max_epochs=2)
+    """The share is never trained on, every other sample is, and the run is that on the rest."""
+    callbacks = [LossTracker(identity="index", control_fraction=0.2, control_every=5), MemorizationDetector(k=4)]
+    run, _ = fit(callbacks, train=DataLoader(Rows(TRAIN), 16, shuffle=True), controls="none", max_epochs=2)
     ledger = Ledger.of(run)
     held_out = round(0.2 * len(TRAIN))
     assert len(ledger.controls) == held_out
@@ -186,14 +186,14 @@ def test_a_share_of_the_training_set_serves_as_controls():
 def test_a_loader_named_by_the_user_serves_as_controls_and_leaves_no_trace():
     _, plain = fit([], max_epochs=2)
     state = torch.get_rng_state()
-    crew = [LossTracker(identity="content", controls=control_loader(), control_every=5), MemorizationDetector(k=4)]
-    run, watched = fit(crew, max_epochs=2)
+    callbacks = [LossTracker(identity="content", controls=control_loader(), control_every=5), MemorizationDetector(k=4)]
+    run, watched = fit(callbacks, max_epochs=2)
     assert len(Ledger.of(run).controls) == len(CONTROLS)
     assert torch.equal(weights(plain), weights(watched)) and torch.equal(state, torch.get_rng_state())
 
 
-def test_visits_that_wait_in_a_checkpoint_are_taken_up_by_one_process_of_many(monkeypatch):
-    """Every process restores the same file, and what all of them have is recorded together."""
+def test_unrecorded_visits_in_a_checkpoint_are_restored_by_one_process_only(monkeypatch):
+    """Every process restores the same file, and the visits of all processes are recorded together."""
     tracker = LossTracker(identity="content")
     tracker._visits = [Visit(torch.tensor([7, 8]), torch.tensor([1.0, 2.0]), 3, None, None)]
     restored = []
