@@ -58,8 +58,8 @@ def test_what_overflows_leaves_no_trace_in_what_is_told(scaler):
     rows = Ledger.of(run).attribution.rows
     assert len(rows) > 2
     for row in rows:
-        told = [value for by_group in (row.shares, row.norms) for values in by_group.values() for value in values]
-        assert torch.tensor([*told, *row.movement, *row.by_memorized]).isfinite().all(), row.step
+        values = [value for by_group in (row.shares, row.norms) for group in by_group.values() for value in group]
+        assert torch.tensor([*values, *row.movement, *row.by_memorized]).isfinite().all(), row.step
     assert Ledger.of(run).attribution.memorized.shares.isfinite().all()
 
 

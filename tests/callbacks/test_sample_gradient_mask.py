@@ -1,4 +1,4 @@
-"""Samples held back in whole runs: what is promised of the weights, and of the samples."""
+"""SampleGradientMask in whole runs: its promises on the weights and on the samples."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_routing_keeps_values_and_opens_reserved_units_only():
 
 
 def test_a_routed_sample_moves_reserved_rows_of_the_up_projection_only():
-    """Alone in its batch, with the mask told that it is flagged."""
+    """Alone in its batch, with its id latched by hand."""
     mask = SampleGradientMask("route", reserved=0.25)
     mask.latched = canary_ids().sort().values
 
@@ -207,7 +207,7 @@ def test_a_routed_sample_moves_reserved_rows_of_the_up_projection_only():
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_step_is_searched_once_for_all_and_its_graph_is_let_go(monkeypatch):
+def test_a_step_is_searched_once_for_all_and_its_graph_is_released(monkeypatch):
     searched: list[Tensor] = []
 
     def search(loss: Tensor) -> Any:

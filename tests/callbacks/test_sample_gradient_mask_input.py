@@ -190,7 +190,7 @@ def test_images_need_features_of_the_users():
 
 
 class Broken(TinyLM):
-    """Every fifth step has one sample whose loss is no number."""
+    """Every fifth step has one sample with a NaN loss."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
         tokens = batch["input_ids"]

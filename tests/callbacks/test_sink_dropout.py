@@ -28,7 +28,7 @@ QUIET: dict[str, Any] = {"val_check_interval": None, "max_epochs": 1, "limit_val
 
 
 class ByPosition(TinyLM):
-    """The tiny model whose hidden activations ``[B, T, U]`` keep their axes and are looked at where they are read."""
+    """The tiny model chosen hidden activations ``[B, T, U]`` keep their axes and are recorded where they are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 def test_only_what_may_be_dropped_is_dropped_and_the_same_each_time(samples, units, chosen, seed):
     generator = torch.Generator().manual_seed(seed)
     among = torch.randperm(units, generator=generator)[:chosen]
-    whose = torch.rand(samples, generator=generator) < 0.5
-    off = dropout_mask((seed, 3), whose, among, units, 0.7)
+    chosen = torch.rand(samples, generator=generator) < 0.5
+    off = dropout_mask((seed, 3), chosen, among, units, 0.7)
     for sample in range(samples):
         for unit in range(units):
-            assert not off[sample, unit] or (whose[sample] and unit in among)
-    assert torch.equal(off, dropout_mask((seed, 3), whose, among, units, 0.7))
-    everyone = dropout_mask((seed, 3), torch.ones_like(whose), among, units, 0.7)
-    assert torch.equal(off, everyone & whose[:, None]), "a sample's draw does not depend on the others"
+            assert not off[sample, unit] or (chosen[sample] and unit in among)
+    assert torch.equal(off, dropout_mask((seed, 3), chosen, among, units, 0.7))
+    everyone = dropout_mask((seed, 3), torch.ones_like(chosen), among, units, 0.7)
+    assert torch.equal(off, everyone & chosen[:, None]), "a sample's draw does not depend on the others"
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 1.0])
@@ -115,7 +115,7 @@ def crew(**options: Any) -> list[Any]:
 
 
 class Watcher(Callback):
-    """Who was off in each training step, and who stood as memorized."""
+    """Records the units that were off in each training step, and the samples flagged as memorized."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -126,17 +126,17 @@ class Watcher(Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         ledger = Ledger.of(trainer)
-        stands = verdicts_of(ledger.batch.ids, ledger.losses, ledger.flags) == Verdict.MEMORIZED
+        memorized = verdicts_of(ledger.batch.ids, ledger.losses, ledger.flags) == Verdict.MEMORIZED
         mask = torch.zeros(128, dtype=torch.bool) if self.sinks is None else self.sinks.masks()["mlp.2"]
-        self.steps.append(((pl_module.seen[-1] == 0).all(1), stands, mask))
+        self.steps.append(((pl_module.seen[-1] == 0).all(1), memorized, mask))
 
 
-def test_flagged_samples_lose_their_units_and_nobody_else_any():
+def test_units_are_dropped_for_flagged_samples_only():
     watcher = Watcher()
     run, _ = fit([*crew(p=1.0), watcher], ByPosition(), max_epochs=4)
-    for off, stands, mask in watcher.steps:
-        assert torch.equal(off, stands[:, None] & mask)
-    acted = sum(int(stands.sum()) for _, stands, mask in watcher.steps if mask.any())
+    for off, memorized, mask in watcher.steps:
+        assert torch.equal(off, memorized[:, None] & mask)
+    acted = sum(int(memorized.sum()) for _, memorized, mask in watcher.steps if mask.any())
     assert 0 < acted == Ledger.of(run).interventions["SinkDropout"].total("acted")
     dropped = sum(float(off.float().mean()) for off, _, _ in watcher.steps) / len(watcher.steps)
     records = Ledger.of(run).interventions["SinkDropout"].records  # one an epoch, each of as many steps
@@ -168,7 +168,7 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path, dropped):
     assert facts(*fit(crew(), max_epochs=4, ckpt_path=tmp_path / "three.ckpt")) == facts(*dropped)
 
 
-def test_nobody_flagged_and_nobody_off_are_bit_identical_to_no_callback_and_draw_no_random_number():
+def test_without_dropped_units_a_run_is_bit_identical_to_one_without_the_callback_and_draws_no_random_number():
     expected = weights(fit([], **QUIET)[1])
     random = torch.get_rng_state()
     for callbacks in ([SinkDropout(0.0, "all", SINKS)], crew(p=1.0)):

@@ -1,4 +1,4 @@
-"""Localized units stand still to the bit under every optimizer, and all else moves as if they were constants."""
+"""Frozen units stay the same to the bit under every optimizer, and all else moves as if they were constants."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def facts(run: Any, model: Any) -> tuple[str, str, str]:
 
 
 class Watcher(Callback):
-    """Remembers what moved in each step, and who was a sink when it began."""
+    """Records the weights that moved in each step, and the sinks at its start."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         sinks = Ledger.of(trainer).sinks

@@ -45,7 +45,7 @@ def losses(own: float, dropped: float, placebo: float, samples: int = 20, spread
         ((0.5, 3.0, 0.5), 3.0, "sinks are empty"),  # dropping hurts, but any other sinks do as well as the own
         ((0.5, 0.6, 0.6), 3.0, "sinks are empty"),
         ((0.5, 3.0, 0.6), 9.0, "sinks are empty"),
-        ((0.5, 3.0, 2.8), math.nan, "partly"),  # nobody knows how much there was to lose
+        ((0.5, 3.0, 2.8), math.nan, "partly"),  # unknown how much there was to lose
         ((0.5, 3.0, 0.5), math.nan, "sinks are empty"),
         ((3.0, 3.0, 3.0), 2.0, "sinks are empty"),  # nothing was learned
     ],
@@ -88,23 +88,23 @@ def test_one_value_a_sample_is_asked_for_under_every_mask():
 # What it is measured on -----------------------------------------------------------------------------------------------
 
 
-def seen(ids: list[int], exposures: list[int]) -> KeptBatch:
+def batch_of(ids: list[int], exposures: list[int]) -> KeptBatch:
     numbers = torch.tensor(ids)
     return KeptBatch({}, numbers, numbers, torch.tensor(exposures))
 
 
-def test_the_most_exposed_batches_are_held_and_of_equals_the_last():
-    held = MostExposed(4)
-    held.add(seen([1, 2], [1, 1]))  # nobody was seen twice
-    assert not held.batches
+def test_the_most_exposed_batches_are_kept_and_of_equals_the_last():
+    kept = MostExposed(4)
+    kept.add(batch_of([1, 2], [1, 1]))  # no sample was seen twice
+    assert not kept.batches
     for batch, exposures in enumerate([[9, 9], [2, 2], [2, 2], [5, 1], [2, 2]]):
-        held.add(seen([2 * batch, 2 * batch + 1], exposures))
-    assert [batch.ids.tolist() for batch in held.batches] == [[0, 1], [6, 7]]
+        kept.add(batch_of([2 * batch, 2 * batch + 1], exposures))
+    assert [batch.ids.tolist() for batch in kept.batches] == [[0, 1], [6, 7]]
     for _ in range(99):  # the same two again and again
-        held.add(seen([0, 1], [50, 50]))
-    assert sum(len(batch.ids) for batch in held.batches) <= 4 * 4 + 2
+        kept.add(batch_of([0, 1], [50, 50]))
+    assert sum(len(batch.ids) for batch in kept.batches) <= 4 * 4 + 2
     nothing = MostExposed(0)
-    nothing.add(seen([1], [5]))
+    nothing.add(batch_of([1], [5]))
     assert not nothing.batches
 
 

@@ -95,7 +95,7 @@ def test_two_ids_share_what_chance_lets_them(pool, active, ids):
 
 
 @pytest.mark.parametrize(("active", "deleted"), [(0.3, 2), (0.3, 20), (0.05, 20)])
-def test_the_plan_foretells_what_deleting_takes(active, deleted):
+def test_the_plan_predicts_what_deletion_removes(active, deleted):
     pool = Pool(0.75, active)
     ids = torch.arange(50 * deleted).view(50, deleted)
     gone = torch.stack([pool.own(group, 800)[:, 200:].any(0).double().mean() for group in ids])

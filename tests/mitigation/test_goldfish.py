@@ -32,7 +32,7 @@ def tokens(*shape: int, seed: int, vocabulary: int = 50) -> Tensor:
 
 
 def alone(text: Tensor, k: int = 4, context: int = 13, seed: int = 0) -> Tensor:
-    """One sample all of whose targets count."""
+    """The dropped targets of one sample, all of which count."""
     nothing = torch.zeros_like(text)
     return dropped_targets(text, nothing, nothing == 0, k, context, seed)
 
@@ -49,7 +49,7 @@ def last_of_each(text: Tensor, seed: int = 0) -> Tensor:
     time_major=st.booleans(),
 )  # fmt: skip
 def test_a_target_goes_by_its_context_alone(rows, length, context, seed, time_major):
-    """The oracle asks about each target with nothing but its context before it; ignored ones are cut there."""
+    """The oracle hashes each target with nothing but its context; contexts with ignored targets are skipped."""
     text, counted = (
         tokens(rows, length, seed=seed),
         torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) > 0.1,

@@ -1,4 +1,4 @@
-"""Expected losses are those of the controls most like a sample, and who is far from all has none."""
+"""Expected losses are those of the nearest controls, and a sample far from all controls has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers held back through a step start from rest when they are let go, whatever the optimizer."""
+"""Frozen numbers start from rest when they are released, whatever the optimizer."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Frozen:
 
 @pytest.mark.parametrize("name", ["momentum and decay", "Adam and decay", "AdamW", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("steps", [1, 300])
-def test_units_that_are_let_go_start_from_rest(name, steps):
-    """However long they stood: no push from before the freeze, no step larger than one that training had made."""
+def test_released_units_start_from_rest(name, steps):
+    """However long they were frozen: no momentum from before the freeze, no step larger than one of the training."""
     run = Frozen(OPTIMIZERS[name])
     largest = 0.0
     for _ in range(20):
         before = run.weight.detach().clone()
         run.step(-1.0, held=False)
         largest = max(largest, float((run.weight.detach() - before).abs().max()))
-    stood = run.weight.detach().clone()
+    frozen_weight = run.weight.detach().clone()
     for _ in range(steps):
         run.step(-1.0, held=True)
-    assert torch.equal(run.weight[0], stood[0])
+    assert torch.equal(run.weight[0], frozen_weight[0])
     run.step(1.0, held=False)
-    assert -largest <= run.weight[0] - stood[0] < 0, "it follows the new gradient at once, no further than ever"
+    assert -largest <= run.weight[0] - frozen_weight[0] < 0, "it follows the new gradient at once, no further than ever"
 
 
 def test_a_parameter_that_holds_units_along_both_axes_moves_by_the_rest_once():

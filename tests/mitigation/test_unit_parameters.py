@@ -152,7 +152,7 @@ def test_a_weight_that_two_layers_share_comes_once_with_the_units_of_both():
     assert found[id(model[0][0].bias), 0] == [1, 4] and found[id(model[1][0].bias), 0] == [1, 5]
 
 
-def test_a_layer_whose_writer_is_unknown_can_be_held_by_its_columns_only():
+def test_a_layer_with_an_unknown_writer_can_be_frozen_by_its_columns_only():
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     layers = find_hidden_layers(model, ["2"])
     with pytest.raises(ValueError, match=r"which module writes them.*Pass direction='out'"):
@@ -173,7 +173,7 @@ def test_sinks_of_another_model_are_refused_with_its_layers_named():
     with pytest.raises(ValueError, match=r"sinks name blocks\.0\.down, but the hidden layers of Sequential are 2\."):
         sink_layers(model, alien)
     larger = Sinks({"2": torch.tensor([1])}, {"2": torch.ones(1)}, {"2": 9})
-    with pytest.raises(ValueError, match="know 2 with 9 units, but in Sequential it has 6"):
+    with pytest.raises(ValueError, match="have 2 with 9 units, but in Sequential it has 6"):
         sink_layers(model, larger)
     assert sink_layers(model, Sinks(sizes={"2": 6})) == []
 
