@@ -1,4 +1,4 @@
-"""What Lightning's own tests ask of callbacks, asked of ours: every way to run a Trainer, and no trace in the run."""
+"""What Lightning's own tests require of callbacks: every way to run a Trainer, and a run that is as without them."""
 
 import copy
 import pickle
@@ -33,21 +33,21 @@ SAMPLES = 204  # of different content
 
 
 @pytest.fixture(autouse=True)
-def small_runs_are_warned_of():
-    """By Lightning, of their size and of what was not asked for."""
+def no_warnings_about_small_runs():
+    """Lightning warns of their size and of options that they leave out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def ours(**options):
+def preset(**options):
     return memsink(path=None, identity="content", k=4, **options)
 
 
 def watched(more=list, model=TinyLM, **options):
-    """A run with the default set, whose weights are those of the same run without it."""
+    """A run with the preset, whose weights are those of the same run without it."""
     _, plain = fit(more(), model(), **{"max_epochs": 1, **options})
-    run, module = fit([*ours(), *more()], model(), **{"max_epochs": 1, **options})
+    run, module = fit([*preset(), *more()], model(), **{"max_epochs": 1, **options})
     assert torch.equal(weights(plain), weights(module))
     return run
 
@@ -68,7 +68,7 @@ def watched(more=list, model=TinyLM, **options):
     ],
     ids=str,
 )
-def test_every_way_to_run_a_trainer_is_followed_and_left_alone(options, samples, controls):
+def test_every_way_to_run_a_trainer_is_recorded_and_unchanged(options, samples, controls):
     ledger = Ledger.of(watched(**options))
     assert (len(ledger.losses), len(ledger.controls)) == (samples, controls)
 
@@ -85,14 +85,14 @@ def test_callbacks_that_change_training_do_so_as_before(more):
     assert len(Ledger.of(watched(more, max_epochs=3)).losses) == SAMPLES
 
 
-def test_barebones_follows_without_logging():
-    run = Trainer(callbacks=ours(), barebones=True, max_epochs=1, accelerator="cpu")
+def test_barebones_records_without_logging():
+    run = Trainer(callbacks=preset(), barebones=True, max_epochs=1, accelerator="cpu")
     run.fit(TinyLM(), train_loader(), control_loader())
     assert (len(Ledger.of(run).losses), len(Ledger.of(run).controls)) == (SAMPLES, 120)
 
 
 class Served(TinyLM):
-    """Can be tested and asked for predictions too."""
+    """Has a test step and a prediction step too."""
 
     def test_step(self, batch, batch_idx):
         self.log("test_loss", self.loss(batch))
@@ -102,9 +102,9 @@ class Served(TinyLM):
 
 
 @pytest.mark.parametrize("function", ["validate", "test", "predict"])
-def test_validate_test_and_predict_are_none_of_our_business(function):
-    """Alone, before a fit and after it: the ledger is that of the fit."""
-    run = Trainer(callbacks=ours(), max_epochs=1, accelerator="cpu", **QUIET)
+def test_validate_test_and_predict_leave_the_ledger_alone(function):
+    """Before a fit and after it: the ledger is that of the fit."""
+    run = Trainer(callbacks=preset(), max_epochs=1, accelerator="cpu", **QUIET)
     model = Served()
     getattr(run, function)(model, control_loader())
     assert not Ledger.of(run).get(Ledger.losses)
@@ -116,8 +116,8 @@ def test_validate_test_and_predict_are_none_of_our_business(function):
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, after, strict=True))
 
 
-def test_a_second_fit_of_the_same_trainer_goes_on():
-    run = Trainer(callbacks=ours(), max_epochs=1, accelerator="cpu", **QUIET)
+def test_a_second_fit_of_the_same_trainer_continues_the_ledger():
+    run = Trainer(callbacks=preset(), max_epochs=1, accelerator="cpu", **QUIET)
     model = TinyLM()
     run.fit(model, train_loader(), control_loader())
     run.fit_loop.max_epochs = 2
@@ -129,7 +129,7 @@ def test_a_second_fit_of_the_same_trainer_goes_on():
 
 def test_several_validation_loaders_are_controls_together():
     half = len(CONTROLS) // 2
-    run, _ = fit(ours(), Both(), controls=[control_loader(CONTROLS[:half]), control_loader(CONTROLS[half:])])
+    run, _ = fit(preset(), Both(), controls=[control_loader(CONTROLS[:half]), control_loader(CONTROLS[half:])])
     assert len(Ledger.of(run).controls) == 120
 
 
@@ -139,7 +139,7 @@ class Both(TinyLM):
 
 
 class TwoOptimizers(TinyLM):
-    """By hand, each on a part of the model and every step on one loss."""
+    """Manual optimization: each optimizer has a part of the model, and both step on one loss."""
 
     automatic_optimization = False
 
@@ -155,14 +155,14 @@ class TwoOptimizers(TinyLM):
         return [torch.optim.SGD(self.embed.parameters(), 0.1), torch.optim.AdamW(self.mlp.parameters(), 1e-2)]
 
 
-def test_manual_optimization_with_several_optimizers_is_followed():
+def test_manual_optimization_with_several_optimizers_is_recorded():
     """Lightning counts every optimizer's step."""
     run = watched(model=TwoOptimizers)
     assert run.global_step == 42
     assert len(Ledger.of(run).losses) == SAMPLES and Ledger.of(run).losses.last_loss.isfinite().all()
 
 
-def test_lightnings_own_manual_model_is_followed():
+def test_lightnings_own_manual_model_is_recorded():
     run = Trainer(callbacks=memsink(path=None), max_epochs=1, accelerator="cpu", **QUIET)
     run.fit(ManualOptimBoringModel())
     assert len(Ledger.of(run).losses) == 64 and Ledger.of(run).losses.last_loss.isfinite().all()
@@ -205,32 +205,32 @@ def find_size(run, model, data):
     ],
     ids=["lr_find", "scale_batch_size", "BatchSizeFinder"],
 )
-def test_trials_of_a_tuner_leave_no_visit_and_are_not_changed(tune, callbacks, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the Tuner keeps a checkpoint where it stands
-    ended = []
-    for crew in ([], ours()):
+def test_trials_of_a_tuner_record_no_visit_and_are_not_changed(tune, callbacks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the Tuner writes a checkpoint into the working directory
+    ends = []
+    for watching in ([], preset()):
         model, data = Tunable(), Data()
-        run = Trainer(callbacks=[*crew, *callbacks()], max_epochs=1, accelerator="cpu", **QUIET)
+        run = Trainer(callbacks=[*watching, *callbacks()], max_epochs=1, accelerator="cpu", **QUIET)
         tune(run, model, data)
         run.fit(model, datamodule=data)
-        ended.append(weights(model))
-    assert torch.equal(*ended)
+        ends.append(weights(model))
+    assert torch.equal(*ends)
     assert Ledger.of(run).losses.exposures.sum() == len(TRAIN)
 
 
 # Scalars and loggers -----------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_at_the_end_of_the_training_epoch_may_watch_us(tmp_path):
+def test_a_checkpoint_at_the_end_of_the_training_epoch_may_monitor_our_scalars(tmp_path):
     keep = ModelCheckpoint(tmp_path, monitor="memsink/gap", save_on_train_epoch_end=True, save_top_k=1)
-    fit([*ours(), keep], max_epochs=2, enable_checkpointing=True)
+    fit([*preset(), keep], max_epochs=2, enable_checkpointing=True)
     assert keep.best_model_path and keep.best_model_score is not None
 
 
-def test_early_stopping_may_watch_us_beside_a_learning_rate_monitor(tmp_path):
+def test_early_stopping_may_monitor_our_scalars_beside_a_learning_rate_monitor(tmp_path):
     stop = EarlyStopping("memsink/flagged_fraction", mode="max", stopping_threshold=0.01, patience=99)
     logger = CSVLogger(tmp_path)
-    run, _ = fit([LearningRateMonitor("step"), stop, *ours()], max_epochs=8, logger=logger, log_every_n_steps=5)
+    run, _ = fit([LearningRateMonitor("step"), stop, *preset()], max_epochs=8, logger=logger, log_every_n_steps=5)
     assert 0 < run.current_epoch < 7
     assert {"memsink/gap", "lr-AdamW"} <= set(
         (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split("\n")[0].split(",")
@@ -250,22 +250,22 @@ def test_state_keys_are_unique_and_do_not_change():
 def test_callbacks_can_be_copied_before_and_after_a_run(clone):
     for kind in KINDS:
         assert type(clone(kind())) is kind
-    crew = ours()
-    run, _ = fit(crew, max_epochs=1)
-    again, _ = fit([clone(one) for one in ours()], max_epochs=1)
+    callbacks = preset()
+    run, _ = fit(callbacks, max_epochs=1)
+    again, _ = fit([clone(one) for one in preset()], max_epochs=1)
     assert torch.equal(Ledger.of(run).losses.last_loss, Ledger.of(again).losses.last_loss)
-    states = [(one.state_dict(), clone(one).state_dict()) for one in crew]
+    states = [(one.state_dict(), clone(one).state_dict()) for one in callbacks]
     assert all(repr(before) == repr(after) for before, after in states)
 
 
 def test_states_pass_lightnings_safe_loading(tmp_path):
-    """Of every callback, by the file: tensors and plain types only."""
+    """The state of every callback, saved to a file, holds tensors and plain types only."""
     torch.save({kind.__name__: kind().state_dict() for kind in KINDS}, tmp_path / "states")
     assert set(torch.load(tmp_path / "states", weights_only=True)) == {kind.__name__ for kind in KINDS}
 
 
-def test_two_runs_of_their_own_callbacks_know_nothing_of_each_other():
-    first, _ = fit(ours(), max_epochs=1)
-    second, _ = fit(ours(), max_epochs=1)
+def test_two_runs_with_callbacks_of_their_own_share_no_ledger():
+    first, _ = fit(preset(), max_epochs=1)
+    second, _ = fit(preset(), max_epochs=1)
     assert Ledger.of(first).losses is not Ledger.of(second).losses
     assert torch.equal(Ledger.of(first).losses.exposures, Ledger.of(second).losses.exposures)
