@@ -1,4 +1,4 @@
-"""Each sample's squared gradient norm from what went into a layer and the gradient that came out of it.
+"""Ghost norms: each sample's squared gradient norm from a layer's input and the gradient at its output.
 
 A layer's gradient for one sample is a sum over positions. Where that sum is an outer product, its norm needs no
 gradient: ``|sum_t b_t a_t'|^2 = sum_tu (a_t . a_u)(b_t . b_u)`` (Goodfellow 2015, arXiv 1510.01799; for sequences
@@ -20,29 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 2**24
-"""Elements of per-sample gradients to hold at once."""
-CACHED = 2**19
-"""Elements of patches to write out at once."""
-WRITING = 8
-"""What it costs to write and read back an element, in multiply-adds."""
+MAX_ELEMENTS = 2**24
+"""Elements of per-sample gradients in memory at once."""
+CACHE_ELEMENTS = 2**19
+"""Elements of patches to copy at once."""
+WRITE_COST = 8
+"""Cost of writing and reading back an element, in multiply-adds."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """How a Conv1d, Conv2d or Conv3d moves over an input that is padded already."""
+    """Geometry of a Conv1d, Conv2d or Conv3d over an input that is padded already."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
-    def patches(self, given: Tensor) -> Tensor:
-        """``[B, C, *kernel, *positions]`` of ``given`` ``[B, C, *sizes]``: a view."""
-        for axis, (kernel, step, reach) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
-            given = given.unfold(2 + axis, reach * (kernel - 1) + 1, step)[..., ::reach]
+    def patches(self, padded: Tensor) -> Tensor:
+        """``[B, C, *kernel, *positions]`` of ``padded`` ``[B, C, *sizes]``: a view."""
+        for axis, (kernel, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            padded = padded.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         axes = len(self.kernel)
-        return given.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+        return padded.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ class Tied:
 
 @dataclass(frozen=True)
 class Convolved:
-    """The gradient of a convolution's ``weight`` ``[O, C / groups, *kernel]``, of which only the shape counts.
+    """The gradient of a convolution's weight."""
 
-    ``given`` is the padded input ``[B, C, *sizes]``, ``gradient`` ``[B, O, *sizes]`` that at the output.
-    """
-
-    given: Tensor
+    padded: Tensor
+    """``[B, C, *sizes]`` input."""
     gradient: Tensor
+    """``[B, O, *sizes]`` at the output."""
     weight: Tensor
-    how: Convolution
+    """``[O, C / groups, *kernel]``; only its shape counts."""
+    geometry: Convolution
 
 
 Contribution = Dense | Outer | EmbeddingRows | Tied | Convolved
@@ -103,8 +103,8 @@ def squared_norm(parts: Sequence[Contribution], shape: torch.Size) -> Tensor:
     match parts:
         case [Dense(gradient)]:
             return _square(gradient)
-        case [Convolved(given, gradient, weight, how)]:
-            return convolution_weight_squared_norm(given, gradient, weight, how)
+        case [Convolved(padded, gradient, weight, geometry)]:
+            return convolution_weight_squared_norm(padded, gradient, weight, geometry)
         case [Tied(norm)]:
             return norm
         case [Tied(norm, picked, right), EmbeddingRows(ids, gradients)]:
@@ -119,7 +119,7 @@ def squared_norm(parts: Sequence[Contribution], shape: torch.Size) -> Tensor:
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Several calls as one with more positions."""
+    """Several calls as one call with more positions."""
     if len(pairs) == 1:
         return pairs[0]
     ones, others = zip(*pairs, strict=True)
@@ -138,13 +138,13 @@ def samples_of(part: Contribution) -> int:
 
 
 def tie(outer: Outer, ids: Tensor) -> Tied:
-    """For a table that is read at ``ids`` ``[B, T]`` too."""
+    """``outer`` of an output layer whose table is also read at ``ids`` ``[B, T]``, without its large ``left``."""
     picked = outer.left.gather(2, ids[:, None, :].expand(-1, outer.left.shape[1], -1))
     return Tied(outer_squared_norm(outer.left, outer.right), picked, outer.right)
 
 
 def dense(part: Contribution, shape: torch.Size) -> Tensor:
-    """``[B, P]``, the contribution written out."""
+    """``[B, P]`` gradient of ``part``, as a dense tensor."""
     match part:
         case Dense(gradient):
             return gradient
@@ -153,10 +153,10 @@ def dense(part: Contribution, shape: torch.Size) -> Tensor:
         case EmbeddingRows(ids, gradients):
             table = gradients.new_zeros(len(ids), *shape)
             return table.scatter_add_(1, ids[..., None].expand_as(gradients), gradients).flatten(1)
-        case Convolved(given, gradient, weight, how):
-            return convolution_weight_gradient(given, gradient, weight, how)
+        case Convolved(padded, gradient, weight, geometry):
+            return convolution_weight_gradient(padded, gradient, weight, geometry)
         case Tied():
-            raise ValueError("What is left of a tied matrix has no gradient of its own.")
+            raise ValueError("A tied matrix without its output gradient has no gradient that could be written out.")
 
 
 def outer_squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -166,12 +166,12 @@ def outer_squared_norm(left: Tensor, right: Tensor) -> Tensor:
         return _square(left[:, 0]) * _square(right[:, 0])
     if gram_is_cheaper(positions, left.shape[2], right.shape[2]):
         return _dot_(gram(left), gram(right))
-    return _written_out(left, right)
+    return _dense_squared_norm(left, right)
 
 
 def gram_is_cheaper(positions: int, outputs: int, inputs: int) -> bool:
-    """True if products between positions cost less than the gradient itself."""
-    return positions**2 * (outputs + inputs) < outputs * inputs * (positions + WRITING)
+    """True if inner products between positions cost less than the gradient itself."""
+    return positions**2 * (outputs + inputs) < outputs * inputs * (positions + WRITE_COST)
 
 
 def gram(vectors: Tensor) -> Tensor:
@@ -179,9 +179,9 @@ def gram(vectors: Tensor) -> Tensor:
     return torch.bmm(vectors, vectors.mT)
 
 
-def _written_out(left: Tensor, right: Tensor) -> Tensor:
-    at_once = max(1, LARGEST // (left.shape[2] * right.shape[2]))
-    pieces = zip(torch.split(left, at_once), torch.split(right, at_once), strict=True)
+def _dense_squared_norm(left: Tensor, right: Tensor) -> Tensor:
+    chunk = max(1, MAX_ELEMENTS // (left.shape[2] * right.shape[2]))
+    pieces = zip(torch.split(left, chunk), torch.split(right, chunk), strict=True)
     return torch.cat([_square(torch.bmm(one.mT, other).flatten(1)) for one, other in pieces])
 
 
@@ -201,66 +201,68 @@ def rows_squared_norm(ids: Tensor, gradients: Tensor) -> Tensor:
     return gradients.new_zeros(batch).index_add_(0, rows // span, _square(sums))
 
 
-def convolution_weight_squared_norm(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> Tensor:
+def convolution_weight_squared_norm(padded: Tensor, gradient: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
     """``[B]`` of a convolution's weight.
 
     Args:
-        given: ``[B, C, *sizes]`` input, padded.
+        padded: ``[B, C, *sizes]`` input, padded.
         gradient: ``[B, O, *sizes]`` at the output.
         weight: ``[O, C / groups, *kernel]``; only its shape counts.
     """
-    if how.groups > 1:
-        return torch.stack([_square(each.flatten()) for each in _convolution_gradients(given, gradient, weight, how)])
-    outputs, patches, inputs = gradient.flatten(2), how.patches(given), weight[0].numel()
-    if _pixels_are_cheaper(given, gradient, inputs):
-        return _dot_(patch_gram(given, gradient.shape[2:], how), gram(outputs.mT))
-    # A few samples' patches stay in the cache; all of them would be a copy of the input for each tap of the kernel.
-    room = given.new_empty(max(1, CACHED // max(1, inputs * outputs.shape[2])), inputs, outputs.shape[2])
+    if geometry.groups > 1:
+        return torch.stack(
+            [_square(each.flatten()) for each in _convolution_gradients(padded, gradient, weight, geometry)]
+        )
+    outputs, patches, inputs = gradient.flatten(2), geometry.patches(padded), weight[0].numel()
+    if _pixel_gram_is_cheaper(padded, gradient, inputs):
+        return _dot_(patch_gram(padded, gradient.shape[2:], geometry), gram(outputs.mT))
+    # The patches of a few samples fit the cache; those of all would copy the input for each tap of the kernel.
+    buffer = padded.new_empty(max(1, CACHE_ELEMENTS // max(1, inputs * outputs.shape[2])), inputs, outputs.shape[2])
     norms = []
-    for patch, output in zip(patches.split(len(room)), outputs.split(len(room)), strict=True):
-        own = room[: len(patch)]
+    for patch, output in zip(patches.split(len(buffer)), outputs.split(len(buffer)), strict=True):
+        own = buffer[: len(patch)]
         own.view(patch.shape).copy_(patch)
         norms.append(outer_squared_norm(output.mT, own.mT))
     return torch.cat(norms)
 
 
-def _pixels_are_cheaper(given: Tensor, gradient: Tensor, inputs: int) -> bool:
-    """True if `patch_gram` costs less than to write patches out: where a map is small and has many channels."""
-    pixels, positions, outputs = given[0, 0].numel(), gradient[0, 0].numel(), gradient.shape[1]
-    own = pixels**2 * given.shape[1] + positions**2 * (outputs + inputs // given.shape[1] * WRITING)
+def _pixel_gram_is_cheaper(padded: Tensor, gradient: Tensor, inputs: int) -> bool:
+    """True if `patch_gram` costs less than copied patches: where a map is small and has many channels."""
+    pixels, positions, outputs = padded[0, 0].numel(), gradient[0, 0].numel(), gradient.shape[1]
+    own = pixels**2 * padded.shape[1] + positions**2 * (outputs + inputs // padded.shape[1] * WRITE_COST)
     small = gram_is_cheaper(positions, outputs, inputs)
     return own < (positions**2 * (outputs + inputs) if small else outputs * inputs * positions)
 
 
-def patch_gram(given: Tensor, positions: Sequence[int], how: Convolution) -> Tensor:
-    """``[B, P, P]`` inner products between the patches of ``given`` ``[B, C, *sizes]`` at P ``positions``.
+def patch_gram(padded: Tensor, positions: Sequence[int], geometry: Convolution) -> Tensor:
+    """``[B, P, P]`` inner products between the patches of ``padded`` ``[B, C, *sizes]`` at P ``positions``.
 
     A product of patches is a sum over the kernel of products of pixels, and each pair of these is needed many times.
     """
-    pixels = gram(given.flatten(2).mT).view(len(given), *given.shape[2:] * 2)
+    pixels = gram(padded.flatten(2).mT).view(len(padded), *padded.shape[2:] * 2)
     total: Tensor | None = None
-    for tap in product(*map(range, how.kernel)):
-        moved = zip(tap, how.dilation, how.stride, positions, strict=True)
-        seen = [slice(at * reach, at * reach + step * (many - 1) + 1, step) for at, reach, step, many in moved]
-        part = pixels[(slice(None), *seen, *seen)]
+    for tap in product(*map(range, geometry.kernel)):
+        axes = zip(tap, geometry.dilation, geometry.stride, positions, strict=True)
+        covered = [slice(at * d, at * d + stride * (count - 1) + 1, stride) for at, d, stride, count in axes]
+        part = pixels[(slice(None), *covered, *covered)]
         total = part.clone(memory_format=torch.contiguous_format) if total is None else total.add_(part)
     assert total is not None
-    return total.view(len(given), math.prod(positions), -1)
+    return total.view(len(padded), math.prod(positions), -1)
 
 
-def convolution_weight_gradient(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> Tensor:
+def convolution_weight_gradient(padded: Tensor, gradient: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
     """``[B, P]``; see `convolution_weight_squared_norm`."""
-    return torch.stack([each.flatten() for each in _convolution_gradients(given, gradient, weight, how)])
+    return torch.stack([each.flatten() for each in _convolution_gradients(padded, gradient, weight, geometry)])
 
 
-def _convolution_gradients(given: Tensor, gradient: Tensor, weight: Tensor, how: Convolution) -> list[Tensor]:
-    """A call per sample."""
-    zeros = [0] * len(how.kernel)
-    rest: tuple[Any, ...] = (weight, None, how.stride, zeros, how.dilation, False, zeros, how.groups)
+def _convolution_gradients(padded: Tensor, gradient: Tensor, weight: Tensor, geometry: Convolution) -> list[Tensor]:
+    """The weight's gradient of each sample, by one call each."""
+    zeros = [0] * len(geometry.kernel)
+    rest: tuple[Any, ...] = (weight, None, geometry.stride, zeros, geometry.dilation, False, zeros, geometry.groups)
     backward = torch.ops.aten.convolution_backward
     return [
         backward(one, other, *rest, [False, True, False])[1]
-        for one, other in zip(torch.split(gradient, 1), torch.split(given, 1), strict=True)
+        for one, other in zip(torch.split(gradient, 1), torch.split(padded, 1), strict=True)
     ]
 
 
@@ -271,5 +273,5 @@ def _square(vectors: Tensor) -> Tensor:
 
 
 def _dot_(one: Tensor, other: Tensor) -> Tensor:
-    """``[B]`` inner products of ``[B, S, T]`` tensors. ``one`` is overwritten: fresh memory costs more than sums."""
+    """``[B]`` inner products of ``[B, S, T]`` tensors. ``one`` is overwritten: an allocation costs more than sums."""
     return one.mul_(other).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""The hidden layers of a model: places where units can be told apart, watched and switched off.
+"""The hidden layers of a model: places whose units can be distinguished, recorded and zeroed.
 
 A hidden layer is the *input* of a module (an MLP's down projection, the next convolution): unit ``j`` is column ``j``
 of that module's weight, so zeroing the column is zeroing the unit.
@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-MOST_NAMES = 6
+MAX_NAMES = 6
 SPATIAL_NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NO_NONLINEARITY = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin, nn.Identity, nn.modules.batchnorm._BatchNorm)
 NO_NONLINEARITY_FILES = "dropout flatten pooling padding upsampling pixelshuffle channelshuffle loss distance".split()
@@ -25,7 +25,7 @@ NO_NONLINEARITY_FILES = "dropout flatten pooling padding upsampling pixelshuffle
 @dataclass(frozen=True)
 class HiddenLayer:
     """The input of module ``name``. ``unit_axis`` is -1, or 1 where a convolution reads channels. ``batch_axis`` is 0,
-    or 1 where the input is ``[T, B, U]``, as torch's own transformer layers have it unless told ``batch_first``."""
+    or 1 where the input is ``[T, B, U]``, as in torch's own transformer layers without ``batch_first``."""
 
     name: str
     module: nn.Module
@@ -35,7 +35,7 @@ class HiddenLayer:
 
 
 def unit_weights(layer: HiddenLayer) -> Tensor:
-    """``[U, ...]`` view of the weight that reads the units; the frozen one, where a LoRA wrapper adds to it.
+    """``[U, ...]`` view of the weight that reads the units; the frozen weight under a LoRA wrapper.
 
     Raises:
         ValueError: the weight is packed (quantized): it has no column per unit.
@@ -60,9 +60,9 @@ def base_layer(module: nn.Module) -> nn.Module:
 def find_hidden_layers(model: nn.Module, modules: Sequence[str] | None = None) -> list[HiddenLayer]:
     """The hidden layers of ``model``, in its order.
 
-    Without ``modules`` they are told by structure: an up and a down projection side by side in one module; Linear or
-    Conv, activation, Linear or Conv in a row. Attention looks alike but has more modules reading one input; a unit with
-    two readers is no column of either. An MLP written otherwise is missed rather than guessed.
+    Without ``modules`` they are found by structure: an up and a down projection side by side in one module; Linear or
+    Conv, activation, Linear or Conv in a row. Attention is similar, but more of its modules read the same input; a unit
+    with two readers is a column of neither. An MLP of another structure is missed rather than guessed.
 
     Args:
         modules: ``fnmatch`` patterns for names of down projections. A pattern that matches hidden layers among others
@@ -106,12 +106,12 @@ def describe(layers: Sequence[HiddenLayer]) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A Linear or Conv: reads ``given`` units, writes ``made``."""
+    """A Linear or Conv and its numbers of input and output units."""
 
     name: str
     module: nn.Module
-    given: int
-    made: int
+    inputs: int
+    outputs: int
     convolves: bool = False
     groups: int = 1
 
@@ -139,13 +139,13 @@ def _readers(model: nn.Module) -> Iterator[tuple[str, _Reader]]:
     last = "\0"
     for name, module in model.named_modules():
         found = _reader(name, module)
-        if found is not None and not name.startswith(f"{last}."):  # what is below wraps a LoRA layer up
+        if found is not None and not name.startswith(f"{last}."):  # below are the parts of a LoRA layer
             last = name
             yield name, found
 
 
 def _stream(name: str, module: nn.Module) -> list[_Reader | str]:
-    """What flows through ``module``, as its neighbours see it: readers, "activation", "norm", "source", "opaque"."""
+    """The parts of ``module`` in order: readers, "activation", "norm", "spatial norm", "source", "opaque"."""
     reader = _reader(name, module)
     if reader is not None:
         return [reader]
@@ -178,18 +178,18 @@ def writers_by_reader(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleDict) or _reader(name, module) is not None:
             continue
-        around = _Surroundings(name, module, tuple(_children_stream(name, module)))
-        for up, down, path in around.steps():
-            if down.groups == 1 and around.is_hidden(up, down, path):
-                beside = () if isinstance(module, nn.Sequential) else around.readers()  # in a row, none is a gate
-                alike = [reader.name for reader in beside if around.same_work(reader, up)]
+        context = _ModuleContext(name, module, tuple(_children_stream(name, module)))
+        for up, down, path in context.steps():
+            if down.groups == 1 and context.is_hidden(up, down, path):
+                siblings = () if isinstance(module, nn.Sequential) else context.readers()  # in a row, none is a gate
+                alike = [reader.name for reader in siblings if context.have_same_shape(reader, up)]
                 pairs.setdefault(down.name, tuple(dict.fromkeys((up.name, *alike))))
     return pairs
 
 
 @dataclass(frozen=True)
-class _Surroundings:
-    """A module with its children's streams, one after the other."""
+class _ModuleContext:
+    """A module with the streams of its children, one after the other."""
 
     name: str
     module: nn.Module
@@ -199,7 +199,7 @@ class _Surroundings:
         return [part for part in self.parts if isinstance(part, _Reader)]
 
     def steps(self) -> Iterator[tuple[_Reader, _Reader, list[str]]]:
-        """Neighbouring readers, and what lies between them."""
+        """Pairs of consecutive readers, each with the parts between them."""
         last, path = None, list[str]()
         for part in self.parts:
             if isinstance(part, str):
@@ -209,54 +209,53 @@ class _Surroundings:
                 yield last, part, path
             last, path = part, []
 
-    def same_work(self, one: _Reader, other: _Reader) -> bool:
+    def have_same_shape(self, one: _Reader, other: _Reader) -> bool:
         below = one.within(self.name) + other.within(self.name)
-        return (one.given, one.made) == (other.given, other.made) and "." not in below
+        return (one.inputs, one.outputs) == (other.inputs, other.outputs) and "." not in below
 
     def is_hidden(self, up: _Reader, down: _Reader, path: list[str]) -> bool:
-        """True if ``down`` reads what ``up`` wrote, through an activation, and nobody else does."""
+        """True if ``down``, and no other module, reads the output of ``up`` through an activation."""
         after = path[len(path) - path[::-1].index("activation") :] if "activation" in path else path
         if "norm" in after or ("spatial norm" in after and not down.convolves) or (down.convolves and not up.convolves):
-            return False  # a head that reads a normalized stream looks the same
+            return False  # a head that reads a normalized stream has the same structure
         if isinstance(self.module, nn.Sequential):
-            return "activation" in path and up.made == down.given
+            return "activation" in path and up.outputs == down.inputs
         others = [reader for reader in self.readers() if reader not in (up, down)]
-        shares_reading = any(reader.given == down.given for reader in others)
+        is_shared = any(reader.inputs == down.inputs for reader in others)
         if "." in up.within(self.name) + down.within(self.name):
             owners = [reader.within(self.name).partition(".")[0] for reader in (up, down, *others)]
-            lone = up.convolves or min(owners.count(owner) for owner in owners[:2]) == 1  # lest two networks be one
-            return lone and up.made == down.given and "activation" in path and not shares_reading
-        return self._is_mlp(up, down, others, shares_reading, "activation" in path)
+            lone = up.convolves or min(owners.count(owner) for owner in owners[:2]) == 1  # not two networks
+            return lone and up.outputs == down.inputs and "activation" in path and not is_shared
+        return self._is_mlp(up, down, others, is_shared, "activation" in path)
 
-    def _is_mlp(self, up: _Reader, down: _Reader, others: list[_Reader], shares: bool, between: bool) -> bool:
-        """The case of two children side by side. The forward may call an activation that no module shows."""
-        shows = "activation" in self.parts
-        residual = up.given == down.made
-        gated = shows and residual and up.made == 2 * down.given
-        if up.made != down.given and not gated:
+    def _is_mlp(self, up: _Reader, down: _Reader, others: list[_Reader], is_shared: bool, between: bool) -> bool:
+        """The case of two children side by side. The forward may call an activation that is no module."""
+        has_activation = "activation" in self.parts
+        residual = up.inputs == down.outputs
+        gated = has_activation and residual and up.outputs == 2 * down.inputs
+        if up.outputs != down.inputs and not gated:
             return False
-        alike = len({(reader.given, reader.made) for reader in self.readers()}) == 1
-        square = up.given == up.made or down.given == down.made
+        alike = len({(reader.inputs, reader.outputs) for reader in self.readers()}) == 1
+        square = up.inputs == up.outputs or down.inputs == down.outputs
         stem, number = re.split(r"(\d*)$", up.within(self.name), maxsplit=1)[:2]
         in_a_row = number and down.within(self.name) == f"{stem}{int(number) + 1}"
         if not (square and not alike and in_a_row):
-            writers = 1 + sum(self.same_work(reader, up) for reader in others)
-            if shares or writers > 2 or (alike and isinstance(self.module, nn.ModuleList)):
+            writers = 1 + sum(self.have_same_shape(reader, up) for reader in others)
+            if is_shared or writers > 2 or (alike and isinstance(self.module, nn.ModuleList)):
                 return False  # query, key and value read one input
-        if not between and "opaque" in self.parts and not (residual or shows):
-            return False  # the way from the one to the other may lead through a block in the middle
-        return shows or re.search("attention|attn", type(self.module).__name__, re.IGNORECASE) is None
+        if not between and "opaque" in self.parts and not (residual or has_activation):
+            return False  # a block between the two may be on the path
+        return has_activation or re.search("attention|attn", type(self.module).__name__, re.IGNORECASE) is None
 
 
 def _hidden_layer(model: nn.Module, reader: _Reader) -> HiddenLayer:
-    around, batch_axis = reader.name, 0
-    while around and not reader.convolves:
-        around = around.rpartition(".")[0]
-        own = [child for child in model.get_submodule(around).children() if isinstance(child, nn.MultiheadAttention)]
-        if own:  # the nearest module that attends tells how its sequences lie
-            batch_axis = 0 if own[0].batch_first else 1
-            break
-    return HiddenLayer(reader.name, reader.module, reader.given, 1 if reader.convolves else -1, batch_axis)
+    ancestor = reader.name
+    while ancestor and not reader.convolves:
+        ancestor = ancestor.rpartition(".")[0]
+        for child in model.get_submodule(ancestor).children():
+            if isinstance(child, nn.MultiheadAttention):  # the nearest one has the layout of the sequences
+                return HiddenLayer(reader.name, reader.module, reader.inputs, batch_axis=0 if child.batch_first else 1)
+    return HiddenLayer(reader.name, reader.module, reader.inputs, 1 if reader.convolves else -1)
 
 
 def _matching(
@@ -270,25 +269,25 @@ def _matching(
     if known or (usable and not downs):
         return known or usable
     if matched and not usable:
-        cure = f"in {matched[0]} (groups > 1) a unit is no column of the weight. Name a convolution with groups=1"
+        remedy = f"in {matched[0]} (groups > 1) a unit is no column of the weight. Name a convolution with groups=1"
     elif matched:
-        cure = f"{matched[0]} writes one, but units are named where they are read. There {_some(downs)}"
+        remedy = f"{matched[0]} writes one, but units are named where they are read. There {_some(downs)}"
     else:
         names = list(pairs) or list(readers)
         inside = [name for name in names if fnmatchcase(name, f"{pattern}.*")]
-        near = get_close_matches(pattern, names, MOST_NAMES, cutoff=0.4)
-        cure = f"no Linear or Conv has that name. There {_some(inside or near or names)}"
-    raise ValueError(f"modules={pattern!r} names no hidden layer of {type(model).__name__}: {cure}.")
+        near = get_close_matches(pattern, names, MAX_NAMES, cutoff=0.4)
+        remedy = f"no Linear or Conv has that name. There {_some(inside or near or names)}"
+    raise ValueError(f"modules={pattern!r} names no hidden layer of {type(model).__name__}: {remedy}.")
 
 
 def _refuse_compiled(model: nn.Module, chosen: Collection[str]) -> None:
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported: nothing was compiled
     wrapper = getattr(dynamo, "OptimizedModule", ())
     for name, module in model.named_modules():
-        held = sorted(layer for layer in chosen if f"{layer}.".startswith(f"{name}." if name else ""))
-        if held and (isinstance(module, wrapper) or module._compiled_call_impl is not None):
+        inside = sorted(layer for layer in chosen if f"{layer}.".startswith(f"{name}." if name else ""))
+        if inside and (isinstance(module, wrapper) or module._compiled_call_impl is not None):
             raise ValueError(
-                f"{name or 'The model'} ({type(module).__name__}) is compiled and holds the hidden layer {held[0]}: "
+                f"{name or 'The model'} ({type(module).__name__}) is compiled and holds the hidden layer {inside[0]}: "
                 "hooks in compiled code are ignored. Leave it uncompiled in this run, or name others: modules=[...]."
             )
 
@@ -296,5 +295,5 @@ def _refuse_compiled(model: nn.Module, chosen: Collection[str]) -> None:
 def _some(names: Sequence[str]) -> str:
     """``is a.b``, ``are a, b and 5 more``, ``is none``."""
     names = list(dict.fromkeys(names))
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"{'are' if len(names) > 1 else 'is'} {', '.join(names[:MOST_NAMES]) or 'none'}{more}"
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{'are' if len(names) > 1 else 'is'} {', '.join(names[:MAX_NAMES]) or 'none'}{more}"

@@ -1,4 +1,7 @@
-"""How far an optimizer step moves the weights, block by block."""
+"""Update norms: how far an optimizer step moves the weights of each block.
+
+K  blocks of modules
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-MOST_ENTRIES = 1 << 16
+MAX_ENTRIES = 1 << 16
+"""Entries of a weight that are copied for the length of a step."""
 
 
 class UpdateNorms:
-    """Norm of one optimizer step of each block. Of a large tensor every n-th entry stands for the rest.
+    """Norm of one optimizer step of each block, estimated from every n-th entry of a large weight.
 
-    Looks at the weights only: a copy of at most 65,536 entries of each, for the length of a step. Where weights are
-    sharded each process looks at its part, without waiting for the others.
+    Reads the weights only: a copy of at most 65,536 entries of each, for the length of a step. Where weights are
+    sharded, each process reads its own part, without waiting for the others.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -24,36 +28,38 @@ class UpdateNorms:
         self._before: list[tuple[str, Tensor, Tensor]] = []
 
     def before_step(self) -> None:
-        """Just before the optimizer."""
-        self._before = [  # looked up each time: FSDP2 puts other parameters in the place of those there were at first
-            (block_of(name), weight, _thinned(weight).clone())
+        """Copies the weights. Call it just before the optimizer's step."""
+        self._before = [  # parameters are listed each time: FSDP2 replaces those of the start
+            (block_of(name), weight, _subsampled(weight).clone())
             for name, weight in self._module.named_parameters()
             if weight.requires_grad
         ]
 
     def finish(self, blocks: Sequence[str]) -> Tensor | None:
-        """``[K]`` this process's part of the squared norms since `before_step`, in the order of ``blocks``; None if
-        there was no step. Over all processes the parts add up to the whole, be weights sharded or the same on each.
+        """``[K]`` this process's part of the squared norms since `before_step`, in the order of ``blocks``.
+
+        Over all processes the parts add up to the whole, whether weights are sharded or replicated. None if there was
+        no step.
         """
         if not self._before:
             return None
         squares = dict.fromkeys(blocks, 0.0)
         for block, weight, before in self._before:
-            mine = _part(weight)
-            moved = (_thinned(weight) - before).float().square().sum() * (mine.numel() / max(1, before.numel()))
+            local = _local(weight)
+            moved = (_subsampled(weight) - before).float().square().sum() * (local.numel() / max(1, before.numel()))
             squares[block] += float(moved) / _copies(weight)
         self._before = []
         return torch.tensor([squares[block] for block in blocks])
 
 
-def _part(weight: Tensor) -> Tensor:
-    """What of a weight is in this process."""
-    here = weight.to_local() if isinstance(weight, DTensor) else weight
-    return here.detach()
+def _local(weight: Tensor) -> Tensor:
+    """The part of a weight that this process holds."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return local.detach()
 
 
 def _copies(weight: Tensor) -> int:
-    """How many processes hold the same part."""
+    """The number of processes that hold the same part."""
     copies = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if isinstance(weight, DTensor):
         for axis, placement in enumerate(weight.placements):
@@ -61,9 +67,9 @@ def _copies(weight: Tensor) -> int:
     return copies
 
 
-def _thinned(weight: Tensor) -> Tensor:
-    flat = _part(weight).reshape(-1)
-    return flat[:: -(-len(flat) // MOST_ENTRIES) or 1]
+def _subsampled(weight: Tensor) -> Tensor:
+    flat = _local(weight).reshape(-1)
+    return flat[:: -(-len(flat) // MAX_ENTRIES) or 1]
 
 
 def block_of(name: str) -> str:

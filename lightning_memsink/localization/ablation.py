@@ -1,4 +1,4 @@
-"""Switching hidden units off for a while."""
+"""Ablation: zeroing hidden units for a while."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lightning_memsink.localization.sinks import Sinks
 
 @contextmanager
 def ablated(layers: Sequence[HiddenLayer], units: Sinks | Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, the units' weights are zero, so the model computes as if they were; afterwards they are back, bit by bit.
+    """Inside, the weights that read the units are zero, so the model computes as if the units were zero.
 
-    Weights are written in place: not between a forward and its backward. A weight that two modules share is zero for
-    both. Adapters (LoRA) that read the same units are zeroed with the frozen weight.
+    Afterwards the weights are restored bit by bit. They are written in place: not between a forward and its backward. A
+    weight that two modules share is zero for both. Adapters (LoRA) that read the same units are zeroed with the frozen
+    weight.
 
     Args:
         layers: of the model, from `find_hidden_layers`; those that ``units`` does not name stay as they are.
@@ -27,10 +28,10 @@ def ablated(layers: Sequence[HiddenLayer], units: Sinks | Mapping[str, Tensor]) 
         ValueError: before anything is changed, if a layer is not among ``layers`` or has another number of units.
     """
     masks = units.masks() if isinstance(units, Sinks) else units
-    known = {layer.name: layer for layer in layers}
-    _check(masks, known)
-    wanted = [(known[name], mask) for name, mask in masks.items() if bool(mask.any())]
-    columns = [(weight, mask.to(weight.device)) for layer, mask in wanted for weight in readers(layer)]
+    by_name = {layer.name: layer for layer in layers}
+    _check(masks, by_name)
+    selected = [(by_name[name], mask) for name, mask in masks.items() if bool(mask.any())]
+    columns = [(weight, mask.to(weight.device)) for layer, mask in selected for weight in readers(layer)]
     # All are copied before one is changed: tied weights would otherwise be restored to zeros.
     before = [weight[mask].clone() for weight, mask in columns]
     try:
@@ -55,15 +56,15 @@ def readers(layer: HiddenLayer) -> list[Tensor]:
     return [own, *(weight for weight in adapters if weight.data_ptr() != own.data_ptr())]
 
 
-def _check(masks: Mapping[str, Tensor], known: Mapping[str, HiddenLayer]) -> None:
+def _check(masks: Mapping[str, Tensor], by_name: Mapping[str, HiddenLayer]) -> None:
     for name, mask in masks.items():
-        if name not in known:
+        if name not in by_name:
             raise ValueError(
-                f"Units of {name!r} are to be zeroed, but the hidden layers are {', '.join(known)}. Sinks belong to "
-                "the model they were found in, under its names."
+                f"Units of {name!r} can't be zeroed: the hidden layers are {', '.join(by_name)}. Sinks belong to the "
+                "model they were located in, under its names."
             )
-        if mask.dtype != torch.bool or mask.shape != (known[name].units,):
+        if mask.dtype != torch.bool or mask.shape != (by_name[name].units,):
             raise ValueError(
-                f"{name} has {known[name].units} units, so its mask is bool [{known[name].units}], but it is "
+                f"{name} has {by_name[name].units} units, so its mask is bool [{by_name[name].units}], but it is "
                 f"{mask.dtype} {list(mask.shape)}."
             )

@@ -1,4 +1,4 @@
-"""Whether memorized samples lean on the same few units: concentration of attribution, against chance.
+"""Concentration: whether the attribution of memorized samples is on the same few units, against chance.
 
 N  flagged samples    M  unflagged samples    U  units
 """
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FEWEST = 5  # samples a group needs: below, 999 permutations repeat a handful of groups
-CHUNK = 64  # permutations at once, so that memory stays at CHUNK * U
+MIN_SAMPLES = 5
+"""Samples that a group needs: with fewer, 999 permutations repeat a handful of groups."""
+CHUNK = 64
+"""Permutations at once, so that memory stays at CHUNK * U."""
 
 
 def gini(shares: Tensor) -> float:
@@ -20,7 +22,7 @@ def gini(shares: Tensor) -> float:
 
 
 def effective_units(shares: Tensor) -> float:
-    """``exp`` of the entropy of ``[U]`` shares: as many equal units would be as spread out. 1 to U; 0 of all zeros."""
+    """``exp`` of the entropy of ``[U]`` shares: the number of equal units with that entropy. 1…U; 0 of all zeros."""
     total = shares.double().sum()
     if total == 0:
         return 0.0
@@ -28,7 +30,7 @@ def effective_units(shares: Tensor) -> float:
 
 
 def top_share(shares: Tensor, fraction: float = 0.01) -> float:
-    """What the largest ``fraction`` of ``[U]`` units (at least one) hold of the whole: 0 to 1; 0 of all zeros.
+    """Sum of the largest ``fraction`` of ``[U]`` shares (at least one) over the sum of all: 0…1; 0 of all zeros.
 
     Raises:
         ValueError: ``fraction`` is not in (0, 1].
@@ -44,12 +46,13 @@ def top_share(shares: Tensor, fraction: float = 0.01) -> float:
 
 @dataclass(frozen=True)
 class Concentration:
-    """The mean attribution of flagged samples, and what it would be by chance.
+    """Concentration of the mean attribution of flagged samples, and what is expected by chance.
 
     ``gini``, ``effective_units``, ``top_share`` (of 1 % of the units) are of the flagged samples' mean. ``null_gini``
-    is the mean, ``null_low`` to ``null_high`` the middle 95 %, of as many samples with the flags dealt at random.
-    ``scattered_gini``: each flagged sample as concentrated as it is, but on units of its own; above it, they share
-    units. Of an even spread all over, the Gini is 0. ``p`` is one-sided: flagged samples are no more concentrated.
+    is the mean, ``null_low`` to ``null_high`` the middle 95 %, over as many samples with permuted flags.
+    ``scattered_gini``: the Gini if each flagged sample were as concentrated on random units of its own; above it, they
+    share units. The Gini of an even spread is 0. ``p`` is one-sided, of the null hypothesis that flagged samples are no
+    more concentrated than others.
     """
 
     gini: float
@@ -63,17 +66,17 @@ class Concentration:
     samples: int
 
     def __str__(self) -> str:
-        than = "more concentrated than" if self.p < 0.05 else "not shown to be more concentrated than"
+        verdict = "more concentrated than" if self.p < 0.05 else "not shown to be more concentrated than"
         return (
-            f"The attribution of {self.samples} flagged samples is {than} that of as many others: Gini {self.gini:.3f} "
-            f"against {self.null_gini:.3f} [{self.null_low:.3f}, {self.null_high:.3f}], p = {self.p:.3g}; "
-            f"{self.effective_units:.0f} effective units, {self.top_share:.0%} in the top 1 %."
+            f"The attribution of {self.samples} flagged samples is {verdict} that of as many others: Gini "
+            f"{self.gini:.3f} against {self.null_gini:.3f} [{self.null_low:.3f}, {self.null_high:.3f}], "
+            f"p = {self.p:.3g}; {self.effective_units:.0f} effective units, {self.top_share:.0%} in the top 1 %."
         )
 
 
 @dataclass(frozen=True)
 class NotTested:
-    """No statement about concentration, and why."""
+    """The reason why concentration was not tested."""
 
     reason: str
 
@@ -84,17 +87,17 @@ class NotTested:
 def concentration_test(
     flagged: Tensor, unflagged: Tensor, permutations: int = 999, seed: int = 0
 ) -> Concentration | NotTested:
-    """Is the mean attribution of flagged samples more concentrated than that of as many samples picked blindly?
+    """Permutation test: is the mean attribution of flagged samples more concentrated than that of random samples?
 
     The statistic is the Gini coefficient of the mean over samples: it is high only if samples are concentrated on the
-    *same* units. The null deals the flags among all ``N + M`` samples at random, so it keeps units that matter to
-    everyone, layers of unequal weight, and how alike samples are. An even spread would be beaten by any trained model.
-    Compare like with like: unflagged samples as hard as the flagged, or difficulty is what is tested.
+    *same* units. The null permutes the flags among all ``N + M`` samples, so it keeps units that matter to every
+    sample, layers of unequal weight, and the similarity of samples. Any trained model would be more concentrated than
+    an even spread. Unflagged samples should be as hard as the flagged ones: otherwise the test is of difficulty.
 
     Args:
         flagged: ``[N, U]`` shares >= 0, one row a sample.
         unflagged: ``[M, U]``.
-        permutations: of which p can be no smaller than ``1 / (1 + permutations)``.
+        permutations: their number; p is at least ``1 / (1 + permutations)``.
         seed: of a generator of its own.
 
     Returns:
@@ -106,14 +109,14 @@ def concentration_test(
     if flagged.ndim != 2 or flagged.shape[1:] != unflagged.shape[1:]:
         raise ValueError(f"concentration_test takes [N, U] and [M, U], but got {[*flagged.shape], [*unflagged.shape]}.")
     for group, rows in (("flagged", flagged), ("unflagged", unflagged)):
-        if len(rows) < FEWEST:
-            return NotTested(f"Concentration was not tested: {len(rows)} {group} samples, and it takes {FEWEST}.")
+        if len(rows) < MIN_SAMPLES:
+            return NotTested(f"Concentration was not tested: {len(rows)} {group} samples, and it needs {MIN_SAMPLES}.")
         if not bool((rows.isfinite() & (rows >= 0)).all()):
             raise ValueError(f"concentration_test takes shares >= 0, but {group} ones are negative or not finite.")
     pooled, count = torch.cat([flagged, unflagged]).double().cpu(), len(flagged)
     mean = pooled[:count].mean(0)
     generator = torch.Generator().manual_seed(seed)
-    null = torch.cat([_dealt(pooled, count, part, generator) for part in _chunks(permutations)])
+    null = torch.cat([_permuted(pooled, count, part, generator) for part in _chunks(permutations)])
     observed = _ginis(mean[None])
     low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=null.dtype)).tolist()
     above = int((null >= observed - 1e-12).sum())  # equal groups add up in another order
@@ -143,7 +146,7 @@ def _chunks(permutations: int) -> list[int]:
     return [min(CHUNK, permutations - start) for start in range(0, permutations, CHUNK)]
 
 
-def _dealt(pooled: Tensor, count: int, permutations: int, generator: torch.Generator) -> Tensor:
+def _permuted(pooled: Tensor, count: int, permutations: int, generator: torch.Generator) -> Tensor:
     """Gini coefficients of the means of ``count`` rows drawn at random, ``permutations`` times."""
     drawn = torch.rand(permutations, len(pooled), generator=generator).argsort(1)[:, :count]
     chosen = torch.zeros(permutations, len(pooled), dtype=pooled.dtype).scatter_(1, drawn, 1.0 / count)

@@ -1,4 +1,4 @@
-"""From what each unit does for each sample to the units that carry memorized samples.
+"""Locating sinks: from the effect of each unit on each sample to the units that carry memorized samples.
 
 N  flagged samples      M  controls      U  units of a layer      k  units chosen
 """
@@ -24,28 +24,28 @@ def locate(
     per_layer: bool = False,
     method: str = "activation x gradient",
 ) -> Sinks:
-    """The units that do more for flagged samples than for matched controls.
+    """The units whose effect on flagged samples is larger than on matched controls.
 
     Args:
         target: per layer ``[N, U]``, each flagged sample's shares, signed or not, from
             `lightning_memsink.attribution.unit_effects.shares`.
-        control: the same ``[M, U]`` of controls matched with them; None: nothing is subtracted.
-        fraction: of all units, 0…1, rounded up to at least one unit. Units whose contrast is not above zero are no
+        control: the same ``[M, U]`` of matched controls, whose mean is subtracted; None: nothing is subtracted.
+        fraction: of all units, 0…1, rounded, and at least one unit. Units whose contrast is not above zero are no
             sinks, so there may be fewer.
         per_layer: that fraction of each layer, instead of all layers' units together.
-        method: named in the result.
+        method: the name of the method, for the result.
 
     Raises:
         ValueError: no samples, layers that differ, or a fraction outside 0…1.
     """
     _check(target, control, fraction)
-    found = contrast(target, control)
-    chosen = top_units(found, fraction, per_layer)
-    units = {name: picked[found[name][picked] > 0] for name, picked in chosen.items()}
+    scores = contrast(target, control)
+    chosen = top_units(scores, fraction, per_layer)
+    units = {name: picked[scores[name][picked] > 0] for name, picked in chosen.items()}
     return Sinks(
         units,
-        {name: found[name][picked] for name, picked in units.items()},
-        {name: len(scores) for name, scores in found.items()},
+        {name: scores[name][picked] for name, picked in units.items()},
+        {name: len(own) for name, own in scores.items()},
         method,
         _stability(target, control, fraction, per_layer),
     )
@@ -63,7 +63,7 @@ def top_units(scores: Mapping[str, Tensor], fraction: float, per_layer: bool = F
     """``[k]`` int64 per layer: the ``fraction`` of units with the highest ``scores`` ``[U]``, the highest first.
 
     Rounded, and at least one: of all units together, or of each layer. Equal scores are taken in the order of layers
-    and units, so the choice repeats.
+    and units, so the choice is reproducible.
     """
     if per_layer:
         return {name: _best(own, quota(len(own), fraction)) for name, own in scores.items()}
@@ -76,7 +76,7 @@ def top_units(scores: Mapping[str, Tensor], fraction: float, per_layer: bool = F
 
 
 def quota(units: int, fraction: float) -> int:
-    """How many of ``units`` a fraction is: rounded, and at least one of any."""
+    """The number of ``units`` that a fraction is: rounded, and at least one if there is any."""
     return min(units, max(1, round(units * fraction)))
 
 
@@ -109,7 +109,7 @@ def chance_jaccard(units: int, first: int, second: int) -> float:
 def _stability(
     target: Mapping[str, Tensor], control: Mapping[str, Tensor] | None, fraction: float, per_layer: bool
 ) -> tuple[float, float] | None:
-    """Observed and chance Jaccard; both sides are halved, since a common control alone would make halves agree."""
+    """Observed and chance `jaccard` of units from two halves. Controls are halved too: shared ones would agree."""
     samples = len(next(iter(target.values())))
     controls = None if control is None else len(next(iter(control.values())))
     if samples < 2 or (controls is not None and controls < 2):
@@ -121,7 +121,7 @@ def _stability(
         order = torch.randperm(samples, generator=generator)
         rest = None if controls is None else torch.randperm(controls, generator=generator)
         halves = [
-            top_units(contrast(_rows(target, order[side::2]), _part(control, rest, side)), fraction, per_layer)
+            top_units(contrast(_rows(target, order[side::2]), _half(control, rest, side)), fraction, per_layer)
             for side in (0, 1)
         ]
         observed.append(jaccard(*halves))
@@ -134,7 +134,7 @@ def _stability(
     return sum(observed) / HALVINGS, chance_jaccard(sum(sizes), count, count)
 
 
-def _part(control: Mapping[str, Tensor] | None, order: Tensor | None, side: int) -> dict[str, Tensor] | None:
+def _half(control: Mapping[str, Tensor] | None, order: Tensor | None, side: int) -> dict[str, Tensor] | None:
     return None if control is None or order is None else _rows(control, order[side::2])
 
 
@@ -147,8 +147,8 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return order[:count]
 
 
-def _log_choose(many: int, few: int) -> float:
-    return math.lgamma(many + 1) - math.lgamma(few + 1) - math.lgamma(many - few + 1)
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _check(target: Mapping[str, Tensor], control: Mapping[str, Tensor] | None, fraction: float) -> None:

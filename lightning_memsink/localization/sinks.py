@@ -1,4 +1,4 @@
-"""Units that carry memorized samples: what `lightning_memsink.localization.locate` finds and mitigation acts on.
+"""Sinks: the units that carry memorized samples, as `lightning_memsink.localization.locate` finds them.
 
 U  units of a hidden layer      k  units of it that were chosen
 """
@@ -30,19 +30,19 @@ _UNITS_SHOWN, _WIDTH = 6, 110
 
 @dataclass(frozen=True)
 class Sinks:
-    """Units that carry memorized samples, by name of the module that reads them."""
+    """Units that carry memorized samples, by the name of the module that reads them."""
 
     units: Mapping[str, Tensor] = field(default_factory=dict)
     """``[k]`` int64 each: unit numbers, the highest score first."""
     scores: Mapping[str, Tensor] = field(default_factory=dict)
-    """``[k]`` each, in the order of ``units``; comparable between layers, larger is more of a sink."""
+    """``[k]`` each, in the order of ``units``; comparable between layers, the higher the more of a sink."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """``U`` of every layer that was searched, also of those where nothing was found."""
+    """``U`` of every layer that was searched, including those without sinks."""
     method: str = ""
     """The name of the method that scored the units."""
     stability: tuple[float, float] | None = None
-    """Overlap (Jaccard, 0…1) of the units found from two halves of the samples, and the overlap that random sets of
-    that size have; None if there were too few samples to halve."""
+    """Overlap (Jaccard, 0…1) of the sinks located from two halves of the samples, and the expected overlap of random
+    sets of that size; None if there were too few samples to halve."""
 
     def __post_init__(self) -> None:
         if self.units.keys() != self.scores.keys() or not self.units.keys() <= self.sizes.keys():
@@ -80,7 +80,7 @@ class Sinks:
         }
 
     def top(self, count: int) -> Sinks:
-        """The ``count`` units of the highest scores over all layers; stability was that of the whole set, so none."""
+        """The ``count`` units of the highest scores over all layers; without stability, which was of the whole set."""
         if count >= len(self):
             return self
         every = torch.cat([self.scores[name].double().cpu() for name in self.units])
@@ -95,7 +95,7 @@ class Sinks:
         )
 
     def table(self) -> Table:
-        """A row a layer, in the order of the model."""
+        """A table with one row a layer, in the order of the model."""
         title = self._title()
         table = Table(title=title, title_justify="left", min_width=min(len(title), _WIDTH))
         for column in ("layer", "sinks", "of", "units, best first"):
@@ -107,7 +107,7 @@ class Sinks:
         return table
 
     def plot(self) -> Figure:
-        """Share of each layer's units that are sinks, and the line an even spread would follow. Needs matplotlib."""
+        """Bars of the share of sinks among each layer's units, and a line at an even spread. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7.0, 1.4 + 0.35 * len(self.sizes)), layout="constrained", facecolor="white")
@@ -115,7 +115,7 @@ class Sinks:
         shares = [len(self.units.get(name, ())) / size for name, size in self.sizes.items()]
         axes.barh(list(self.sizes), shares, color="#D55E00")
         axes.axvline(self.fraction, color="#333333", linestyle="--", linewidth=1, label="spread evenly")
-        axes.invert_yaxis()  # as text is read, from the input down
+        axes.invert_yaxis()  # from the input down
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
         axes.set_xlabel("sinks, of the layer's units")
         axes.set_title(f"{len(self):,} sinks by {self.method or 'no named method'}", fontsize=11)
@@ -125,30 +125,30 @@ class Sinks:
 
     def __str__(self) -> str:
         console = Console(width=_WIDTH, color_system=None)
-        with console.capture() as said:
+        with console.capture() as captured:
             console.print(self.table())
-        return said.get()
+        return captured.get()
 
     def _title(self) -> str:
-        found = f"{len(self):,} sinks ({100 * self.fraction:.2g} % of units) by {self.method or 'no named method'}"
+        title = f"{len(self):,} sinks ({100 * self.fraction:.2g} % of units) by {self.method or 'no named method'}"
         if self.stability is None:
-            return f"{found}; stability unknown: too few samples to halve"
+            return f"{title}; stability unknown: too few samples to halve"
         observed, chance = self.stability
-        return f"{found}; halves of the samples agree on {100 * observed:.0f} % (chance {100 * chance:.1f} %)"
+        return f"{title}; halves of the samples agree on {100 * observed:.0f} % (chance {100 * chance:.1f} %)"
 
     def save(self, path: str | Path) -> None:
-        """A safetensors file, readable without this package; written whole or not at all."""
+        """Writes a safetensors file, readable without this package; a failure leaves no part of it."""
         path = Path(path)
-        about = {"schema": SCHEMA, "sizes": dict(self.sizes), "method": self.method, "stability": self.stability}
+        metadata = {"schema": SCHEMA, "sizes": dict(self.sizes), "method": self.method, "stability": self.stability}
         tensors = {f"units/{name}": chosen.cpu().contiguous() for name, chosen in self.units.items()}
         tensors |= {f"scores/{name}": scores.detach().cpu().contiguous() for name, scores in self.scores.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as unfinished:
-            unfinished.write_bytes(save(tensors, {_KEY: json.dumps(about)}))
+            unfinished.write_bytes(save(tensors, {_KEY: json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Sinks:
-        """What `save` wrote.
+        """Sinks from a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -156,31 +156,31 @@ class Sinks:
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"Found no sinks at {path}. Sinks.save(path) writes them.")
-        about, tensors = _read(Path(path))
+        metadata, tensors = _read(Path(path))
         return cls(
             {key.removeprefix("units/"): values for key, values in tensors.items() if key.startswith("units/")},
             {key.removeprefix("scores/"): values for key, values in tensors.items() if key.startswith("scores/")},
-            about["sizes"],
-            about["method"],
-            None if about["stability"] is None else tuple(about["stability"]),
+            metadata["sizes"],
+            metadata["method"],
+            None if metadata["stability"] is None else tuple(metadata["stability"]),
         )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            metadata = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is no safetensors file ({error}). Sinks.save(path) writes what can be loaded."
         ) from error
-    if about is None:
+    if metadata is None:
         raise ValueError(f"{path} is a safetensors file, but holds no sinks: {', '.join(list(tensors)[:4])}.")
-    if about.get("schema") != SCHEMA:
+    if metadata.get("schema") != SCHEMA:
         raise ValueError(
-            f"{path} holds sinks of schema {about.get('schema')}, and this version reads schema {SCHEMA}. "
+            f"{path} holds sinks of schema {metadata.get('schema')}, and this version reads schema {SCHEMA}. "
             "Locate them again, or load them with the version that saved them."
         )
-    order = {name: place for place, name in enumerate(about["sizes"])}
-    return about, dict(sorted(tensors.items(), key=lambda item: order.get(item[0].partition("/")[2], 0)))
+    order = {name: place for place, name in enumerate(metadata["sizes"])}
+    return metadata, dict(sorted(tensors.items(), key=lambda item: order.get(item[0].partition("/")[2], 0)))

@@ -40,16 +40,16 @@ def test_an_outer_products_norm_is_that_of_the_sum(batch, positions, outputs, in
     left, right = normal(batch, positions, outputs, seed=seed), normal(batch, positions, inputs, seed=seed + 1)
     oracle = torch.einsum("bto,bti->boi", left.double(), right.double()).square().sum((1, 2)).float()
     assert_close(outer_squared_norm(left, right), oracle, rtol=1e-5, atol=1e-6)
-    both_forms = (gram(left) * gram(right)).sum((1, 2)), ghost_norms._written_out(left, right)
+    both_forms = (gram(left) * gram(right)).sum((1, 2)), ghost_norms._dense_squared_norm(left, right)
     for form in both_forms:
         assert_close(form, oracle, rtol=1e-5, atol=1e-5)
 
 
 def test_few_written_out_gradients_are_held_at_once(monkeypatch):
     left, right = normal(5, 3, 4), normal(5, 3, 4, seed=1)
-    whole = ghost_norms._written_out(left, right)
-    monkeypatch.setattr(ghost_norms, "LARGEST", 32)
-    assert_close(ghost_norms._written_out(left, right), whole)
+    whole = ghost_norms._dense_squared_norm(left, right)
+    monkeypatch.setattr(ghost_norms, "MAX_ELEMENTS", 32)
+    assert_close(ghost_norms._dense_squared_norm(left, right), whole)
 
 
 @settings(max_examples=40, deadline=None)
@@ -136,6 +136,6 @@ def test_a_small_map_of_many_channels_needs_no_patches(monkeypatch):
     monkeypatch.setattr(ghost_norms, "patch_gram", lambda *_: pytest.fail("patches were not written out"))
     with pytest.raises(pytest.fail.Exception):
         squared_norm([Convolved(image, gradient, weight, how)], weight.shape)
-    monkeypatch.setattr(ghost_norms, "_pixels_are_cheaper", lambda *_: False)
+    monkeypatch.setattr(ghost_norms, "_pixel_gram_is_cheaper", lambda *_: False)
     assert_close(by_pixels, oracle, rtol=1e-5, atol=1e-5)
     assert_close(squared_norm([Convolved(image, gradient, weight, how)], weight.shape), oracle, rtol=1e-5, atol=1e-5)

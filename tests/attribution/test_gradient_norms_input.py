@@ -1,4 +1,4 @@
-"""Modules whose gradient norms can't be read, or hardly: named, never guessed."""
+"""Modules whose gradient norms can't be read are named, and never guessed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_read_is_named_and_never_guessed(kind, reason):
     torch.manual_seed(0)
     model, batch = Unreadable(kind), torch.randn(4, 5, 6, requires_grad=True)
     norms, recorder = in_one(model, batch, mean_square)
-    assert all(name.startswith("part") and reason in told for name, told in recorder.uncovered.items())
+    assert all(name.startswith("part") and reason in why for name, why in recorder.uncovered.items())
     assert set(norms) - {"part" if kind == "parametrized" else ""} == {"head"} and 0 < recorder.covered < 1
     if kind not in ("batch statistics", "routed"):  # alone, a sample has other statistics or fewer rows
         assert_close(norms["head"], one_by_one(model, batch, mean_square)["head"], rtol=1e-5, atol=0)

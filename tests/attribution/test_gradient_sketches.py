@@ -73,9 +73,9 @@ def test_a_wide_enough_sketch_has_the_cosines_of_the_gradients():
 
 def test_cosines_lie_between_minus_one_and_one_and_are_zero_without_a_gradient():
     control = torch.tensor([1.0, 0.0])
-    given = torch.tensor([[2.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    assert cosine(given, control).tolist() == [1.0, -1.0, 0.0, 0.0]
-    assert cosine(given, torch.zeros(2)).tolist() == [0.0] * 4
+    sketches = torch.tensor([[2.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    assert cosine(sketches, control).tolist() == [1.0, -1.0, 0.0, 0.0]
+    assert cosine(sketches, torch.zeros(2)).tolist() == [0.0] * 4
 
 
 def test_a_sample_of_no_weight_and_a_frozen_layer_have_no_sketch():

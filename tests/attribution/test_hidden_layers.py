@@ -117,13 +117,13 @@ GAN = together(
 class Basic(nn.Module):
     """A residual block."""
 
-    def __init__(self, given: int, made: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(given, made, 3, padding=1), nn.BatchNorm2d(made)
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2, self.bn2 = nn.Conv2d(made, made, 3, padding=1), nn.BatchNorm2d(made)
-        if given != made:
-            self.downsample = nn.Sequential(nn.Conv2d(given, made, 1), nn.BatchNorm2d(made))
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+        if inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs))
 
 
 class Residual(nn.Module):
@@ -207,7 +207,7 @@ def test_a_lora_wrapper_counts_as_the_linear_it_wraps():
 
 
 @pytest.mark.parametrize(
-    "model, given",
+    "model, inputs",
     [
         (PLAIN, torch.randn(3, 4)),
         (CNN, torch.randn(3, 3, 12, 12)),
@@ -216,14 +216,14 @@ def test_a_lora_wrapper_counts_as_the_linear_it_wraps():
     ],
     ids=["Linear", "Conv", "torch", "Conv1D"],
 )
-def test_zeroing_a_unit_is_zeroing_its_weights(model, given):
+def test_zeroing_a_unit_is_zeroing_its_weights(model, inputs):
     for layer in find_hidden_layers(model.eval()):
 
         def silence(module: nn.Module, args: tuple[Tensor], axis: int = layer.unit_axis) -> tuple[Tensor]:
             return (args[0].index_fill(axis, torch.arange(4), 0.0),)
 
         def run() -> Tensor:
-            output = model(given)
+            output = model(inputs)
             return output if isinstance(output, Tensor) else output.logits
 
         handle = layer.module.register_forward_pre_hook(silence)

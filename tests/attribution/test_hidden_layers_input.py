@@ -1,4 +1,4 @@
-"""Models without hidden layers that can be read: refused by name, with what was looked for."""
+"""Models without hidden layers that can be read: refused, with the structures that were searched."""
 
 from __future__ import annotations
 

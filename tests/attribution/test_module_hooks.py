@@ -1,4 +1,4 @@
-"""Inputs and gradients meet once per call, checkpointed or not, and the hooks leave no trace."""
+"""Inputs and gradients are paired once per call, checkpointed or not, and the hooks leave no trace."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class TwoLayers(nn.Module):
         return checkpoint(self.block, x, use_reentrant=self.reentrant)
 
 
-def met(module: TwoLayers, side: str) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], list[str]]:
-    """What met in one step, and the names that were lost."""
-    found = defaultdict(list)
-    calls = ModuleCalls({"up": module.up, "down": module.down}, side, lambda name, *pair: found[name].append(pair))
+def pairs_of(module: TwoLayers, side: str) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], list[str]]:
+    """Pairs of input and gradient of one step by name, and the names without a pair."""
+    pairs = defaultdict(list)
+    calls = ModuleCalls({"up": module.up, "down": module.down}, side, lambda name, *pair: pairs[name].append(pair))
     calls.open()
     x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
     module(x).square().sum().backward()
     lost = calls.close()
     calls.remove()
-    return found, lost
+    return pairs, lost
 
 
 def by_hand(module: TwoLayers, side: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -54,35 +54,35 @@ def by_hand(module: TwoLayers, side: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_input_and_gradient_meet_once_per_call(checkpointing, side):
+def test_input_and_gradient_are_paired_once_per_call(checkpointing, side):
     module = TwoLayers(checkpointing)
-    found, lost = met(module, side)
+    pairs, lost = pairs_of(module, side)
     assert not lost
     for name, pair in by_hand(module, side).items():
-        [(given, gradient)] = found[name]
-        torch.testing.assert_close((given, gradient), pair)
+        [(inputs, gradient)] = pairs[name]
+        torch.testing.assert_close((inputs, gradient), pair)
 
 
-def test_a_module_used_twice_meets_twice():
+def test_a_module_used_twice_has_two_pairs():
     module = TwoLayers("none")
     module.down = module.up = nn.Linear(4, 4)
-    found, _ = met(module, "output")
-    assert len(found["down"]) == len(found["up"]) == 2
+    pairs, _ = pairs_of(module, "output")
+    assert len(pairs["down"]) == len(pairs["up"]) == 2
 
 
-def test_closed_or_removed_hooks_see_nothing():
-    module, seen = TwoLayers("none"), []
-    calls = ModuleCalls({"up": module.up}, "output", lambda *met: seen.append(met))
+def test_closed_or_removed_hooks_record_nothing():
+    module, recorded = TwoLayers("none"), []
+    calls = ModuleCalls({"up": module.up}, "output", lambda *pair: recorded.append(pair))
     module(torch.ones(2, 4)).sum().backward()
     calls.open()
     calls.remove()
     module(torch.ones(2, 4)).sum().backward()
-    assert not seen and not module.up._forward_hooks and not module.up._forward_pre_hooks
+    assert not recorded and not module.up._forward_hooks and not module.up._forward_pre_hooks
 
 
-def test_nothing_is_kept_alive_that_autograd_lets_go():
+def test_no_input_is_kept_longer_than_autograd_keeps_it():
     module = TwoLayers("non-reentrant")
-    calls = ModuleCalls({"down": module.down}, "output", lambda *met: None)
+    calls = ModuleCalls({"down": module.down}, "output", lambda *pair: None)
     calls.open()
     loss = module(torch.ones(2, 4, requires_grad=True)).sum()
     [call] = calls._calls["down"]
@@ -91,9 +91,9 @@ def test_nothing_is_kept_alive_that_autograd_lets_go():
     assert call.done and call.strong is None and call.gradient is None
 
 
-def test_a_gradient_that_never_meets_its_input_is_named():
+def test_a_gradient_without_its_input_is_named():
     module = TwoLayers("none")
-    calls = ModuleCalls({"up": module.up}, "output", lambda *met: None)
+    calls = ModuleCalls({"up": module.up}, "output", lambda *pair: None)
     calls.open()
     output = module.up(torch.ones(2, 4) * 2)
     calls._calls["up"][0].weak = lambda: None
@@ -102,7 +102,7 @@ def test_a_gradient_that_never_meets_its_input_is_named():
 
 
 def test_an_error_of_ours_is_kept_and_the_backward_goes_on():
-    def fail(*met: object) -> None:
+    def fail(*pair: object) -> None:
         raise ZeroDivisionError
 
     module = TwoLayers("none")

@@ -1,4 +1,4 @@
-"""Effects are what zeroing a unit would do, shares add up, and weights undo whatever the loss was scaled with."""
+"""Effects equal the zeroing of a unit, shares add up, and weights undo the scale of the loss."""
 
 from __future__ import annotations
 
@@ -64,24 +64,24 @@ EFFECTS = st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size
 @given(EFFECTS)
 def test_a_sample_s_shares_over_all_layers_add_up_to_one(rows):
     effects = torch.tensor(rows)
-    found = shares({"first": effects[:, :2], "second": effects[:, 2:]})
-    for sample, row in enumerate(torch.cat(list(found.values()), 1)):
+    result = shares({"first": effects[:, :2], "second": effects[:, 2:]})
+    for sample, row in enumerate(torch.cat(list(result.values()), 1)):
         exact = effects[sample].double().abs()
         assert_close(row.double(), exact / exact.sum() if exact.any() else exact, atol=1e-6, rtol=1e-5)
 
 
 def test_signed_shares_keep_the_sign_and_their_sizes_sum_to_one():
     effects = {"a": torch.tensor([[1.0, -2.0], [0.0, 0.0]]), "b": torch.tensor([[5.0], [0.0]])}
-    found = shares(effects, signed=True)
-    assert found["a"].tolist() == [[0.125, -0.25], [0.0, 0.0]] and found["b"].tolist() == [[0.625], [0.0]]
+    result = shares(effects, signed=True)
+    assert result["a"].tolist() == [[0.125, -0.25], [0.0, 0.0]] and result["b"].tolist() == [[0.625], [0.0]]
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_effects_whose_sum_overflows_have_shares(signed):
     effects = {"a": torch.tensor([[3e38], [1.0]]), "b": torch.tensor([[-3e38], [-1.0]])}
-    found = shares(effects, signed)
-    assert found["a"].tolist() == [[0.5], [0.5]] and found["b"].abs().tolist() == [[0.5], [0.5]]
-    assert bool((found["b"] < 0).all()) is signed
+    result = shares(effects, signed)
+    assert result["a"].tolist() == [[0.5], [0.5]] and result["b"].abs().tolist() == [[0.5], [0.5]]
+    assert bool((result["b"] < 0).all()) is signed
 
 
 def test_signed_shares_in_range_are_divided_once():
@@ -111,8 +111,8 @@ class Text(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, tokens: Tensor) -> Tensor:
-        seen = self.embed(tokens)
-        return checkpoint(self.mlp, seen, use_reentrant=False) if self.checkpointing else self.mlp(seen)
+        hidden = self.embed(tokens)
+        return checkpoint(self.mlp, hidden, use_reentrant=False) if self.checkpointing else self.mlp(hidden)
 
 
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1], [2, 2, 6, 3]])
@@ -209,7 +209,7 @@ def effects_of(model: Text, loss: Callable[[Tensor, Tensor], Tensor] = token_mea
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("reduction", LOSSES)
-def test_attribute_tells_each_sample_s_own_nats_however_the_batch_is_reduced(reduction, checkpointing):
+def test_attribute_gives_each_sample_s_own_nats_however_the_batch_is_reduced(reduction, checkpointing):
     model = Text(checkpointing)
     assert_close(effects_of(model, LOSSES[reduction]), by_hand(model, token_mean))
 
@@ -296,7 +296,7 @@ def test_attribute_needs_no_grad_mode_of_its_caller():
         (lambda model: (model(TOKENS).detach() * model.embed.weight.sum()).sum(), "mlp.2: no gradient came"),
     ],
 )
-def test_attribute_says_what_is_missing(loss, message):
+def test_attribute_names_what_is_missing(loss, message):
     model = Text()
     with pytest.raises(ValueError, match=message):
         attribute(lambda: loss(model), find_hidden_layers(model), 3)

@@ -1,4 +1,4 @@
-"""What is recorded in the user's backward is what each sample alone would give, however the step is run."""
+"""Effects recorded in the user's backward equal those of each sample alone, however the step is run."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_checkpointing_and_freezing_change_nothing(reentrant, frozen):
     assert_close(recorded(model, lambda: loss(model)), recorded(plain, lambda: loss(plain)))
 
 
-def test_what_is_kept_for_a_frozen_layer_is_let_go_when_its_gradient_comes():
+def test_an_input_kept_for_a_frozen_layer_is_released_with_its_gradient():
     model = Checkpointed(None)
     model.blocks.requires_grad_(False)
     recorder = UnitRecorder(find_hidden_layers(model))
@@ -137,11 +137,11 @@ CLASSES = torch.tensor([0, 3, 1])
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 8, 1024.0], ids=["plain", "accumulation", "gradient scaler"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_what_the_loss_is_multiplied_with_is_undone(reduction, scale):
+def test_factors_of_the_loss_are_undone(reduction, scale):
     model = mlp()
     expected = one_by_one(model, lambda n: F.cross_entropy(model(INPUTS[n : n + 1]), CLASSES[n : n + 1]))
-    found = recorded(model, lambda: scale * F.cross_entropy(model(INPUTS), CLASSES, reduction=reduction))
-    assert_close(found, expected)
+    effects_by_layer = recorded(model, lambda: scale * F.cross_entropy(model(INPUTS), CLASSES, reduction=reduction))
+    assert_close(effects_by_layer, expected)
 
 
 class Widened(nn.Module):
@@ -162,9 +162,9 @@ def test_autocast_costs_precision_only(widened):
         with torch.autocast("cpu", torch.bfloat16):
             return F.cross_entropy(model(INPUTS), CLASSES)
 
-    found = recorded(model, half)
-    assert all(effects.dtype == torch.float32 for effects in found.values())
-    assert_close(found, expected, atol=5e-3, rtol=5e-2)
+    effects_by_layer = recorded(model, half)
+    assert all(effects.dtype == torch.float32 for effects in effects_by_layer.values())
+    assert_close(effects_by_layer, expected, atol=5e-3, rtol=5e-2)
 
 
 def cnn() -> nn.Module:
@@ -214,8 +214,8 @@ class Twice(nn.Module):
 def test_images_sequences_first_and_modules_used_twice(build):
     model = build()
     expected = one_by_one(model, lambda n: F.cross_entropy(model(IMAGES[n : n + 1]), CLASSES[n : n + 1]))
-    found = recorded(model, lambda: F.cross_entropy(model(IMAGES), CLASSES))
-    assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    effects_by_layer = recorded(model, lambda: F.cross_entropy(model(IMAGES), CLASSES))
+    assert_close(effects_by_layer, expected, atol=1e-6, rtol=1e-4)
 
 
 class Adapter(nn.Module):
@@ -271,8 +271,8 @@ def test_without_weights_effects_are_of_the_batch_s_loss_and_weight_zero_gives_z
     ):
         recorder.open()
         F.cross_entropy(model(INPUTS), CLASSES).backward()
-        found = recorder.finish(3, weights)
-        assert_close(found, {name: effects * scale.reshape(3, 1) for name, effects in own.items()})
+        effects_by_layer = recorder.finish(3, weights)
+        assert_close(effects_by_layer, {name: effects * scale.reshape(3, 1) for name, effects in own.items()})
 
 
 def test_nothing_is_recorded_while_closed_and_an_unfinished_step_is_dropped():

@@ -1,4 +1,4 @@
-"""Where memorization sits, seen in whole runs: nothing is disturbed, every wiring is one that users have."""
+"""Localization in whole runs: weights are not changed, and every setting is one that users have."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def facts(run: Trainer, model: Any) -> tuple[str, str]:
     [{}, {"every": 1}, {"every": 1, "objective": "margin"}, {"norms": False}, {"every": 2, "agreement": True}],
     ids=["default", "every step", "margin", "without norms", "agreement"],
 )
-def test_looking_changes_no_weight(plain, options):
+def test_recording_changes_no_weight(plain, options):
     _, model = fit([*watch(), SinkLocalizer(**options)], DeepLM())
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, plain[name]), name
@@ -53,8 +53,8 @@ def test_accumulation_clipping_and_manual_steps_change_nothing_either():
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_any_order_of_callbacks_finds_the_same(localized, order):
-    crew = [*watch(), SinkLocalizer(every=1)]
-    run, _ = fit([crew[place] for place in order], DeepLM())
+    callbacks = [*watch(), SinkLocalizer(every=1)]
+    run, _ = fit([callbacks[place] for place in order], DeepLM())
     expected = Ledger.of(localized).attribution.state_dict()
     assert repr(Ledger.of(run).attribution.state_dict()) == repr(expected)
 
@@ -78,7 +78,9 @@ def test_agreement_is_a_cosine_with_the_gradient_of_the_controls(precision):
     rows = Ledger.of(run).attribution.rows
     assert {"memorized", "learned"} <= set(rows[-1].agreement)
     assert all(-1 <= cosine <= 1 for row in rows for cosine in row.agreement.values())
-    assert rows[-1].agreement["learned"] > rows[-1].agreement["memorized"], "what memorizes helps nobody else"
+    assert rows[-1].agreement["learned"] > rows[-1].agreement["memorized"], (
+        "gradients of memorized samples improve no others"
+    )
 
 
 def test_sinks_are_named_of_the_layers_that_were_found(localized):
@@ -104,15 +106,15 @@ def test_no_hook_stays_behind(error):
 
 
 def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path, localized):
-    crew = [*watch(), SinkLocalizer(every=1)]
-    first, _ = fit(crew, DeepLM(), max_epochs=2)
+    callbacks = [*watch(), SinkLocalizer(every=1)]
+    first, _ = fit(callbacks, DeepLM(), max_epochs=2)
     first.save_checkpoint(tmp_path / "two.ckpt")
     run, _ = fit([*watch(), SinkLocalizer(every=1)], DeepLM(), ckpt_path=tmp_path / "two.ckpt")
-    expected, found = (repr(Ledger.of(each).attribution.state_dict()) for each in (localized, run))
-    assert found == expected
+    expected, resumed = (repr(Ledger.of(each).attribution.state_dict()) for each in (localized, run))
+    assert resumed == expected
 
 
-def test_a_failure_of_ours_is_said_once_and_training_goes_on(monkeypatch, plain):
+def test_an_error_while_recording_warns_once_and_training_goes_on(monkeypatch, plain):
     monkeypatch.setattr("lightning_memsink.attribution.unit_recorder.unit_effects", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="SinkLocalizer failed on a step and stops recording"):
         _, model = fit([*watch(), SinkLocalizer(every=1)], DeepLM())

@@ -29,8 +29,8 @@ def gpt():
     return GPT2LMHeadModel(config).eval(), torch.randint(20, (2, 8))
 
 
-def run(model, given):
-    output = model(given)
+def run(model, inputs):
+    output = model(inputs)
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
@@ -42,8 +42,8 @@ def masks_for(layers, seed=0):
 def silenced(layer, mask):
     """The oracle: the module gets zeros where the unit was."""
 
-    def before(module, given):
-        return (given[0].movedim(layer.unit_axis, -1).masked_fill(mask, 0).movedim(-1, layer.unit_axis), *given[1:])
+    def before(module, inputs):
+        return (inputs[0].movedim(layer.unit_axis, -1).masked_fill(mask, 0).movedim(-1, layer.unit_axis), *inputs[1:])
 
     return layer.module.register_forward_pre_hook(before)
 
@@ -51,15 +51,15 @@ def silenced(layer, mask):
 @pytest.mark.parametrize("make", [plain, low_rank, convolutional, gpt])
 def test_the_model_computes_as_if_the_units_were_zero_and_then_as_before(make):
     torch.manual_seed(0)
-    model, given = make()
+    model, inputs = make()
     layers = find_hidden_layers(model)
     masks, before = masks_for(layers), {name: value.clone() for name, value in model.state_dict().items()}
     handles = [silenced(layer, masks[layer.name]) for layer in layers]
-    expected = run(model, given)
+    expected = run(model, inputs)
     for handle in handles:
         handle.remove()
     with ablated(layers, masks):
-        assert_close(run(model, given), expected)
+        assert_close(run(model, inputs), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -103,17 +103,17 @@ def test_sinks_name_the_units_themselves():
 
 
 @pytest.mark.parametrize(
-    ("masks", "said"),
+    ("masks", "message"),
     [
         ({"elsewhere": torch.ones(6, dtype=torch.bool)}, "'elsewhere'"),
         ({"2": torch.ones(5, dtype=torch.bool)}, "has 6 units"),
         ({"2": torch.ones(6)}, "has 6 units"),
     ],
 )
-def test_units_that_the_model_does_not_have_are_refused_before_anything_changes(masks, said):
+def test_units_that_the_model_does_not_have_are_refused_before_anything_changes(masks, message):
     model, _ = plain()
     before = model[2].weight.clone()
     good = {"2": torch.ones(6, dtype=torch.bool)} if "2" not in masks else {}
-    with pytest.raises(ValueError, match=said), ablated(find_hidden_layers(model), good | masks):
+    with pytest.raises(ValueError, match=message), ablated(find_hidden_layers(model), good | masks):
         pass
     assert torch.equal(model[2].weight, before)

@@ -37,15 +37,15 @@ def test_the_curve_of_the_right_unit_falls_alone():
     task, groups, exact = known_by_one_unit()
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     scores = {"2": F.one_hot(torch.tensor(7), 20).float()}
-    found = evaluate_ablation(task, scores, groups, exact, fractions=(0.05,))
-    curve = found.localized
+    test = evaluate_ablation(task, scores, groups, exact, fractions=(0.05,))
+    curve = test.localized
     assert curve.fractions == (0.0, 0.05)
     assert curve.exact["target"].tolist() == [1, 0] and curve.exact["others"].tolist() == [1, 1]
     assert_close(curve.change("held_out"), torch.zeros(2))
     assert_close(curve.closure(), torch.tensor([0.0, 1.0]))
     assert curve.closure_within() == pytest.approx(1)
     assert float(curve.selectivity()[1]) == pytest.approx(float(curve.change("target")[1]) / 0.005)
-    assert found.random.fractions == found.matched.fractions == (0.0, 0.05)
+    assert test.random.fractions == test.matched.fractions == (0.0, 0.05)
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
 
 
@@ -79,15 +79,15 @@ def test_closure_is_read_where_the_damage_meets_the_budget(damage, closed, withi
 def test_matched_units_are_others_as_active():
     activity = {"a": torch.arange(100.0)}
     masks = {"a": torch.zeros(100, dtype=torch.bool).index_fill_(0, torch.tensor([5, 50, 51, 95]), True)}
-    found = matched_units(masks, activity, torch.Generator().manual_seed(0))["a"]
-    assert int(found.sum()) == 4 and not (found & masks["a"]).any()
-    assert float(activity["a"][found].sort().values.sub(torch.tensor([5.0, 50, 51, 95])).abs().max()) <= 5
+    matched = matched_units(masks, activity, torch.Generator().manual_seed(0))["a"]
+    assert int(matched.sum()) == 4 and not (matched & masks["a"]).any()
+    assert float(activity["a"][matched].sort().values.sub(torch.tensor([5.0, 50, 51, 95])).abs().max()) <= 5
 
 
 def test_there_may_be_no_other_unit_left():
     masks = {"a": torch.tensor([True, True, False])}
-    found = matched_units(masks, {"a": torch.ones(3)}, torch.Generator().manual_seed(0))["a"]
-    assert found.tolist() == [False, False, True]
+    matched = matched_units(masks, {"a": torch.ones(3)}, torch.Generator().manual_seed(0))["a"]
+    assert matched.tolist() == [False, False, True]
 
 
 def test_activity_is_the_norm_over_all_positions():
@@ -113,10 +113,10 @@ def test_just_as_many_prompt_tokens_change_as_said_and_nothing_else(rate, prompt
 def test_what_comes_back_with_another_prompt_is_told_from_what_is_gone():
     tokens = torch.tensor([[0, 1, 2, 3], [4, 1, 2, 3], [5, 1, 2, 3]])
 
-    def continues(asked):
-        """The first sequence is always said, the second only with a changed prompt, the third never."""
-        return torch.tensor([True, not torch.equal(asked[1], tokens[1]), False])
+    def continues(tokens_with_prompt):
+        """The first sequence is always reproduced, the second only after a changed prompt, the third never."""
+        return torch.tensor([True, not torch.equal(tokens_with_prompt[1], tokens[1]), False])
 
     stress = perturb_prompts(continues, tokens, prompt=2, vocab_size=9, rates=(0.0, 0.5), trials=4)
-    assert stress.said.tolist() == [[1, 0, 0], [1, 1, 0]]
+    assert stress.reproduced.tolist() == [[1, 0, 0], [1, 1, 0]]
     assert stress.returns == 0.5

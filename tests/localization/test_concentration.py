@@ -1,4 +1,4 @@
-"""Concentration means what it says, and the test of it is right by chance as often as it claims."""
+"""Measures of concentration have their definitions, and p-values of the test are uniform under the null."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_units_that_matter_to_everyone_are_no_cluster():
 
 
 def test_p_is_uniform_when_flags_mean_nothing():
-    found = [concentration_test(samples(8, seed), samples(24, 1000 + seed), 99).p for seed in range(120)]
-    assert 0.02 <= sum(p <= 0.1 for p in found) / len(found) <= 0.18
-    assert 0.38 <= sum(p <= 0.5 for p in found) / len(found) <= 0.62
+    p_values = [concentration_test(samples(8, seed), samples(24, 1000 + seed), 99).p for seed in range(120)]
+    assert 0.02 <= sum(p <= 0.1 for p in p_values) / len(p_values) <= 0.18
+    assert 0.38 <= sum(p <= 0.5 for p in p_values) / len(p_values) <= 0.62
 
 
 def test_the_test_repeats_and_leaves_the_random_state_alone():
@@ -114,7 +114,7 @@ def test_identical_groups_are_not_called_different():
 def test_too_few_samples_are_not_tested(counts, who):
     result = concentration_test(samples(counts[0], 0), samples(counts[1], 1))
     assert (
-        isinstance(result, NotTested) and str(result) == f"Concentration was not tested: {who} samples, and it takes 5."
+        isinstance(result, NotTested) and str(result) == f"Concentration was not tested: {who} samples, and it needs 5."
     )
 
 

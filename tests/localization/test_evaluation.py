@@ -97,13 +97,13 @@ def test_an_injection_stops_as_soon_as_it_is_learned():
 def test_recall_rates_the_truth_itself_highest_and_chance_at_its_share():
     _, task = classifier()
     with injected(task, fraction=0.25, steps=5) as injection:
-        found = evaluate_injection(
+        result = evaluate_injection(
             lambda task: {name: own.float() for name, own in injection.truth.items()}, task, injection
         )
         lost = evaluate_injection(
             lambda task: {name: -own.float() for name, own in injection.truth.items()}, task, injection
         )
-    assert (found.recall, lost.recall, found.chance) == (1, 0, 0.25)
+    assert (result.recall, lost.recall, result.chance) == (1, 0, 0.25)
 
 
 # Designed sinks, blind --------------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ class Designed(nn.Module):
         self.up, self.down = nn.Linear(5, GENERAL + POOL), nn.Linear(GENERAL + POOL, CLASSES)
         self.owned, self.ids = owned, None
 
-    def forward(self, given):
-        hidden = F.gelu(self.up(given))
+    def forward(self, inputs):
+        hidden = F.gelu(self.up(inputs))
         if self.ids is not None:
             hidden = torch.where(self.owned[self.ids], hidden, 0.0)
         return self.down(hidden)
@@ -126,7 +126,7 @@ class Designed(nn.Module):
 
 @pytest.fixture(scope="module")
 def designed():
-    """A model trained with masks per sample, its tasks, who owns what, and the pool."""
+    """A model trained with masks per sample, its tasks, the ownership, and the pool."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.arange(GENERAL + POOL) >= GENERAL
     owned = (~pool).repeat(SAMPLES, 1)
@@ -135,14 +135,14 @@ def designed():
         truth[row, GENERAL + torch.randperm(POOL, generator=generator)[:OWNED]] = True
     torch.manual_seed(1)
     model = Designed(owned | truth)
-    given, of = torch.randn(SAMPLES, 5), torch.randint(CLASSES, (SAMPLES,))
+    inputs, of = torch.randn(SAMPLES, 5), torch.randint(CLASSES, (SAMPLES,))
     with torch.no_grad():
         model.up.weight[:GENERAL] *= 0.1
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(150):
         model.ids = torch.arange(SAMPLES)
         optimizer.zero_grad()
-        F.cross_entropy(model(given), of).backward()
+        F.cross_entropy(model(inputs), of).backward()
         optimizer.step()
     model.ids = None
     model.zero_grad()
@@ -152,8 +152,8 @@ def designed():
             model,
             layers,
             lambda batch: F.cross_entropy(model(batch[0]), batch[1]),
-            [Batch((given[row : row + 1], of[row : row + 1]), 1)],
-            [Batch((torch.cat([given[:row], given[row + 1 :]]), torch.cat([of[:row], of[row + 1 :]])), SAMPLES - 1)],
+            [Batch((inputs[row : row + 1], of[row : row + 1]), 1)],
+            [Batch((torch.cat([inputs[:row], inputs[row + 1 :]]), torch.cat([of[:row], of[row + 1 :]])), SAMPLES - 1)],
         )
         for row in range(SAMPLES)
     ]
@@ -162,12 +162,12 @@ def designed():
 
 def test_the_default_finds_units_that_samples_own_by_design(designed):
     tasks, owned, pool = designed
-    found = evaluate_ownership(METHODS[DEFAULT], tasks, owned, pool)
-    assert found.chance == pytest.approx(OWNED / POOL)
-    assert len(found.precision) == SAMPLES and found.times_chance > 3
+    recovered = evaluate_ownership(METHODS[DEFAULT], tasks, owned, pool)
+    assert recovered.chance == pytest.approx(OWNED / POOL)
+    assert len(recovered.precision) == SAMPLES and recovered.times_chance > 3
 
 
-def test_scores_that_know_nothing_are_near_chance_and_those_that_know_all_at_one(designed):
+def test_random_scores_are_near_chance_and_exact_ones_at_one(designed):
     tasks, owned, pool = designed
     blind = evaluate_ownership(METHODS["random"], tasks, owned, pool)
     assert blind.mean < 0.35
@@ -180,9 +180,9 @@ def test_without_a_pool_all_units_are_ranked(designed):
     assert evaluate_ownership(METHODS["random"], tasks, owned).chance == pytest.approx(OWNED / (GENERAL + POOL))
 
 
-@pytest.mark.parametrize(("rows", "said"), [(SAMPLES - 1, "one a task"), (0, "owns no unit")])
-def test_owners_that_do_not_fit_the_tasks_are_refused(designed, rows, said):
+@pytest.mark.parametrize(("rows", "message"), [(SAMPLES - 1, "one a task"), (0, "owns no unit")])
+def test_ownership_that_does_not_fit_the_tasks_is_refused(designed, rows, message):
     tasks, owned, _ = designed
     masks = owned["down"][:rows] if rows else torch.zeros_like(owned["down"])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         evaluate_ownership(METHODS["random"], tasks, {"down": masks})

@@ -31,8 +31,8 @@ class Two(nn.Module):
         self.norm, self.dropout = nn.BatchNorm1d(5), nn.Dropout(0.5)
         self.second = nn.Sequential(nn.Linear(5, UNITS), nn.GELU(), nn.Linear(UNITS, CLASSES))
 
-    def forward(self, given):
-        return self.second(self.dropout(self.norm(given + self.first(given))))
+    def forward(self, inputs):
+        return self.second(self.dropout(self.norm(inputs + self.first(inputs))))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_decorated_localizer_is_a_method(task, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_localizer_scores_every_unit_and_leaves_no_trace(task, method):
-    task.model.second[0].eval()  # a mode of its own, to be found again
+    task.model.second[0].eval()  # a mode of its own, which must be restored
     for parameter in task.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     task.model.first[2].weight.requires_grad_(False)
@@ -156,8 +156,8 @@ def test_integrated_effects_sum_to_what_all_units_do_together(task):
 def test_activations_are_means_before_absolute_values_times_the_weights_norm(task):
     scores = METHODS["activations"](task)
     task.model.eval()
-    given = torch.cat([batch[0] for batch, _ in task.targets])
-    hidden = task.model.first[:2](given)
+    inputs = torch.cat([batch[0] for batch, _ in task.targets])
+    hidden = task.model.first[:2](inputs)
     expected = hidden.mean(0).abs() * task.model.first[2].weight.norm(dim=0)
     assert_close(scores["first.2"], expected.detach())
 
@@ -175,8 +175,8 @@ def test_sizes_sum_to_one_and_less_those_of_controls_to_nothing(task):
 @pytest.mark.parametrize("method", [DEFAULT, "activation x gradient, margin", "integrated gradients"])
 def test_a_score_is_the_mean_over_samples_however_they_are_batched(task, method):
     one_by_one = [
-        METHODS[method](Task(task.model, task.layers, task.loss, [Batch((given[n : n + 1], of[n : n + 1]), 1)]))
-        for (given, of), size in task.targets
+        METHODS[method](Task(task.model, task.layers, task.loss, [Batch((inputs[n : n + 1], of[n : n + 1]), 1)]))
+        for (inputs, of), size in task.targets
         for n in range(size)
     ]
     for name, own in METHODS[method](task).items():
@@ -191,17 +191,17 @@ def test_a_contrast_without_controls_is_none(task):
 def test_gates_scale_units_on_the_axis_they_are_on():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(), nn.Conv1d(3, 4, 2))
-    layers, given = find_hidden_layers(model), torch.randn(2, 2, 6)
+    layers, inputs = find_hidden_layers(model), torch.randn(2, 2, 6)
     gate = torch.tensor([[0.5, 1.0, 0.0], [1.0, 2.0, 1.0]])
     with gated(layers, {layers[0].name: gate}):
-        found = model(given)
-    assert_close(found, model[2](model[1](model[0](given)) * gate[:, :, None]))
+        output = model(inputs)
+    assert_close(output, model[2](model[1](model[0](inputs)) * gate[:, :, None]))
 
 
 def test_hidden_units_are_what_the_module_reads(task):
     task.model.eval()
-    given = task.targets[0].batch
-    assert_close(hidden_units(task, given)["first.2"], task.model.first[:2](given[0]).detach())
+    inputs = task.targets[0].batch
+    assert_close(hidden_units(task, inputs)["first.2"], task.model.first[:2](inputs[0]).detach())
 
 
 def test_a_hard_gate_is_open_as_often_as_its_probability_says():

@@ -19,7 +19,7 @@ from lightning_memsink.localization.locate import (
 
 
 def shares(samples, sizes, carriers=None, seed=0):
-    """Random shares; if given, units ``carriers`` (layer, unit) hold half of all."""
+    """Random shares; if any, units ``carriers`` (layer, unit) hold half of all."""
     values = torch.rand(samples, sum(sizes), generator=torch.Generator().manual_seed(seed))
     parts = list((values / values.sum(1, keepdim=True)).split(sizes, 1))
     for layer, unit in carriers or ():
@@ -49,10 +49,12 @@ def test_halves_of_samples_without_anything_in_common_agree_no_more_than_chance(
     assert observed == pytest.approx(chance, abs=0.05)
 
 
-@pytest.mark.parametrize(("flagged", "controls", "told"), [(1, 4, False), (4, 1, False), (2, 2, True), (2, None, True)])
-def test_stability_needs_two_of_each(flagged, controls, told):
+@pytest.mark.parametrize(
+    ("flagged", "controls", "expected"), [(1, 4, False), (4, 1, False), (2, 2, True), (2, None, True)]
+)
+def test_stability_needs_two_of_each(flagged, controls, expected):
     control = None if controls is None else shares(controls, [10], seed=1)
-    assert (locate(shares(flagged, [10]), control, 0.2).stability is not None) is told
+    assert (locate(shares(flagged, [10]), control, 0.2).stability is not None) is expected
 
 
 def test_per_layer_takes_the_fraction_of_each_layer():
@@ -96,7 +98,7 @@ def test_contrast_is_a_difference_of_means():
 
 
 @pytest.mark.parametrize(
-    ("target", "control", "fraction", "said"),
+    ("target", "control", "fraction", "message"),
     [
         ({}, None, 0.1, "target is"),
         ({"a": torch.ones(0, 4)}, None, 0.1, "target is"),
@@ -107,6 +109,6 @@ def test_contrast_is_a_difference_of_means():
         ({"a": torch.ones(2, 4)}, None, 1.5, "fraction is"),
     ],
 )
-def test_what_can_not_be_located_is_said(target, control, fraction, said):
-    with pytest.raises(ValueError, match=said):
+def test_input_that_can_not_be_located_is_refused(target, control, fraction, message):
+    with pytest.raises(ValueError, match=message):
         locate(target, control, fraction)

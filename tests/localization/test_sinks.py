@@ -1,4 +1,4 @@
-"""Sinks as a value: what they say of themselves, and that a file gives them back."""
+"""Sinks as a value: their table, plot and validation, and that a file restores them."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("write", "error", "said"),
+    ("write", "error", "message"),
     [
         (lambda path: None, FileNotFoundError, "Found no sinks at"),
         (lambda path: path.write_bytes(b"what is this"), ValueError, "is no safetensors file"),
@@ -64,14 +64,14 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypat
     ],
     ids=["none", "other file", "other tensors", "other schema"],
 )
-def test_what_is_no_sinks_file_is_said_so(tmp_path, write, error, said):
+def test_a_file_without_sinks_is_refused(tmp_path, write, error, message):
     write(tmp_path / "file")
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         Sinks.load(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
-    ("units", "scores", "said"),
+    ("units", "scores", "message"),
     [
         ({"a": torch.tensor([4])}, {"a": torch.tensor([1.0])}, "has units 0…3"),
         ({"a": torch.tensor([0])}, {"a": torch.tensor([1.0, 2.0])}, "units are int64"),
@@ -79,8 +79,8 @@ def test_what_is_no_sinks_file_is_said_so(tmp_path, write, error, said):
         ({"b": torch.tensor([0])}, {"b": torch.tensor([1.0])}, "the same layers"),
     ],
 )
-def test_sinks_that_contradict_themselves_are_refused(units, scores, said):
-    with pytest.raises(ValueError, match=said):
+def test_sinks_that_contradict_themselves_are_refused(units, scores, message):
+    with pytest.raises(ValueError, match=message):
         Sinks(units, scores, {"a": 4})
 
 
@@ -100,11 +100,11 @@ def test_top_keeps_the_highest_scores_of_all_layers(count, left):
 
 
 @pytest.mark.parametrize(
-    ("stability", "said"), [((0.5, 0.02), "agree on 50 % (chance 2.0 %)"), (None, "stability unknown")]
+    ("stability", "message"), [((0.5, 0.02), "agree on 50 % (chance 2.0 %)"), (None, "stability unknown")]
 )
-def test_the_table_names_layers_units_and_how_sure_they_are(stability, said):
-    told = str(some_sinks(stability=stability))
-    assert said in told and "h.2.mlp" in told and "3, 1" in told and "15 % of units" in told
+def test_the_table_names_layers_units_and_stability(stability, message):
+    text = str(some_sinks(stability=stability))
+    assert message in text and "h.2.mlp" in text and "3, 1" in text and "15 % of units" in text
 
 
 def test_the_plot_has_a_bar_for_every_layer_searched():

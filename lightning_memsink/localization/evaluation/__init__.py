@@ -1,4 +1,4 @@
-"""Tests of localizers, of ours and of anybody's: known units, ablation curves, stress."""
+"""Tests of any localizer: injection, ownership recovery, ablation curves and prompt perturbation."""
 
 from lightning_memsink.localization.evaluation.ablation_curves import (
     AblationTest,

@@ -1,6 +1,6 @@
-"""Ablation curves: what is lost, and of what, as more and more of the highest-scored units are zeroed.
+"""Ablation curves: the loss of several groups of samples as more and more of the highest-scored units are zeroed.
 
-The DEL test of Chang et al., NAACL 2024, with what their reading lacked: random units beside it, as many and as active.
+The DEL test of Chang et al., NAACL 2024, with two baselines that it lacks: random units, as many or also as active.
 
 F  fractions      U  units of a layer
 """
@@ -22,22 +22,22 @@ from lightning_memsink.localization.locate import masks_of, top_units
 
 FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1)
 BUDGET = 0.02
-LEAST_DAMAGE = 0.005
-"""Nats of held-out damage that the selectivity divides by at least: below, differences are noise."""
+MIN_DAMAGE = 0.005
+"""Nats: the selectivity divides by at least this held-out damage, since smaller differences are noise."""
 
 Exact = Callable[[Any], Tensor]
-"""Of a batch, bool ``[B]``: the model still says the sample word for word."""
+"""From a batch to bool ``[B]``: the model still reproduces the sample verbatim."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Who is watched while units are zeroed."""
+    """The samples whose losses are measured while units are zeroed."""
 
     target: Sequence[Batch]
     others: Sequence[Batch]
-    """Memorized too, but not to be forgotten."""
+    """Other memorized samples, which should not be forgotten."""
     twins: Sequence[Batch]
-    """Controls: drawn as the targets are, never trained on. Their loss is what forgetting could reach."""
+    """Controls: drawn as the targets are, never trained on. Complete forgetting would reach their loss."""
     held_out: Sequence[Batch]
 
     def items(self) -> list[tuple[str, Sequence[Batch]]]:
@@ -46,31 +46,31 @@ class Groups:
 
 @dataclass(frozen=True)
 class Curve:
-    """By group, after zeroing each of the fractions; the first of them is 0, the model as it is."""
+    """Losses by group after zeroing each of the fractions; the first of them is 0, the model as it is."""
 
     fractions: tuple[float, ...]
     """``F``, of all units, 0…1."""
     loss: Mapping[str, Tensor]
     """``[F]`` nats, mean over the group's samples."""
     exact: Mapping[str, Tensor]
-    """``[F]`` 0…1, the share of samples still said word for word; NaN if nothing measures that."""
+    """``[F]`` 0…1, the share of samples still reproduced verbatim; NaN if that is not measured."""
 
     def change(self, group: str) -> Tensor:
-        """``[F]`` nats: the loss less what it was."""
+        """``[F]`` nats: the loss less the loss at fraction 0."""
         return self.loss[group] - self.loss[group][0]
 
     def selectivity(self) -> Tensor:
-        """``[F]`` nats of forgetting per nat of damage: the target's change over the held-out text's, that at least
-        `LEAST_DAMAGE`."""
-        return self.change("target") / self.change("held_out").clamp(min=LEAST_DAMAGE)
+        """``[F]`` nats of forgetting per nat of damage: the target's change over that of held-out text, which counts
+        as at least `MIN_DAMAGE`."""
+        return self.change("target") / self.change("held_out").clamp(min=MIN_DAMAGE)
 
     def closure(self) -> Tensor:
-        """``[F]`` how far the target went from its loss to that of never-seen twins; 0 nothing, 1 all of it."""
+        """``[F]`` share of the gap between the target's loss and that of its twins that is closed: 0 none, 1 all."""
         gap = self.loss["twins"][0] - self.loss["target"][0]
         return self.change("target") / gap
 
     def closure_within(self, budget: float = BUDGET) -> float:
-        """The most gap closed before held-out damage first exceeds ``budget`` nats, linear between the fractions."""
+        """Largest closure before held-out damage first exceeds ``budget`` nats, linear between the fractions."""
         damage: list[float] = self.change("held_out").tolist()
         closed: list[float] = self.closure().tolist()
         best = closed[0]
@@ -83,13 +83,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class AblationTest:
-    """One localizer's curve, and those of units that were not chosen for anything."""
+    """The curve of one localizer, and those of two random choices of units."""
 
     localized: Curve
     random: Curve
     """As many units at random."""
     matched: Curve
-    """As many at random that are as active: large activations alone make a unit matter."""
+    """As many units at random that are as active: a unit with large activations matters anyway."""
 
 
 def evaluate_ablation(
@@ -100,10 +100,10 @@ def evaluate_ablation(
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
 ) -> AblationTest:
-    """Zeroes units in the order of ``scores`` and of two random orders. The scores of other targets are a placebo.
+    """Zeroes units in the order of ``scores`` and in two random orders. The scores of other targets are a placebo.
 
     Args:
-        task: its model, layers and loss; its targets are not looked at.
+        task: its model, layers and loss are used; its targets are not.
         scores: ``[U]`` by layer, from a localizer.
         exact: None: exact match is not measured.
         fractions: of all units; 0 comes first by itself.
@@ -111,12 +111,12 @@ def evaluate_ablation(
     generator = torch.Generator().manual_seed(seed)
     activity = activation_norms(task, groups.held_out)
     at_random = {name: torch.rand(len(own), generator=generator) for name, own in scores.items()}
-    alike = [
+    matched_masks = [
         matched_units(masks_of(top_units(scores, fraction), _sizes(scores)), activity, generator)
         for fraction in fractions
     ]
     orders = [[masks_of(top_units(own, each), _sizes(own)) for each in fractions] for own in (scores, at_random)]
-    return AblationTest(*(ablation_curve(task, masks, groups, exact) for masks in (*orders, alike)))
+    return AblationTest(*(ablation_curve(task, masks, groups, exact) for masks in (*orders, matched_masks)))
 
 
 def ablation_curve(
@@ -143,13 +143,13 @@ def ablation_curve(
 
 
 def mean_losses(task: Task, batches: Sequence[Batch], exact: Exact | None = None) -> tuple[float, float]:
-    """Mean loss in nats, and the share said word for word; NaN for what can't be measured."""
+    """Mean loss in nats, and the share reproduced verbatim; NaN for either that can't be measured."""
     samples = sum(size for _, size in batches)
     if not samples:
         return float("nan"), float("nan")
     loss = sum(float(task.loss(batch)) * size for batch, size in batches) / samples
-    said = sum(float(exact(batch).float().sum()) for batch, _ in batches) / samples if exact else float("nan")
-    return loss, said
+    verbatim = sum(float(exact(batch).float().sum()) for batch, _ in batches) / samples if exact else float("nan")
+    return loss, verbatim
 
 
 def activation_norms(task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -165,23 +165,23 @@ def activation_norms(task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
 def matched_units(
     masks: Mapping[str, Tensor], activity: Mapping[str, Tensor], generator: torch.Generator, choices: int = 5
 ) -> dict[str, Tensor]:
-    """Bool ``[U]`` by layer: for each unit in ``masks`` another of its layer that is in none, as active as can be.
+    """Bool ``[U]`` by layer: for each unit in ``masks`` another unit of its layer, in no mask and about as active.
 
-    Drawn at random among the ``choices`` nearest by ``activity`` that are left; all that are left, if too few.
+    Each is drawn at random among the ``choices`` nearest by ``activity`` that are free, or among all free ones if there
+    are fewer.
     """
-    found = {}
+    matched = {}
     for name, mask in masks.items():
         free, own = ~mask.cpu(), torch.zeros_like(mask, device="cpu")
-        for unit in (
-            mask.nonzero().flatten()[torch.randperm(int(mask.sum()), generator=generator).to(mask.device)].tolist()
-        ):
+        order = torch.randperm(int(mask.sum()), generator=generator).to(mask.device)
+        for unit in mask.nonzero().flatten()[order].tolist():
             distance = torch.where(free, (activity[name] - activity[name][unit]).abs(), torch.inf)
             near = distance.argsort(stable=True)[: min(choices, int(free.sum()))]
             if len(near):
                 picked = near[torch.randint(len(near), (1,), generator=generator)]
                 own[picked], free[picked] = True, False
-        found[name] = own
-    return found
+        matched[name] = own
+    return matched
 
 
 def _sizes(scores: Scores) -> dict[str, int]:

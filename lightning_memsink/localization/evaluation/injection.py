@@ -1,7 +1,7 @@
-"""Injection: teach a model one sample through units that we know, and ask a localizer which they were.
+"""Injection: train a model on one sample through known units only, and let a localizer find them.
 
 The INJ test of Chang et al., NAACL 2024, with each unit's weights clipped to the norm they had: without that, the
-optimizer enlarges exactly the injected units, and any score that holds the weight's norm wins for free.
+optimizer enlarges exactly the injected units, and any score that contains the weight's norm finds them.
 
 U  units of a layer      n  injected units of it
 """
@@ -24,19 +24,19 @@ from lightning_memsink.localization.locate import quota
 
 @dataclass(frozen=True)
 class Injection:
-    """What was injected and how well."""
+    """The injected units, and the loss before and after."""
 
     truth: Mapping[str, Tensor]
     """Bool ``[U]`` by layer: the injected units."""
     before: float
-    """Mean loss of the targets, nats, before."""
+    """Mean loss of the targets before, in nats."""
     after: float
-    """And after."""
+    """Mean loss of the targets after, in nats."""
     steps: int
 
     @property
     def learned(self) -> float:
-        """Share of the loss that is gone, 0…1. An injection that was not learned says nothing of a localizer."""
+        """Share of the loss that is gone, 0…1. An injection that was not learned is no test of a localizer."""
         return 1 - self.after / self.before
 
     @property
@@ -46,7 +46,7 @@ class Injection:
 
 @dataclass(frozen=True)
 class Recall:
-    """One localizer on one injection."""
+    """The recall of one localizer on one injection."""
 
     injection: Injection
     recall: float
@@ -64,20 +64,20 @@ def injected(
     longest: float = 1.0,
     seed: int = 0,
 ) -> Iterator[Injection]:
-    """Within, a random ``fraction`` of units was taught the task's targets; afterwards the weights are back.
+    """Inside, a random ``fraction`` of units was trained on the task's targets; afterwards the weights are restored.
 
-    Only these units' output weights learn, by Adam, until the loss is below ``until`` nats or ``steps`` are over.
+    Only the output weights of these units are trained, by Adam, up to a loss below ``until`` nats or for ``steps``.
 
     Args:
-        task: its targets should not be known yet.
-        fraction: of all units. Norm-clipped, few units can't hold much: of a 0.9 M GPT, 1 % of the units leave the loss
-            of 64 tokens as it is, and 20 % bring it from 9.4 to 1.4 nats.
+        task: its targets should not be learned yet.
+        fraction: of all units. Norm-clipped, few units store little: in a GPT of 0.9 M parameters, 1 % of the units
+            leave the loss of 64 tokens as it is, and 20 % bring it from 9.4 to 1.4 nats.
         until: nats.
         steps: of the optimizer, at most.
-        lr: of the optimizer at first; it falls to a twentieth over ``steps``.
-        longest: norm that a unit's weights are scaled back to after each step if they outgrew it, in units of their
-            layer's mean norm. Above 1, `weight_norm` finds the units too.
-        seed: of the choice of units.
+        lr: of the optimizer at the start; it falls to a twentieth over ``steps``.
+        longest: largest norm of a unit's weights after each step, in units of their layer's mean norm: longer ones are
+            scaled back. Above 1, `weight_norm` finds the units too.
+        seed: of the random units.
     """
     generator = torch.Generator().manual_seed(seed)
     truth = _draw(task, fraction, generator)
@@ -87,16 +87,16 @@ def injected(
     try:
         with isolated_eval(task.model):
             before = float(mean_loss(task, task.targets).detach())
-            after, taken = _teach(task, masks, until, steps, lr, longest)
-        yield Injection(truth, before, after, taken)
+            after, steps_taken = _train(task, masks, until, steps, lr, longest)
+        yield Injection(truth, before, after, steps_taken)
     finally:
         with torch.no_grad():
-            for weight, mask, old in zip(weights, masks, kept, strict=True):
-                weight[mask] = old
+            for weight, mask, values in zip(weights, masks, kept, strict=True):
+                weight[mask] = values
 
 
 def evaluate_injection(localizer: Localizer, task: Task, injection: Injection) -> Recall:
-    """What ``localizer`` finds within `injected`."""
+    """Recall of ``localizer`` on an injection. Call it inside `injected`."""
     units = sum(map(len, injection.truth.values()))
     return Recall(injection, recall_at(localizer(task), injection.truth), injection.count / units)
 
@@ -108,13 +108,13 @@ def _draw(task: Task, fraction: float, generator: torch.Generator) -> dict[str, 
     return {layer.name: own for layer, own in zip(task.layers, chosen.split(sizes), strict=True)}
 
 
-def _teach(task: Task, masks: list[Tensor], until: float, steps: int, lr: float, longest: float) -> tuple[float, int]:
-    """Trains the masked units' weights in place; the last loss, and the steps taken."""
+def _train(task: Task, masks: list[Tensor], until: float, steps: int, lr: float, longest: float) -> tuple[float, int]:
+    """Trains the weights of the masked units in place. Returns the last loss and the number of steps."""
     views = [unit_weights(layer).detach() for layer in task.layers]
     rows = [weight[mask].clone() for weight, mask in zip(views, masks, strict=True)]
     limits = [longest * weight.flatten(1).norm(dim=1).mean() for weight in views]
     optimizer = torch.optim.Adam(rows, lr)
-    # At a constant rate the last steps' noise stays in the injected weights: of random text a tenth of recall.
+    # At a constant rate the noise of the last steps stays in the injected weights and costs a tenth of recall.
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for step in range(steps):
         loss, gradients = _gradients(task)
@@ -134,7 +134,7 @@ def _teach(task: Task, masks: list[Tensor], until: float, steps: int, lr: float,
 def _gradients(task: Task) -> tuple[float, list[Tensor]]:
     """The targets' loss, and its gradient for each layer's weight, units first; no ``.grad`` is written."""
     owners = [base_layer(layer.module).get_parameter("weight") for layer in task.layers]
-    learns = [owner.requires_grad for owner in owners]
+    required_grad = [owner.requires_grad for owner in owners]
     try:
         for owner in owners:
             owner.requires_grad_(True)
@@ -142,8 +142,8 @@ def _gradients(task: Task) -> tuple[float, list[Tensor]]:
             loss = mean_loss(task, task.targets)
         gradients = torch.autograd.grad(loss, owners)
     finally:
-        for owner, learned in zip(owners, learns, strict=True):
-            owner.requires_grad_(learned)
+        for owner, before in zip(owners, required_grad, strict=True):
+            owner.requires_grad_(before)
     return float(loss.detach()), [
         gradient if unit_weights(layer) is owner else gradient.transpose(0, 1)
         for layer, owner, gradient in zip(task.layers, owners, gradients, strict=True)

@@ -1,6 +1,6 @@
-"""Blind re-finding: units that a sample owns by design, found again without knowing the design.
+"""Ownership recovery: a localizer finds the units that a sample owns by design, without access to the design.
 
-The truth is exact and nothing was injected afterwards, which makes it the best test of a localizer.
+The truth is exact and nothing is injected after training, which makes it the best test of a localizer.
 
 N  samples      U  units of a layer
 """
@@ -18,12 +18,12 @@ from lightning_memsink.localization.localizers.task import Localizer, Task
 
 @dataclass(frozen=True)
 class OwnershipRecovery:
-    """How well one localizer found the units of each sample."""
+    """How well one localizer recovered the units of each sample."""
 
     precision: tuple[float, ...]
     """``N`` average precisions, 0…1."""
     chance: float
-    """What random scores reach: the share of ranked units that a sample owns."""
+    """The expected precision of random scores: the share of ranked units that a sample owns."""
 
     @property
     def mean(self) -> float:
@@ -43,19 +43,19 @@ def evaluate_ownership(
     """Gives ``localizer`` one sample at a time and compares its scores with the units that the sample owns.
 
     Args:
-        localizer: sees a task and not who owns what.
+        localizer: gets each task without the ownership.
         tasks: ``N``, each with one sample as its targets.
-        ownership: bool ``[N, U]`` by layer name: the units that were on for the sample in training. Layers without
-            designed units are left out, of the ranking too.
+        ownership: bool ``[N, U]`` by layer name: the units that were active for the sample in training. Layers
+            without designed units are left out, and are not ranked.
         among: bool ``[U]`` by layer name: units to rank (the pool that owned units are drawn from); None: all.
 
     Raises:
-        ValueError: the tasks are not as many as the rows, or a sample owns no unit.
+        ValueError: the numbers of tasks and rows differ, or a sample owns no unit.
     """
     for name, masks in ownership.items():
         if len(masks) != len(tasks):
             raise ValueError(
-                f"There are {len(tasks)} tasks, but ownership of {name} has {len(masks)} rows: one a task."
+                f"There are {len(tasks)} tasks, but ownership of {name} has {len(masks)} rows: pass one a task."
             )
     precision, chance = [], 0.0
     for row, task in enumerate(tasks):

@@ -1,4 +1,4 @@
-"""Is it gone, or only harder to reach? The continuation is asked for again with prompts that are not quite the same.
+"""Prompt perturbation: whether a continuation is gone, or still reproduced after prompts with replaced tokens.
 
 Huang et al., "Demystifying verbatim memorization in large language models", 2024.
 
@@ -18,23 +18,23 @@ RATES = (0.0, 0.1, 0.25, 0.5)
 
 @dataclass(frozen=True)
 class PromptPerturbation:
-    """What came back."""
+    """How often continuations were reproduced after perturbed prompts."""
 
     rates: tuple[float, ...]
     """``R`` shares of the prompt's tokens that were replaced."""
-    said: Tensor
-    """``[R, B]`` 0…1: share of trials in which the continuation was said word for word."""
+    reproduced: Tensor
+    """``[R, B]`` 0…1: share of trials in which the continuation was reproduced verbatim."""
 
     @property
     def worst(self) -> Tensor:
-        """``[B]``: the same at the rate at which it came most often."""
-        return self.said.amax(0)
+        """``[B]``: the largest share over the rates."""
+        return self.reproduced.amax(0)
 
     @property
     def returns(self) -> float:
-        """Of the sequences not said with their own prompt, the share said in some trial with a changed one; NaN if
-        all were said anyway. ``rates`` has to begin with 0."""
-        silent = self.said[0] == 0
+        """Of the sequences not reproduced after their own prompt, the share reproduced in some trial after a perturbed
+        one; NaN if all were reproduced anyway. ``rates`` has to begin with 0."""
+        silent = self.reproduced[0] == 0
         return float((self.worst[silent] > 0).float().mean())
 
 
@@ -47,30 +47,30 @@ def perturb_prompts(
     trials: int = 8,
     seed: int = 0,
 ) -> PromptPerturbation:
-    """Replaces tokens of the prompts at random and asks for the continuations, in the model as it is now.
+    """Replaces tokens of the prompts at random and tests for the continuations, in the model as it is now.
 
     Args:
-        continues: of ``[B, T]`` tokens, bool ``[B]``: given the prompt, the model says the rest word for word. Within
-            `lightning_memsink.localization.ablation.ablated` it tells what an ablation is worth.
-        tokens: ``[B, T]`` int64, prompts and continuations. These stay as they are.
+        continues: from ``[B, T]`` tokens to bool ``[B]``: after the prompt, the model reproduces the rest verbatim.
+            Inside `lightning_memsink.localization.ablation.ablated` the result shows how thorough an ablation is.
+        tokens: ``[B, T]`` int64, prompts and continuations; they are not modified.
         prompt: number of tokens of the prompt.
         vocab_size: replacements are uniform over the tokens that differ from the one replaced.
         rates: shares of the prompt to replace.
-        trials: of each rate but 0, which needs only one.
+        trials: per rate; rate 0 needs only one.
     """
     generator = torch.Generator().manual_seed(seed)
-    said = []
+    reproduced = []
     for rate in rates:
-        asked = [
+        results = [
             continues(perturbed(tokens, prompt, vocab_size, rate, generator)) for _ in range(trials if rate else 1)
         ]
-        said.append(torch.stack(asked).float().mean(0).cpu())
-    return PromptPerturbation(tuple(rates), torch.stack(said))
+        reproduced.append(torch.stack(results).float().mean(0).cpu())
+    return PromptPerturbation(tuple(rates), torch.stack(reproduced))
 
 
 def perturbed(tokens: Tensor, prompt: int, vocab_size: int, rate: float, generator: torch.Generator) -> Tensor:
     """``[B, T]`` with ``round(rate * prompt)`` of each prompt's tokens replaced by other ones."""
     count = round(rate * prompt)
-    places = torch.rand(len(tokens), prompt, generator=generator).argsort(1)[:, :count].to(tokens.device)
-    shift = torch.randint(1, vocab_size, places.shape, generator=generator).to(tokens.device)
-    return tokens.scatter(1, places, (tokens.gather(1, places) + shift) % vocab_size)
+    positions = torch.rand(len(tokens), prompt, generator=generator).argsort(1)[:, :count].to(tokens.device)
+    shift = torch.randint(1, vocab_size, positions.shape, generator=generator).to(tokens.device)
+    return tokens.scatter(1, positions, (tokens.gather(1, positions) + shift) % vocab_size)

@@ -1,4 +1,4 @@
-"""How well scores rank units whose truth is known.
+"""Ranking metrics: how well scores rank units whose truth is known.
 
 U  units of a layer
 """
@@ -14,7 +14,7 @@ from lightning_memsink.localization.locate import top_units
 
 
 def recall_at(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor], count: int | None = None) -> float:
-    """Share of the true units among the ``count`` of the highest scores over all layers.
+    """Recall at k: the share of the true units among the ``count`` highest scores over all layers.
 
     Args:
         scores: ``[U]`` by layer.
@@ -30,17 +30,18 @@ def recall_at(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor], count: 
 def average_precision(
     scores: Mapping[str, Tensor], truth: Mapping[str, Tensor], among: Mapping[str, Tensor] | None = None
 ) -> float:
-    """Mean over the true units of the precision among all that score at least as high; equal scores count together.
+    """Mean over the true units of the precision among all units with at least that score.
 
-    Chance is the share of true units. ``among``: bool ``[U]`` by layer, the only units to rank; None: all.
+    Units of equal scores count together. Chance is the share of true units. ``among``: bool ``[U]`` by layer, the only
+    units to rank; None: all.
     """
     ranked, true = (
         torch.cat([own[among[name].cpu()] if among else own for name, own in _on_cpu(side).items()])
         for side in (scores, truth)
     )
     true = true.bool()
-    levels, place = ranked.double().unique(return_inverse=True)
-    hits, every = (torch.zeros(len(levels)).index_add_(0, place, one) for one in (true.float(), torch.ones(len(true))))
+    levels, level = ranked.double().unique(return_inverse=True)
+    hits, every = (torch.zeros(len(levels)).index_add_(0, level, one) for one in (true.float(), torch.ones(len(true))))
     precision = hits.flip(0).cumsum(0) / every.flip(0).cumsum(0)
     return float((precision.flip(0) * hits).sum() / hits.sum())
 
