@@ -1,4 +1,4 @@
-"""What is compared: ours, and what others would do, each in the same run of the same text.
+"""The arms of the comparison: our mitigations and those of others, each in the same run on the same text.
 
 B  samples in a batch      U  different samples
 """
@@ -26,32 +26,32 @@ from lightning_memsink.callbacks.sink_gradient_mask import SinkGradientMask
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 
 Gate = Callable[[Tensor, Tensor], Tensor]
-"""Ids ``[B]`` and losses ``[B]`` to a bool ``[B]``: whose gradient stays. How rivals act, none of them ours."""
+"""Maps ids ``[B]`` and losses ``[B]`` to a bool ``[B]``: the samples that keep their gradient. Used by rivals only."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How one run differs from an ordinary one."""
+    """How one run differs from the standard one."""
 
     acting: Callable[[], Sequence[Callback]] = tuple
-    """The callbacks that act; with any there also are those that watch."""
+    """Makes the mitigations; if there are any, the callbacks that they read from are added."""
     gate: Callable[[World, Mapping[str, float]], Gate] | None = None
-    """Made of a world and, by kind, the visits of a sample to let through."""
+    """Made from a world and, by kind, the number of visits of each sample to train on."""
     shape: Mapping[str, Any] = field(default_factory=dict)
-    """Of the model."""
+    """Settings of the model."""
     weight_decay: float = 0.01
     world: Callable[[World, Mapping[str, float]], World] | None = None
-    """Another world in the place of the given one."""
+    """Replaces the given world by another."""
 
 
 def skip_planted(world: World, like: Mapping[str, float]) -> Gate:
-    """An oracle: what is repeated to be memorized never trains."""
+    """An oracle: samples that are repeated to be memorized are never trained on."""
     planted = world.ids(world.repeated, "canary")
     return lambda ids, losses: ~torch.isin(ids, planted)
 
 
 def capped(world: World, like: Mapping[str, float]) -> Gate:
-    """An oracle: the first visits of a sample, as many as ``like`` says of its kind, and then none."""
+    """An oracle: only the first visits of a sample are trained on, as many as ``like`` has for its kind."""
     left = world.times.clone()
     for kind, visits in like.items():
         left[world.ids(kind)] = round(visits)
@@ -67,22 +67,22 @@ def capped(world: World, like: Mapping[str, float]) -> Gate:
 
 
 def once(world: World, like: Mapping[str, float]) -> World:
-    """An oracle: nothing is shown twice."""
+    """An oracle: no sample is shown twice."""
     return world.shown({kind.name: 1 for kind in world.kinds})
 
 
 def thinned(world: World, like: Mapping[str, float]) -> World:
-    """An oracle: samples are shown as often as ``like`` says of their kind, spread over the run."""
+    """An oracle: samples are shown as often as ``like`` has for their kind, spread over the run."""
     return world.shown({kind: round(visits) for kind, visits in like.items()})
 
 
 def floored(at: float) -> Callable[[World, Mapping[str, float]], Gate]:
-    """Flooding a sample at a time (Ishida et al. 2020): no gradient while its loss is under ``at`` nats."""
+    """Flooding by sample (Ishida et al. 2020): no gradient while a sample's loss is below ``at`` nats."""
     return lambda world, like: lambda ids, losses: losses >= at
 
 
 def watching(acting: Sequence[Callback]) -> list[Callback]:
-    """What the callbacks that act read from; nothing if none acts."""
+    """The callbacks that the mitigations ``acting`` read from; none if there is no mitigation."""
     return [LossTracker(identity="key"), MemorizationDetector()] if acting else []
 
 
@@ -101,11 +101,12 @@ def localized(*acting: Callback) -> list[Callback]:
 STANDARD, HOLD, SKIP = "standard", "hold at .5", "skip the flagged"
 MEMSINKS, UNTIED, SMALL = "MemSinks .75/.15, dropped", "the same, untied", "MemSinks .1/.15, dropped"
 HOLD_HIGH = "hold at .75"
-"""The set point for fine-tuning: epochs later every training text lies half a nat below unseen ones, and .5 holds texts
-that would still teach. Chosen on development seeds 901 and 902, where .5 costs up to .03 nats at the best epoch."""
+"""The set point for fine-tuning: after some epochs every training text is half a nat below unseen ones, and .5 holds
+texts that the model could still learn from. Chosen on development seeds 901 and 902, where .5 costs up to .03 nats at
+the best epoch."""
 SWEEP = {"hold at .1": 0.1, "hold at .25": 0.25, HOLD: 0.5, "hold at 1": 1.0, "hold at 2": 2.0}
 NARROW = {"n_inner": 128}
-"""The plain model's MLPs as wide as what MemSinks leaves of 512."""
+"""MLPs of the plain model as wide as what MemSinks leaves of 512 units."""
 
 OURS = {
     **{name: Arm(partial(hold, at)) for name, at in (SWEEP | {HOLD_HIGH: 0.75}).items()},
@@ -133,12 +134,12 @@ RIVALS = {
     "skip from the start (oracle)": Arm(gate=skip_planted),
     "loss floor 4 (flooding)": Arm(gate=floored(4.0)),
 }
-TOLD = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)": Arm(world=thinned)}
-"""Rivals that get as many visits through as hold at .5 did, and so come after it."""
+GUIDED = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracle)": Arm(world=thinned)}
+"""Rivals that train on as many visits as hold at .5 did, and so run after it."""
 
-ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **TOLD}
+ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **GUIDED}
 EVERY_SEED = {"E1": (STANDARD, MEMSINKS, UNTIED, SKIP), "E2": (STANDARD, HOLD), "E3": (STANDARD, HOLD_HIGH)}
-"""What a criterion stands on; everything else is run on one seed, to be done in 40 minutes."""
+"""The arms that a criterion is about. All others run on one seed, so that the benchmark takes 40 minutes."""
 ONCE = {
     "E1": (
         *EVERY_SEED["E1"],
@@ -148,13 +149,13 @@ ONCE = {
     "E2": (
         *(STANDARD, "hold at .1", HOLD, "hold at 2", SKIP, "attenuate the flagged to .1", "route the flagged"),
         *(MEMSINKS, "deduplicated (oracle)"),
-        *("skip from the start (oracle)", "loss floor 4 (flooding)", *TOLD),
+        *("skip from the start (oracle)", "loss floor 4 (flooding)", *GUIDED),
     ),
     "E3": (*EVERY_SEED["E3"], SMALL, "weight decay .1"),
 }
-ASKED = {
+EXTRA = {
     "E1": ("MemSinks .75/.3, dropped", "MemSinks .75/.15 + hold at .5"),
     "E2": ("hold at .25", "hold at 1", "hold at .5 + weight decay .1", "MemSinks .75/.15 + hold at .5"),
     "E3": (HOLD, "hold at 1"),
 }
-"""Tried as well, and run on one seed when all is asked for: eight fits more."""
+"""Further arms, run on one seed with ``--arms all``: eight fits more."""

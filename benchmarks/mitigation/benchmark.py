@@ -1,9 +1,9 @@
-"""What mitigations take from memorization and what they cost, on real text, beside what others would do.
+"""How much memorization mitigations prevent and what they cost, on real text, compared with other methods.
 
-E1: sequences repeated in a domain that everything else covers, too. E2: the only source code there is, shown over
-and over. E3: fine-tuning on texts and on made-up people's numbers. Every arm of an experiment sees the same text in
-the same order from the same first weights, in E3 from those of one pretrained model; ours are driven by our own
-detector and controls.
+E1: sequences repeated in a domain that other text covers, too. E2: repeated source code that no other text covers.
+E3: fine-tuning on texts and on phone numbers of made-up people. Every arm of an experiment sees the same text in the
+same order from the same initial weights, in E3 from those of one pretrained model. Our arms use our own detector and
+controls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from typing import Any, Literal, get_args
 from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
 from benchmarks.common.planted_text import Sizes
 from benchmarks.mitigation import fine_tuning
-from benchmarks.mitigation.arms import ASKED, EVERY_SEED, HOLD, HOLD_HIGH, MEMSINKS, ONCE, SKIP, STANDARD, TOLD, UNTIED
+from benchmarks.mitigation.arms import (
+    EVERY_SEED,
+    EXTRA,
+    GUIDED,
+    HOLD,
+    HOLD_HIGH,
+    MEMSINKS,
+    ONCE,
+    SKIP,
+    STANDARD,
+    UNTIED,
+)
 from benchmarks.mitigation.figure import draw
 from benchmarks.mitigation.fine_tuning import Tuned, pretrain, tune
 from benchmarks.mitigation.runs import Result, run
@@ -37,8 +48,8 @@ NAN = float("nan")
 
 
 @dataclass
-class Found:
-    """All that was measured; by experiment, arm and seed."""
+class Measurements:
+    """All measurements, by experiment, arm and seed."""
 
     results: dict[tuple[str, str, int], Result] = field(default_factory=dict)
     tuned: dict[tuple[str, int], Tuned] = field(default_factory=dict)
@@ -47,7 +58,8 @@ class Found:
         return [each for (where, name, _), each in self.results.items() if (where, name) == (experiment, arm)]
 
     def worst(self, experiment: str, arm: str, measure: Callable[[Result, Result], float], sense: str) -> float:
-        """Of all seeds. ``measure`` takes the arm's result and standard's of that seed; NaN where one is missing."""
+        """The worst value of all seeds; NaN where one is missing. ``measure`` takes the results of the arm and of the
+        standard run of one seed."""
         values = [
             measure(each, self.results[experiment, STANDARD, each.seed])
             for each in self.of(experiment, arm)
@@ -70,19 +82,19 @@ def _worst(values: Sequence[float], sense: str) -> float:
     return max(values) if sense == "<=" else min(values)
 
 
-def criteria(found: Found) -> list[Criterion]:
-    """Issue by issue of the worst seed."""
+def criteria(found: Measurements) -> list[Criterion]:
+    """All criteria, each evaluated on the worst seed."""
     domain = "domain"
     runs: list[tuple[str, str, str, Callable[[Result, Result], float], Any, float]] = [
         ("canaries said", "E1", STANDARD, lambda own, _: own.kinds["canary"].exact, ">=", 0.9),
         ("canaries said", "E1", MEMSINKS, lambda own, _: own.kinds["canary"].exact, "<=", 0.05),
-        ("validation against standard, nats", "E1", MEMSINKS, _dearer, "<=", 0.0),
+        ("validation against standard, nats", "E1", MEMSINKS, _extra_loss, "<=", 0.0),
         ("gap closed, natural", "E1", MEMSINKS, lambda own, std: own.closed(std, "natural"), ">=", 0.65),
         ("gap closed, canaries", "E1", MEMSINKS, lambda own, std: own.closed(std, "canary"), ">=", 0.45),
         ("gap closed, natural", "E1", SKIP, lambda own, std: own.closed(std, "natural"), ">=", 0.8),
-        ("validation against standard, nats", "E1", SKIP, _dearer, "<=", 0.0),
+        ("validation against standard, nats", "E1", SKIP, _extra_loss, "<=", 0.0),
         ("false flags among all that is not memorized", "E1", SKIP, lambda own, _: own.false_flags, "<=", 0.03),
-        ("validation against standard, nats", "E2", HOLD, _dearer, "<=", 0.0),
+        ("validation against standard, nats", "E2", HOLD, _extra_loss, "<=", 0.0),
         ("unseen text of the domain against standard, nats", "E2", HOLD,
          lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
         ("gap of the domain cut by", "E2", HOLD, lambda own, std: 1 - own.gap / std.gap, ">=", 0.55),
@@ -114,30 +126,32 @@ def criteria(found: Found) -> list[Criterion]:
     return said
 
 
-def _dearer(own: Result, standard: Result) -> float:
+def _extra_loss(own: Result, standard: Result) -> float:
     return own.validation - standard.validation
 
 
 def arms_of(experiment: str, first: bool, quick: bool, extent: Extent = "usual") -> list[str]:
-    """What is run on a seed. Only the first has the rivals and the sweep, unless few are wanted; and when it must be
-    quick, the fine-tuning."""
+    """The arms to run on a seed. Only the first seed has the rivals and the sweep, unless ``extent`` is few; with
+    ``quick``, only the first has the fine-tuning."""
     if quick and experiment == "E3" and not first:
         return []
     names = ONCE[experiment] if first and extent != "few" else EVERY_SEED[experiment]
-    names = (*names, *ASKED[experiment]) if first and extent == "all" else names
+    names = (*names, *EXTRA[experiment]) if first and extent == "all" else names
     return [name for name in names if name in QUICK_ARMS] if quick else list(names)
 
 
-def find_out(
+def run_experiments(
     seeds: Sequence[int],
     quick: bool,
     model: Path | None,
     only: Sequence[str] = EXPERIMENTS,
     extent: Extent = "usual",
-) -> Found:
-    """Runs everything in two processes of one thread each; what others wait for comes first, the longest next.
+) -> Measurements:
+    """Runs all arms in two processes of one thread each: first those that others depend on, then the longest.
 
-    ``only``: these experiments. ``extent``: which arms.
+    Args:
+        only: the experiments to run.
+        extent: which arms to run.
     """
     sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
     todo = [
@@ -165,33 +179,34 @@ def find_out(
             for name in arms_of("E3", seed == seeds[0], quick, extent)
         ]
         jobs = [
-            (run, *job, sizes, *([like] if job[1] in TOLD else []))
+            (run, *job, sizes, *([like] if job[1] in GUIDED else []))
             for job in todo
-            if job not in guides and (like or job[1] not in TOLD)
+            if job not in guides and (like or job[1] not in GUIDED)
         ]
         ended = [*first, *_done(pool, [*tuning_jobs, *jobs])]
     results = {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
     tuned = [each for each in ended if isinstance(each, Tuned)]
-    return Found(results, {(each.arm, each.seed): each for each in tuned})
+    return Measurements(results, {(each.arm, each.seed): each for each in tuned})
 
 
 def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What each function with its arguments gives. One that fails is told and left out: an hour of others stays."""
+    """The results of each function called with its arguments. A job that fails is printed and left out, so that the
+    results of the others are not lost."""
     start = time.perf_counter()
-    waiting = {pool.submit(*job): job for job in jobs}
-    given = []
-    for future in as_completed(waiting):
-        function, *about = waiting[future]
-        fault = future.exception()
-        words = [function.__name__, *(str(each) for each in about if isinstance(each, (str, int)))]
-        end = f"after {time.perf_counter() - start:.0f} s" if fault is None else f"failed: {fault!r}"
+    futures = {pool.submit(*job): job for job in jobs}
+    results = []
+    for future in as_completed(futures):
+        function, *arguments = futures[future]
+        error = future.exception()
+        words = [function.__name__, *(str(each) for each in arguments if isinstance(each, (str, int)))]
+        end = f"after {time.perf_counter() - start:.0f} s" if error is None else f"failed: {error!r}"
         print(*words, end, file=sys.stderr, flush=True)
-        if fault is None:
-            given.append(future.result())
-    return given
+        if error is None:
+            results.append(future.result())
+    return results
 
 
-def report(found: Found, seeds: Sequence[int], seconds: float, only: Sequence[str] = EXPERIMENTS) -> Report:
+def report(found: Measurements, seeds: Sequence[int], seconds: float, only: Sequence[str] = EXPERIMENTS) -> Report:
     tables = [table(found.results, where) for where in ("E1", "E2") if where in only]
     tables += [fine_tuning_table(found.tuned)] if "E3" in only else []
     said = [each for each in criteria(found) if each.name[:2] in only]
@@ -207,7 +222,7 @@ def report(found: Found, seeds: Sequence[int], seconds: float, only: Sequence[st
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    parser = argument_parser("mitigation", "Memorization left, and its price, of mitigations and rivals.", seeds=3)
+    parser = argument_parser("mitigation", "Memorization left under mitigations and rivals, and their cost.", seeds=3)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a transformers folder to fine-tune")
     parser.add_argument(
         "--figure",
@@ -218,12 +233,12 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="these experiments")
     parser.add_argument(
-        "--arms", choices=get_args(Extent), default="usual", help="few: those that a criterion stands on"
+        "--arms", choices=get_args(Extent), default="usual", help="few: those that a criterion is about"
     )
     options = parser.parse_args(arguments_given)
     seeds, start = fresh_seeds(options), time.perf_counter()
     configure_process()
-    found = find_out(seeds, options.quick, options.model, options.only, options.arms)
+    found = run_experiments(seeds, options.quick, options.model, options.only, options.arms)
     code = report(found, seeds, time.perf_counter() - start, options.only).publish(options.json)
     if found.results:
         draw(found.results, options.figure)

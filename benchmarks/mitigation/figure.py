@@ -1,4 +1,4 @@
-"""Memorization left against what it costs: one figure of all arms of E1 and E2, the set points swept among them."""
+"""A figure of memorization left against cost, for all arms of E1 and E2, with the sweep of set points."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.mitigation.runs import Result
 
 Point = tuple[float, float]
 WORST = 0.35
-"""Nats above standard where the axis ends; what lies beyond stands at the rim, with its value."""
+"""Upper end of the axis, in nats above standard; points beyond are drawn at the edge, with their value."""
 PANELS = (
     ("E1", "background", "E1: validation"),
     ("E2", "background", "E2: validation"),
@@ -20,7 +20,7 @@ PANELS = (
 
 
 def draw(results: Mapping[tuple[str, str, int], Result], path: Path) -> None:
-    """Writes a picture; its folder is made if need be."""
+    """Writes the figure to ``path``, and makes its folder."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 7.2), layout="constrained")
@@ -63,7 +63,7 @@ def points_of(results: Mapping[tuple[str, str, int], Result], experiment: str, k
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats at once on both sides, from left to right.
+    """The Pareto frontier: the points that no other beats on both axes, from left to right.
 
     >>> frontier([(0.0, 3.0), (1.0, 1.0), (2.0, 2.0), (3.0, 0.0)])
     [(0.0, 3.0), (1.0, 1.0), (3.0, 0.0)]
@@ -83,6 +83,6 @@ def _mark(panel, point: Point, number: int, name: str):  # type: ignore[no-untyp
         x, min(y, WORST), "o" if y < WORST else "^", ms=7, color=color, mfc=color if ours else "white", zorder=3
     )
     beyond = f" ({y:+.1f})" if y >= WORST else ""
-    below = -9 if y >= WORST and number % 2 else 4  # what lies beyond stands in a row, so that labels would meet
+    below = -9 if y >= WORST and number % 2 else 4  # points beyond are in one row, where labels would overlap
     panel.annotate(f"{number + 1}{beyond}", (x, min(y, WORST)), (5, below), textcoords="offset points", fontsize=8)
     return handle

@@ -1,6 +1,6 @@
-"""E3: a model pretrained on prose is fine-tuned on source code and made-up people's numbers, which it learns by heart.
+"""E3: a model pretrained on prose is fine-tuned on source code and phone numbers of made-up people, which it memorizes.
 
-T  tokens      n  sentences of one rung
+T  tokens      n  sentences of one group
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lightning_memsink.ledger import Ledger
 REPEATS = (1, 4, 16)
 """Times a sentence is shown an epoch."""
 EVERY = 10
-"""Steps between two looks at the controls."""
+"""Steps between two evaluations of the controls."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many texts, once an epoch each, sentences of each rung, controls of both, and what else is held out."""
+    """Numbers of texts (each once an epoch), sentences of each group, controls of both, and other held-out texts."""
 
     pretrained: int = 6144
     pretraining_epochs: int = 2
@@ -54,8 +54,8 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Epoch:
-    """After one epoch. ``recalled`` sentences whose number is said word for word after their beginning, and the
-    ``losses`` of sentences in nats per token, by times shown an epoch; 0 stands for never."""
+    """Measurements after one epoch, by times shown an epoch (0: never): the number of sentences ``recalled``, whose
+    number the model continues verbatim, and the ``losses`` of sentences in nats per token."""
 
     held_out: float
     recalled: Mapping[int, int]
@@ -73,19 +73,19 @@ class Tuned:
     arm: str
     seed: int
     sentences: int
-    """Of all rungs."""
+    """In all groups."""
     epochs: tuple[Epoch, ...]
     acted: float
     verdict: str
     seconds: float
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The result in types that JSON has."""
         return json_able(asdict(self))
 
     @property
     def best(self) -> Epoch:
-        """Where early stopping would have stopped at its best."""
+        """The epoch with the lowest held-out loss: the best that early stopping can do."""
         return min(self.epochs, key=lambda epoch: epoch.held_out)
 
     @property
@@ -94,7 +94,7 @@ class Tuned:
 
 
 def made_up(many: int, seed: int) -> list[tuple[str, str]]:
-    """A sentence's beginning and its number, about people who do not exist."""
+    """Beginnings of sentences about people who do not exist, and the number that each ends with."""
     draw = random.Random(seed)
     syllables = [first + vowel for first in "bdfgklmnrstvz" for vowel in "aeiou"]
     people: dict[str, str] = {}
@@ -133,12 +133,12 @@ def pretrain(folder: Path, seed: int, sizes: Sizes) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """What is shown, its ids, and what is held out."""
+    """The training samples, the controls, and what else is held out."""
 
     train: Visits
     controls: Visits
     unseen: Tensor
-    rungs: Mapping[int, Sentences]
+    groups: Mapping[int, Sentences]
     """By times shown an epoch; 0: never."""
 
 
@@ -154,13 +154,13 @@ def material(folder: Path, seed: int, sizes: Sizes, length: int = 64) -> Materia
     many = [sizes.sentences] * len(REPEATS) + [sizes.control_sentences] * 2
     people = sentences(sum(many), tokenizer, length, seed)
     columns = (column.split(many) for column in (people.tokens, people.labels, people.answer))
-    *rungs, controls, never = (Sentences(*split) for split in zip(*columns, strict=True))
+    *groups, controls, never = (Sentences(*split) for split in zip(*columns, strict=True))
     times = torch.tensor([1] * len(texts) + [many for many in REPEATS for _ in range(sizes.sentences)])
     return Material(
-        _visits(texts, rungs, times, seed),
+        _visits(texts, groups, times, seed),
         _visits(control_texts, [controls], None, seed),
         unseen,
-        {**dict(zip(REPEATS, rungs, strict=True)), 0: never},
+        {**dict(zip(REPEATS, groups, strict=True)), 0: never},
     )
 
 
@@ -172,7 +172,7 @@ def _visits(texts: Tensor, people: Sequence[Sentences], times: Tensor | None, se
 
 
 class Recall(Callback):
-    """Looks after every epoch at what could be extracted, with the model as it would be deployed."""
+    """Measures after every epoch which numbers can be extracted, with the model in evaluation mode."""
 
     def __init__(self, material: Material) -> None:
         self.material = material
@@ -180,20 +180,23 @@ class Recall(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Learner) -> None:
         pl_module.eval()
-        told = {times: told_of(pl_module, rung) for times, rung in self.material.rungs.items()}
+        recall = {times: recall_of(pl_module, group) for times, group in self.material.groups.items()}
         self.epochs.append(
             Epoch(
-                float(told_of(pl_module, Sentences(*[self.material.unseen] * 2, self.material.unseen > -1))[1].mean()),
-                {times: int(recalled.sum()) for times, (recalled, _) in told.items()},
-                {times: float(losses.mean()) for times, (_, losses) in told.items()},
+                float(
+                    recall_of(pl_module, Sentences(*[self.material.unseen] * 2, self.material.unseen > -1))[1].mean()
+                ),
+                {times: int(recalled.sum()) for times, (recalled, _) in recall.items()},
+                {times: float(losses.mean()) for times, (_, losses) in recall.items()},
             )
         )
         pl_module.train()
 
 
 @torch.no_grad()
-def told_of(module: Learner, people: Sentences) -> tuple[Tensor, Tensor]:
-    """Whose number is said word for word, bool ``[n]``, and each one's loss ``[n]``. No loss function of torch's."""
+def recall_of(module: Learner, people: Sentences) -> tuple[Tensor, Tensor]:
+    """Bool ``[n]``, which numbers the model continues verbatim, and the loss of each sentence ``[n]``. Calls no loss
+    function of torch, so that LossTracker does not capture it."""
     logits, following = module.gpt(input_ids=people.tokens).logits[:, :-1], people.tokens[:, 1:]
     right = (logits.argmax(-1) == following) | ~people.answer[:, 1:]
     counted = (people.labels[:, 1:] != IGNORED).float()

@@ -1,4 +1,4 @@
-"""One arm of E1 or E2: train it, and measure what it knows by heart and what it knows at all.
+"""One arm of E1 or E2: trains it, and measures verbatim memorization and losses.
 
 B  samples in a batch      T  tokens      n  samples of a kind      U  different samples
 """
@@ -27,24 +27,24 @@ from lightning_memsink.mitigation.designed_sinks import masked
 
 NAN, IGNORED = float("nan"), -100
 EVERY = 20
-"""Steps between two looks at the controls."""
+"""Steps between two evaluations of the controls."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the model makes of one kind as it is deployed; losses in nats per token, NaN where there is no sample."""
+    """Measurements of the deployed model on one kind of text; losses in nats per token, NaN without samples."""
 
     samples: int
     shown: float
     unseen: float
     exact: float
-    """Share of the shown that are said word for word."""
+    """Share of the shown samples that are reproduced verbatim."""
     own_exact: float = NAN
     """The same with each sample's own designed sinks on."""
     trained: float = NAN
     """Visits of a sample that reached the gradient, on average."""
     flagged: float = NAN
-    """Share of the shown that stood as memorized at some evaluation."""
+    """Share of the shown samples that were flagged as memorized at some evaluation."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,25 @@ class Result:
 
     @property
     def false_flags(self) -> float:
-        """Share that stood as memorized at some evaluation, of all that came again and is not: easy text, and text
-        shown twice. What was seen once is never judged."""
+        """Share flagged as memorized at some evaluation, of the repeated samples that are not memorized: easy text, and
+        text shown twice. Samples seen once are never evaluated."""
         shares = [self.kinds[name].flagged for name in ("easy", "twice") if name in self.kinds]
         sizes = [self.kinds[name].samples for name in ("easy", "twice") if name in self.kinds]
-        return sum(share * many for share, many in zip(shares, sizes, strict=True)) / sum(sizes) if sizes else NAN
+        return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes) if sizes else NAN
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The result in types that JSON has."""
         return json_able(asdict(self))
 
     def closed(self, standard: Result, kind: str) -> float:
-        """How far the shown have come from standard's loss to that of their own unseen twins: 1 is all the way."""
+        """How far the loss of shown samples moved from the standard run's to that of their unseen twins: 1 is all the
+        way."""
         own, before = self.kinds[kind], standard.kinds[kind].shown
         return (own.shown - before) / (own.unseen - before)
 
 
 def json_able(value: Any) -> Any:
-    """Numbers to four places, None for what is no number, all the way down."""
+    """``value`` with floats rounded to four places and NaN and infinity as None, recursively."""
     if isinstance(value, dict):
         return {str(key): json_able(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -99,7 +100,7 @@ def json_able(value: Any) -> Any:
 
 
 class Learner(LightningModule):
-    """An ordinary language model, trained in an ordinary way unless a ``gate`` leaves samples' gradient out."""
+    """A language model with a standard training step, unless a ``gate`` leaves the gradient of samples out."""
 
     def __init__(
         self, gpt: torch.nn.Module, weight_decay: float = 0.01, gate: Gate | None = None, warmup: int = WARMUP
@@ -127,9 +128,9 @@ class Learner(LightningModule):
 
 
 class Visits(Dataset[dict[str, Tensor]]):
-    """``rows`` ``[R]`` of ``tokens`` ``[U, T]``, which are their ids; labels are ``tokens`` where none are given.
+    """The ``rows`` ``[R]`` of ``tokens`` ``[U, T]``; the row is the sample id. Labels are ``tokens`` by default.
 
-    ``anew`` is an id drawn anew at each visit, the same for all tokens of the text.
+    ``anew`` is an id drawn again at each visit, the same for all tokens of the text.
     """
 
     def __init__(self, tokens: Tensor, rows: Tensor, labels: Tensor | None = None, seed: int = 0) -> None:
@@ -159,7 +160,7 @@ class Exposures(Callback):
         self.ids = torch.empty(0, dtype=torch.int64)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.handle = pl_module.gpt.register_forward_hook(self._see)
+        self.handle = pl_module.gpt.register_forward_hook(self._on_forward)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.handle.remove()
@@ -167,13 +168,15 @@ class Exposures(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.ids = batch["sample_id"]
 
-    def _see(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _on_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if output.logits.requires_grad:
             ids = self.ids
             output.logits.register_hook(lambda gradient: self._count(ids, gradient))
 
     def _count(self, ids: Tensor, gradient: Tensor) -> None:
-        largest = torch.linalg.vector_norm(gradient, torch.inf, dim=(1, 2))  # in one pass, without a tensor as large
+        largest = torch.linalg.vector_norm(
+            gradient, torch.inf, dim=(1, 2)
+        )  # in one pass, without another tensor of that size
         self.trained.index_add_(0, ids, largest.gt(0).float())
 
 
@@ -196,7 +199,7 @@ def fit(
     epochs: int = 1,
     every: int = EVERY,
 ) -> Trainer:
-    """An ordinary fit in batches of 32, looking at ``controls`` every few steps."""
+    """A fit in batches of 32 that evaluates ``controls`` every few steps."""
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -217,7 +220,7 @@ def fit(
 
 
 class Examiner(Callback):
-    """Measures a world's kinds when training ends, with the model as it would be deployed: in evaluation mode."""
+    """Measures the kinds of a world when training ends, with the model in evaluation mode, as it would be deployed."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -230,21 +233,21 @@ class Examiner(Callback):
             self.kinds[kind.name] = {
                 "shown": float(token_nll(pl_module, shown).mean()),
                 "unseen": float(token_nll(pl_module, kind.unseen).mean()),
-                "exact": said(pl_module, shown),
+                "exact": exact_share(pl_module, shown),
             }
             if sinks := [one for one in trainer.callbacks if isinstance(one, MemSinks)]:
                 self.kinds[kind.name]["own_exact"] = self._with_own(pl_module, sinks[0], kind)
         pl_module.train()
 
     def _with_own(self, module: Learner, sinks: MemSinks, kind: Kind) -> float:
-        """Share said word for word when each sample may use the units it was tied to."""
+        """Share reproduced verbatim when each sample has its own pool units on."""
         ids = self.world.ids(kind.name)[:64]
         with masked(sinks.layers, partial(sinks.pool.own, ids)):
-            return said(module, kind.shown[:64])
+            return exact_share(module, kind.shown[:64])
 
 
 class Flagged(Callback):
-    """Who of ``samples`` stood as memorized at some evaluation."""
+    """Records which of ``samples`` were flagged as memorized at some evaluation."""
 
     def __init__(self, samples: int) -> None:
         self.ever = torch.zeros(samples, dtype=torch.bool)
@@ -255,8 +258,8 @@ class Flagged(Callback):
         self.ever[ledger.losses.ids[: len(memorized)][memorized]] = True
 
 
-def said(module: Learner, tokens: Tensor) -> float:
-    """Share of ``tokens`` ``[n, T]`` that the model continues word for word."""
+def exact_share(module: Learner, tokens: Tensor) -> float:
+    """Share of ``tokens`` ``[n, T]`` that the model continues verbatim."""
     return float(torch.cat([exact_match(module, part) for part in tokens.split(128)]).float().mean())
 
 
@@ -266,7 +269,11 @@ def world_of(experiment: str, sizes: Sizes, seed: int) -> World:
 
 
 def run(experiment: str, name: str, seed: int, sizes: Sizes, like: Mapping[str, float] | None = None) -> Result:
-    """``like``: by kind, how many visits of each sample an oracle lets through, for arms that need to be told."""
+    """Trains and measures one arm.
+
+    Args:
+        like: by kind, the number of visits of each sample that an oracle trains on, for the arms in `GUIDED`.
+    """
     torch.set_num_threads(1)
     start, arm, world = time.perf_counter(), ARMS[name], world_of(experiment, sizes, seed)
     seen = world if arm.world is None else arm.world(world, like or {})
@@ -275,9 +282,9 @@ def run(experiment: str, name: str, seed: int, sizes: Sizes, like: Mapping[str, 
     module = Learner(gpt(world.vocab_size, world.tokens.shape[1], **arm.shape), arm.weight_decay, gate)
     counter, examiner, flagged = Exposures(len(world.tokens)), Examiner(world), Flagged(len(world.tokens))
     acting = arm.acting()
-    crew = [*watching(acting), *acting, *([flagged] if acting else []), counter, examiner]
+    callbacks = [*watching(acting), *acting, *([flagged] if acting else []), counter, examiner]
     controls = Visits(world.controls, torch.arange(len(world.controls))) if acting else None
-    trainer = fit(module, Visits(seen.tokens, seen.rows, seed=seed), crew, seed, controls)
+    trainer = fit(module, Visits(seen.tokens, seen.rows, seed=seed), callbacks, seed, controls)
     actions = list(Ledger.of(trainer).interventions.values())
     kinds = {}
     for kind in world.kinds:

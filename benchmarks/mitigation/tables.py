@@ -50,11 +50,11 @@ def table(results: Mapping[tuple[str, str, int], Result], experiment: str) -> Ta
 
 
 def fine_tuning_table(tuned: Mapping[tuple[str, int], Tuned]) -> Table:
-    """Numbers said of those of each rung, and losses in nats per token, at the best epoch and at the last."""
+    """Numbers recalled in each group, and losses in nats per token, at the best epoch and at the last."""
     sentences = next(iter(tuned.values())).sentences // len(REPEATS) if tuned else 0
-    rungs = ", ".join(f"x{times}" for times in REPEATS)
+    repeats = ", ".join(f"x{times}" for times in REPEATS)
     rows = _bare(
-        f"E3: fine-tuning. Numbers said word for word, of {sentences} each shown {rungs} an epoch, and held-out loss, "
+        f"E3: fine-tuning. Numbers said verbatim, of {sentences} each shown {repeats} an epoch, and held-out loss, "
         "at the epoch where that is lowest (the best that stopping early can do) and at the last. Mean over seeds "
         "[least, most].",
         *("arm", "best\nepoch", "said\nthen", "held-out\nthen", "said at\nthe end", "held-out at\nthe end"),
@@ -95,19 +95,19 @@ def range_of(values: Sequence[float], sign: str = "+") -> str:
 
 
 def mean(values: Sequence[float], places: int = 2) -> str:
-    """Of what is known; empty where nothing is."""
+    """Mean of the values that are not NaN; empty if there are none."""
     known = [value for value in values if value == value]
     return _short(f"{sum(known) / len(known):.{places}f}") if known else ""
 
 
 def both(cells: Iterable[str]) -> str:
-    """Several numbers in one cell; empty if none is known."""
+    """Several numbers in one cell; empty if one is unknown."""
     known = list(cells)
     return "/".join(known) if all(known) else ""
 
 
 def _short(number: str) -> str:
-    """Without the zero before the point."""
+    """``number`` without the zero before the point."""
     return number.replace("0.", ".", 1) if number.lstrip("+-").startswith("0.") else number
 
 

@@ -17,19 +17,19 @@ from benchmarks.mitigation import fine_tuning
 from benchmarks.mitigation import runs as mitigation_runs
 from benchmarks.mitigation.arms import (
     ARMS,
-    ASKED,
     EVERY_SEED,
+    EXTRA,
+    GUIDED,
     HOLD,
     MEMSINKS,
     STANDARD,
     SWEEP,
-    TOLD,
     capped,
     once,
     thinned,
 )
 from benchmarks.mitigation.figure import draw, frontier, points_of
-from benchmarks.mitigation.fine_tuning import REPEATS, Epoch, Tuned, made_up, pretrain, sentences, told_of, tune
+from benchmarks.mitigation.fine_tuning import REPEATS, Epoch, Tuned, made_up, pretrain, recall_of, sentences, tune
 from benchmarks.mitigation.runs import Learner, Measured, Result, Visits, gpt, run
 from lightning_memsink.examples.corpora import tokenized
 
@@ -73,7 +73,7 @@ def small_text(monkeypatch, corpus):
 
 
 @pytest.mark.parametrize("where", WORLDS)
-def test_everything_is_shown_as_often_as_its_kind_says_and_nothing_held_out_is(where):
+def test_every_sample_is_shown_as_often_as_its_kind_says_and_no_held_out_sample_is(where):
     world = WORLDS[where](TINY, 0)
     shown = Counter(map(tuple, world.tokens[world.rows].tolist()))
     for kind in world.kinds:
@@ -93,26 +93,26 @@ def test_source_code_has_neither_comments_nor_docstrings(tmp_path):
 
 
 @pytest.mark.parametrize("let", [0, 1, 5, 8])
-def test_a_cap_lets_the_first_visits_through(let):
+def test_a_cap_keeps_the_first_visits(let):
     world = WORLDS["E1"](TINY, 0)
-    keep, seen, order = capped(world, {"natural": let}), Counter(), []
+    keep, counts, order = capped(world, {"natural": let}), Counter(), []
     for part in world.rows[torch.randperm(len(world.rows), generator=torch.Generator().manual_seed(0))].split(7):
         kept = keep(part, torch.zeros(len(part)))
-        seen.update(part[kept].tolist())
+        counts.update(part[kept].tolist())
         order += kept[part == world.ids("natural")[0]].tolist()
     assert order == [True] * let + [False] * (TINY.natural_times - let)
-    assert [seen[row] for row in world.ids("natural").tolist()] == [let] * TINY.natural
-    assert all(seen[row] == 1 for row in world.ids("background").tolist())
+    assert [counts[row] for row in world.ids("natural").tolist()] == [let] * TINY.natural
+    assert all(counts[row] == 1 for row in world.ids("background").tolist())
 
 
-def test_thinning_shows_samples_as_often_as_it_is_told():
+def test_thinning_shows_samples_the_given_number_of_times():
     world = WORLDS["E2"](TINY, 0)
     shown = Counter(thinned(world, {"domain": 2.4}).rows.tolist())
     assert {shown[row] for row in world.ids("domain").tolist()} == {2}
     assert {shown[row] for row in world.ids("canary").tolist()} == {TINY.canary_times}
 
 
-def test_a_gate_leaves_a_samples_gradient_out_and_the_rest_weighs_what_it_weighed():
+def test_a_gate_leaves_out_a_samples_gradient_and_keeps_the_weight_of_the_others():
     torch.manual_seed(0)
     plain = Learner(gpt(50, 16, width=32, layers=1))
     gated = Learner(plain.gpt, gate=lambda ids, losses: ids != 1)
@@ -140,7 +140,7 @@ def made(arm: str, shown: float, unseen: float, validation: float, where: str = 
     return Result(where, arm, 0, kind, kinds)
 
 
-def test_the_gap_closed_is_the_way_from_standards_loss_to_that_of_unseen_twins():
+def test_the_gap_closed_is_a_share_of_the_way_from_standards_loss_to_that_of_unseen_twins():
     standard, own = made("standard", 1.0, 4.0, 4.5), made("x", 3.0, 5.0, 4.4)
     assert own.closed(standard, "natural") == (3.0 - 1.0) / (5.0 - 1.0)
     assert standard.closed(standard, "natural") == 0
@@ -148,8 +148,8 @@ def test_the_gap_closed_is_the_way_from_standards_loss_to_that_of_unseen_twins()
     assert own.false_flags == pytest.approx(1 / 12)
 
 
-def test_a_criterion_is_of_the_worst_seed_and_falls_short_where_an_arm_is_missing():
-    found = mitigation.Found({("E1", STANDARD, 0): made(STANDARD, 1.0, 4.0, 4.5)})
+def test_a_criterion_takes_the_worst_seed_and_falls_short_if_an_arm_is_missing():
+    found = mitigation.Measurements({("E1", STANDARD, 0): made(STANDARD, 1.0, 4.0, 4.5)})
     said = {each.name: each for each in mitigation.criteria(found)}
     assert said["E1, standard: canaries said"].holds
     assert math.isnan(said[f"E1, {MEMSINKS}: canaries said"].value)
@@ -161,7 +161,7 @@ def test_a_criterion_is_of_the_worst_seed_and_falls_short_where_an_arm_is_missin
     assert said[f"E1, {MEMSINKS}: validation against standard, nats"] == pytest.approx(0.1)
 
 
-def test_the_frontier_is_who_no_other_beats_on_both_sides():
+def test_the_frontier_has_the_arms_that_no_other_beats_on_both_axes():
     generator = torch.Generator().manual_seed(0)
     points = [tuple(row) for row in torch.rand(40, 2, generator=generator).tolist()]
     slow = [one for one in points if not any(o[0] <= one[0] and o[1] <= one[1] and o != one for o in points)]
@@ -182,14 +182,14 @@ def test_the_figure_shows_every_arm_as_share_of_the_gap_and_nats_against_standar
 # Fine-tuning ------------------------------------------------------------------------------------------------------
 
 
-def test_people_are_made_up_anew_by_seed_and_no_name_comes_twice():
+def test_people_differ_by_seed_and_no_name_is_used_twice():
     people = made_up(200, seed=0)
     assert people == made_up(200, seed=0) != made_up(200, seed=1)
     assert len({start for start, _ in people}) == 200
     assert all(len(number) == 8 and number[3] == "-" for _, number in people)
 
 
-def test_the_number_counts_as_said_only_if_each_of_its_tokens_is_the_first_choice(corpus):
+def test_a_number_counts_as_extracted_only_if_each_of_its_tokens_is_the_first_choice(corpus):
     tokenizer = corpus.tokenizer
     people = sentences(3, tokenizer, 48, seed=0)
     for row, (start, number) in enumerate(made_up(3, seed=0)):
@@ -209,12 +209,12 @@ def test_the_number_counts_as_said_only_if_each_of_its_tokens_is_the_first_choic
 
     module = torch.nn.Module()
     module.gpt = Parrot()
-    said, losses = told_of(module, people)
+    said, losses = recall_of(module, people)
     assert said.tolist() == [True, False, True]
     assert losses[0] < 1e-4 < losses[1]
 
 
-def test_fine_tuning_looks_after_every_epoch_and_early_stopping_is_judged_at_its_best(tmp_path, monkeypatch):
+def test_fine_tuning_evaluates_every_epoch_and_early_stopping_counts_at_its_best_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(fine_tuning, "gpt", partial(gpt, width=32, layers=1))
     pretrain(tmp_path / "model", 0, TINY_TUNING)
     tuned = tune(tmp_path / "model", STANDARD, 0, TINY_TUNING)
@@ -237,21 +237,21 @@ def test_every_arm_runs(name, monkeypatch):
     assert result.kinds["canary"].trained <= (1 if ARMS[name].world is once else TINY.canary_times)
 
 
-def test_what_runs_on_every_seed_runs_on_the_first():
+def test_arms_of_every_seed_run_on_the_first_seed_too():
     for where, names in EVERY_SEED.items():
         first, later = (mitigation.arms_of(where, which, quick=False) for which in (True, False))
         assert list(names) == later
         assert set(later) < set(first) <= set(ARMS)
         assert mitigation.arms_of(where, True, quick=False, extent="few") == later
         asked = mitigation.arms_of(where, True, quick=False, extent="all")
-        assert asked == [*first, *ASKED[where]] and len(set(asked)) == len(asked)
+        assert asked == [*first, *EXTRA[where]] and len(set(asked)) == len(asked)
         assert set(asked) <= set(ARMS)
-    assert set(TOLD) <= set(mitigation.arms_of("E2", True, quick=False))
+    assert set(GUIDED) <= set(mitigation.arms_of("E2", True, quick=False))
     assert set(mitigation.arms_of("E3", True, quick=True)) < set(mitigation.arms_of("E3", True, quick=False))
 
 
-def test_a_report_is_told_and_written_even_of_few_arms(tmp_path, capsys):
-    found = mitigation.Found(
+def test_a_report_of_few_arms_is_printed_and_written(tmp_path, capsys):
+    found = mitigation.Measurements(
         {("E1", arm, 0): made(arm, 1.0, 4.0, 4.5) for arm in (STANDARD, HOLD)},
         {
             (STANDARD, 0): Tuned(
