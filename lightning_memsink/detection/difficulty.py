@@ -1,4 +1,4 @@
-"""What samples and controls are matched on, before the early loss: a text's difficulty, the user's own features."""
+"""Features that samples and controls are matched on, besides the early loss: text difficulty, the user's features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMPRESSED = TOKEN_FEATURES.index("compressed_bits")
 
 
 class Matching:
-    """Running n-gram counts of the training text, and the features they give."""
+    """Running n-gram counts of the training text, and matching features computed from them."""
 
     def __init__(self) -> None:
         self.counts = NgramCounts()
@@ -29,10 +29,15 @@ class Matching:
         extra: Tensor | None,
         trained_on: bool = False,
     ) -> None:
-        """Writes to ``table`` the features that the samples in ``rows`` ``[V]`` have by what was counted so far.
+        """Writes to ``table`` the features of the samples in ``rows`` ``[V]``, by the counts so far.
 
-        ``new``: bool ``[V]``, samples seen for the first time; their compressed size, which never changes, is due.
-        ``extra`` ``[V, F]``: the user's features. ``trained_on``: they just were, and are counted first.
+        Args:
+            table: the table of the samples.
+            rows: ``[V]`` rows of ``table``, a row as often as it was visited.
+            new: bool ``[V]``, first visits, whose compressed size is computed; it never changes.
+            tokens: the texts ``[V, T]``; None for samples that are not text.
+            extra: ``[V, F]`` features of the user's own.
+            trained_on: whether the model has just been trained on these texts, which then are counted first.
         """
         parts = []
         if tokens is not None:
@@ -45,20 +50,20 @@ class Matching:
         if extra is not None:
             parts.append(extra)
         if parts:
-            rows, last = last_of_each(rows)  # of a sample that came twice only the last description stands
+            rows, last = last_of_each(rows)  # the last description of a sample that came twice
             table.describe(rows, torch.cat(parts, 1)[last])
 
     def of_controls(self, ids: Tensor, tokens: Tokens | None, extra: Tensor | None) -> Tensor:
-        """``[B, F]`` the same columns for samples ``ids`` ``[B]`` that were never trained on."""
+        """``[B, F]`` the same features of controls ``ids`` ``[B]``, which are never trained on."""
         parts = []
         if tokens is not None:
             text = self.counts.look_up(tokens.ids, tokens.mask)
             parts.append(self._likelihood(text, torch.zeros(len(ids))))
-            new = [n for n, sample in enumerate(ids.tolist()) if sample not in self._control_bits]
+            new = [n for n, control in enumerate(ids.tolist()) if control not in self._control_bits]
             if new:
-                fresh = compressed_bits(tokens.ids[new], tokens.mask[new]).tolist()
-                self._control_bits.update(zip(ids[new].tolist(), fresh, strict=True))
-            parts.append(torch.tensor([[self._control_bits[sample]] for sample in ids.tolist()]))
+                new_bits = compressed_bits(tokens.ids[new], tokens.mask[new]).tolist()
+                self._control_bits.update(zip(ids[new].tolist(), new_bits, strict=True))
+            parts.append(torch.tensor([[self._control_bits[control]] for control in ids.tolist()]))
         if extra is not None:
             parts.append(extra)
         return torch.cat(parts, 1) if parts else torch.zeros(len(ids), 0)

@@ -1,6 +1,9 @@
-"""How difficult is a text, without asking the model: n-gram and compression features to match samples on.
+"""Difficulty of a text, computed without the model: n-gram and compression features to match samples on.
 
 B  samples in a batch      T  tokens      F  features
+
+Compressed size calibrates a loss as in Carlini et al. 2021 (arXiv 2012.07805, section 5.2, zlib entropy). N-gram
+likelihoods and counts of n-grams elsewhere in the training text predict losses of text that was never trained on.
 """
 
 from __future__ import annotations
@@ -13,13 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_memsink.samples.hashing import pair_hash, run_hash
+
 TOKEN_FEATURES = ("unigram_nll", "bigram_nll", "familiarity", "compressed_bits")
+"""Names of the features, in the order of their columns."""
+
 _RUN = 4
+"""Tokens of a run (a 4-gram)."""
 
 
 @dataclass(frozen=True)
 class Ngrams:
-    """Where a text's tokens, pairs and runs of four are counted (buckets), and which of them count (bool)."""
+    """Hash buckets of a text's tokens, pairs and runs of four, and bool masks of those that are counted."""
 
     single: Tensor  # [B, T]
     counted: Tensor
@@ -30,11 +38,11 @@ class Ngrams:
 
 
 class NgramCounts:
-    """Running hashed counts of the tokens, pairs and runs of four that training has seen.
+    """Running hashed counts of tokens, pairs and runs of four in the training text.
 
-    A text that repeats itself in training raises its own counts, and would seem easy for being repeated:
-    so a sample's own counts are left out of its own features. ``buckets`` for pairs, a power of two: its last bits say
-    where a hash is counted, which is several times as fast as a remainder.
+    A text that is trained on repeatedly raises its own counts and would seem easy because it is repeated, so a
+    sample's own counts are left out of its own features. ``buckets`` for pairs is a power of two: the last bits of a
+    hash are its bucket, which is several times as fast to compute as a remainder.
     """
 
     def __init__(self, buckets: int = 1 << 18) -> None:
@@ -44,13 +52,12 @@ class NgramCounts:
         self.runs = torch.zeros(4 * buckets)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A spawned process is sent the memory itself, which all ranks would then count into: each takes its own."""
+        """Copies the counts: spawned processes share the memory of tensors, and all ranks would count into it."""
         vars(self).update({name: each.clone() if isinstance(each, Tensor) else each for name, each in state.items()})
 
     def look_up(self, tokens: Tensor, mask: Tensor) -> Ngrams:
-        """The n-grams of ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` holds. Counts nothing."""
-        pair = tokens[:, :-1] * 0x9E3779B1 + tokens[:, 1:] * 0x85EBCA77
-        pair = pair ^ (pair >> 15)
+        """The n-grams of ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` is True. Counts nothing."""
+        pair = pair_hash(tokens[:, :-1], tokens[:, 1:])
         return Ngrams(
             tokens & (len(self.unigrams) - 1),
             mask,
@@ -60,34 +67,36 @@ class NgramCounts:
         )
 
     def update(self, text: Ngrams) -> None:
-        """Counts each of them once more."""
+        """Adds one to the count of each n-gram."""
         self.unigrams.index_add_(0, text.single.flatten(), text.counted.flatten().float())
         self.bigrams.index_add_(0, text.pair.flatten(), text.paired.flatten().float())
         self.runs.index_add_(0, text.run.flatten(), text.whole.flatten().float())
 
     def familiarity(self, text: Ngrams, exposures: Tensor) -> Tensor:
-        """``[B]`` mean of log(1 + times) over a sample's runs of four tokens: how often each occurs elsewhere.
+        """``[B]`` mean of log(1 + count) over a sample's runs of four tokens, counted elsewhere than in the sample.
 
-        Text with near-duplicates in training gets a low loss without ever having been trained on, and the lower the
-        more there are: a template filled in a hundred ways is easier than prose of which as many runs are known.
+        Text with near-duplicates in the training text has a low loss even if it was never trained on, and the lower
+        the more of them there are: a template filled in a hundred ways is easier than prose with as many known runs.
         """
-        seen = self.runs[text.run] - exposures.float()[:, None] * _own(text.run, text.whole)
-        return _mean(seen.clamp(min=0).log1p(), text.whole)
+        elsewhere = self.runs[text.run] - exposures.float()[:, None] * _own(text.run, text.whole)
+        return _masked_mean(elsewhere.clamp(min=0).log1p(), text.whole)
 
     def nll(self, text: Ngrams, exposures: Tensor) -> Tensor:
         """``[B, 2]`` mean unigram and bigram negative log-likelihood, in nats per token.
 
+        Unigrams with add-one smoothing, bigrams interpolated with them by a Dirichlet prior (MacKay & Peto 1995).
         ``exposures`` ``[B]``: how often each sample itself was counted; that many of its own counts are left out.
         """
         times = exposures.float()[:, None]
-        seen = (self.unigrams[text.single] - times * _own(text.single, text.counted)).clamp(min=0)
-        seen_pair = (self.bigrams[text.pair] - times * _own(text.pair, text.paired)).clamp(min=0)
+        count = (self.unigrams[text.single] - times * _own(text.single, text.counted)).clamp(min=0)
+        pair_count = (self.bigrams[text.pair] - times * _own(text.pair, text.paired)).clamp(min=0)
         total = (self.unigrams.sum() - times * text.counted.sum(1, keepdim=True)).clamp(min=0)
         known = (self.unigrams > 0).sum().clamp(min=1)
-        one = (seen + 1) / (total + known)
-        # Bigrams are interpolated with unigrams by a pseudo-count of 4 (Dirichlet prior smoothing).
-        two = (seen_pair + 4 * one[:, 1:]) / (seen[:, :-1] + 4)
-        return torch.stack([_mean(-one.log(), text.counted), _mean(-two.clamp(max=1).log(), text.paired)], dim=1)
+        unigram = (count + 1) / (total + known)
+        bigram = (pair_count + 4 * unigram[:, 1:]) / (count[:, :-1] + 4)  # a pseudo-count of 4
+        return torch.stack(
+            [_masked_mean(-unigram.log(), text.counted), _masked_mean(-bigram.clamp(max=1).log(), text.paired)], dim=1
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"unigrams": self.unigrams, "bigrams": self.bigrams, "runs": self.runs}
@@ -97,18 +106,16 @@ class NgramCounts:
         self.buckets = len(self.bigrams)
 
     def _runs(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Buckets of runs of four ``[B, T-3]`` and whether all of a run counts; empty for shorter texts."""
-        length = max(0, tokens.shape[1] - _RUN + 1)
-        key, whole = torch.zeros_like(tokens[:, :length]), torch.ones_like(mask[:, :length])
+        """Buckets of runs of four ``[B, T-3]`` and whether every token of a run is counted; empty for shorter texts."""
+        key = run_hash(tokens, _RUN)
+        whole = torch.ones_like(key, dtype=torch.bool)
         for place in range(_RUN):
-            key.mul_(0x9E3779B1).add_(tokens[:, place : place + length]).add_(1)
-            key ^= key >> 17
-            whole &= mask[:, place : place + length]
+            whole &= mask[:, place : place + key.shape[1]]
         return key & (len(self.runs) - 1), whole
 
 
 def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
-    """``[B]`` bits per token after DEFLATE: low where a text repeats itself."""
+    """``[B]`` bits per token after DEFLATE: low for a text that repeats itself."""
     width = np.int32 if int(tokens.max() if tokens.numel() else 0) > 0x7FFF else np.int16
     texts, kept = tokens.numpy().astype(width), mask.numpy()
     rows = [zlib.compress(text[keep].tobytes(), 6) for text, keep in zip(texts, kept, strict=True)]
@@ -116,13 +123,13 @@ def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def _own(buckets: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T]`` how often each bucket occurs in its own row, where the mask holds; elsewhere 1."""
+    """``[B, T]`` how often each bucket occurs in its own row, where the mask is True; elsewhere 1."""
     if not buckets.numel():
         return buckets.float()
     places = np.arange(buckets.numel()).reshape(buckets.shape)
     bits = buckets.numel().bit_length()
-    apart = np.where(mask.numpy(), buckets.numpy(), -1 - places)  # what is masked equals nothing
-    keys = (apart << bits) | places  # sorted as one number, several times as fast as with an order beside it
+    distinct = np.where(mask.numpy(), buckets.numpy(), -1 - places)  # a masked entry equals no other
+    keys = (distinct << bits) | places  # sorting one number is several times as fast as argsort
     keys.sort(1)
     ordered = keys >> bits
     starts = np.ones(keys.shape, dtype=bool)
@@ -133,5 +140,6 @@ def _own(buckets: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(own).view(buckets.shape)
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """``[B]`` mean over the masked entries of each row; 0 without any."""
     return (values * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What the detector says of samples and of the run: verdicts, evaluations, onset."""
+"""The detector's results: verdicts on samples, evaluations and the onset of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Verdict(IntEnum):
-    """One word for a sample. The last four share the word ``undecided``; they differ in the reason."""
+    """The verdict on a sample. The last four share the word ``undecided`` and differ in the reason."""
 
     UNSEEN = 0  # no loss was measured after a training step on it
     LEARNED = 1  # low loss, like its controls
@@ -63,20 +63,22 @@ class Evaluation:
     gap: float
     """Mean of (expected from matched controls - own loss) over tested samples; > 0: lower loss than controls."""
     gap_memorized: float
-    """The same over samples that stand as memorized; NaN if none does."""
+    """The same over memorized samples; NaN if there is none."""
     null_low: float
-    """2.5 % quantile of the gap of controls against their fellow controls."""
+    """2.5 % quantile of the gaps of controls, each against the other controls."""
     null_high: float
+    """97.5 % quantile of them."""
     null_sd: float
+    """Robust standard deviation of them."""
     threshold: float
-    """Smallest gap that may be flagged."""
+    """Smallest gap that is flagged."""
     p_floor: float
     """Smallest p-value that this many controls allow."""
     alpha: float
     """False-discovery rate over the tested samples."""
     tail: str
-    """``conformal``, or ``normal`` where the floor forbids any flag and a fitted tail stands in; ``none``: nothing was
-    measured."""
+    """How p-values were computed: ``conformal``; ``normal``, a fitted tail, where the floor permits no flag; ``none``,
+    if no sample was measured."""
 
     @property
     def memorized(self) -> int:
@@ -90,10 +92,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Onset:
-    """When memorization set in, over the samples that stand as memorized; each with a 95 % interval.
+    """When memorization began: step and exposures over the memorized samples, each with a 95 % interval.
 
-    The value is the ``quantile`` (default one tenth) of the samples' own onsets; the interval is a bootstrap
-    over samples, its lower end moved to the evaluation before, since onset lies somewhere between the two.
+    The value is a quantile (by default one tenth) of the samples' own onsets. The interval is a bootstrap percentile
+    interval over samples (Efron 1979). Its lower end is moved to the evaluation before, because the onset lies
+    between two evaluations.
     """
 
     step: int
@@ -103,16 +106,16 @@ class Onset:
     exposures_low: float
     exposures_high: float
     samples: int
-    """Memorized samples the estimate stands on."""
+    """Number of memorized samples that the estimate is computed from."""
 
 
 class Flags:
     """The detector's columns, aligned with the rows of the loss table, and its evaluations so far.
 
     ``verdict[n]`` is a :class:`Verdict`; ``gap[n]`` in nats, NaN until measured; ``p[n]`` after the last
-    measurement, NaN until then; ``streak[n]`` evaluations in a row at which it was flagged; ``onset_step[n]`` and
-    ``onset_exposures[n]``, the visit at which the first of them found it, -1 where none did.
-    ``null_gaps`` ``[M]``: gaps of the controls against their fellows at the last evaluation.
+    measurement, NaN until then; ``streak[n]`` is the number of evaluations in a row at which it was flagged;
+    ``onset_step[n]`` and ``onset_exposures[n]`` are step and exposures of the visit that was flagged first, -1 without.
+    ``null_gaps`` ``[M]``: gap of each control against the other controls at the last evaluation.
     """
 
     def __init__(self) -> None:
@@ -126,7 +129,7 @@ class Flags:
         self.evaluations: list[Evaluation] = []
 
     def grow(self, rows: int) -> None:
-        """Room for ``rows`` samples; new ones are unseen."""
+        """Extends all columns to ``rows`` samples; new ones are unseen."""
         new = rows - len(self.verdict)
         if new > 0:
             for name, empty in _COLUMNS.items():
@@ -135,16 +138,16 @@ class Flags:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for all samples."""
+        """Memory of all columns in bytes."""
         return sum(getattr(self, name).nbytes for name in _COLUMNS)
 
     @property
     def memorized(self) -> Tensor:
-        """Bool ``[N]``: samples that stand as memorized now."""
+        """Bool ``[N]``: samples that are memorized now."""
         return self.verdict == Verdict.MEMORIZED
 
     def counts(self) -> dict[str, int]:
-        """Samples by word."""
+        """Number of samples by word."""
         by_code = torch.bincount(self.verdict.long(), minlength=len(Verdict)).tolist()
         counts = dict.fromkeys(WORDS, 0)
         for verdict in Verdict:
@@ -162,7 +165,7 @@ class Flags:
 
 
 def verdicts_of(ids: Tensor, table: LossTable, flags: Flags) -> Tensor:
-    """Codes ``[B]`` of samples ``ids``; one that came after the last evaluation is unseen."""
+    """Verdict codes ``[B]`` of the samples ``ids``; a sample first visited after the last evaluation is unseen."""
     rows = table.index.find(ids)
     known = (rows >= 0) & (rows < len(flags.verdict))
     codes = torch.full_like(rows, int(Verdict.UNSEEN))
