@@ -1,4 +1,4 @@
-"""Who trains, who is tested and who is held out: a real text, and samples of known fate in it.
+"""Training samples, tested samples and held-out samples of the detection benchmark, drawn from a real text.
 
 T  tokens      U  different samples      N  samples to test      M  controls
 """
@@ -103,13 +103,13 @@ def populate(corpus: Corpus, vocab_size: int, sizes: Sizes, seed: int) -> Popula
     }
     nothing = torch.zeros(sizes.noise, held_out.shape[1], dtype=torch.int64)
     tested = [
-        *((rung.kind, rung.sequences, rung.repeats) for rung in planted.rungs),
+        *((group.kind, group.sequences, group.repeats) for group in planted.groups),
         *((kind, texts[: sizes.once], 1) for kind, texts in once.items()),
         ("noise", nothing, sizes.noise_repeats),
     ]
     controls = {
         "held_out": held_out,
-        **{rung.kind: rung.twins for rung in planted.rungs},
+        **{group.kind: group.twins for group in planted.groups},
         **{kind: texts[2 * sizes.once :] for kind, texts in once.items() if kind != "background"},
     }
     texts = torch.cat([sequences for _, sequences, _ in tested])
@@ -135,29 +135,29 @@ def populate(corpus: Corpus, vocab_size: int, sizes: Sizes, seed: int) -> Popula
 
 
 class _Pool:
-    """Sequences that are given out once each."""
+    """Sequences, each of which is taken at most once."""
 
     def __init__(self, sequences: Tensor) -> None:
-        self.sequences, self.given = sequences, 0
+        self.sequences, self.taken = sequences, 0
 
     def take_apart(self, many: int, others: Tensor) -> Tensor:
         """Like `take`, but none that shares half of its tokens in a row with another or with ``others``.
 
-        A near-duplicate is seen more often than its rung says, and a twin of it would have been trained on.
+        A near-duplicate is trained on more often than its repeats, and a twin of it would have been trained on.
         """
-        left = self.sequences[self.given :]
+        left = self.sequences[self.taken :]
         taken = unshared(apart(left), others)[:many]
-        self.sequences = torch.cat([self.sequences[: self.given], taken, without(left, taken)])
+        self.sequences = torch.cat([self.sequences[: self.taken], taken, without(left, taken)])
         return self.take(len(taken))
 
     def take(self, many: int) -> Tensor:
-        self.given += many
-        if self.given > len(self.sequences):
+        self.taken += many
+        if self.taken > len(self.sequences):
             raise ValueError(
-                f"The text has {len(self.sequences)} sequences, but the sizes ask for at least {self.given}. "
+                f"The text has {len(self.sequences)} sequences, but the sizes ask for at least {self.taken}. "
                 f"Lower `background` or `repeats`."
             )
-        return self.sequences[self.given - many : self.given]
+        return self.sequences[self.taken - many : self.taken]
 
 
 def _shuffled(texts: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,1 +1,1 @@
-"""When the mathematics is asked: one thin file a callback."""
+"""The callbacks, one file each. They decide when to compute; the mathematics is in the other packages."""

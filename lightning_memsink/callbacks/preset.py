@@ -18,7 +18,7 @@ def memsink(
     """The default callbacks for ``Trainer(callbacks=...)``: record losses, detect memorization, log it, report it.
 
     Args:
-        mitigation: a callback that acts on what the others find; None adds none.
+        mitigation: a callback that mitigates memorization; None adds none.
         localize: add a ``SinkLocalizer``, which finds the layers and units that carry memorized samples; the model
             must have hidden layers.
         extract: add an ``ExtractionProbe``, which tests whether chosen texts can be extracted; the model must be a

@@ -23,7 +23,7 @@ class CallbackEntry:
             belongs to the preset ``memsink()``.
         option: the option that adds it to the preset, ``memsink(OPTION=True)`` or ``--memsink.OPTION``; None if it is
             always in the preset.
-        is_mitigation: whether it acts on what the others find: ``memsink(NAME())``, ``--memsink.mitigation=NAME``.
+        is_mitigation: whether it mitigates memorization: ``memsink(NAME())``, ``--memsink.mitigation=NAME``.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class CallbackEntry:
 
     def load(self) -> type[Callback]:
         """The class. Imports its module."""
-        found: type[Callback] = getattr(import_module(f"lightning_memsink.callbacks.{self.module}"), self.name)
-        return found
+        kind: type[Callback] = getattr(import_module(f"lightning_memsink.callbacks.{self.module}"), self.name)
+        return kind
 
 
 CALLBACKS = (
@@ -62,5 +62,5 @@ def preset_entries() -> list[CallbackEntry]:
 
 
 def mitigations() -> list[CallbackEntry]:
-    """The callbacks that act on what the others find."""
+    """The callbacks that mitigate memorization."""
     return [entry for entry in CALLBACKS if entry.is_mitigation]

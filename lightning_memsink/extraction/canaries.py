@@ -144,7 +144,7 @@ def _easy_family(background: Tensor, count: int, vocab_size: int, generator: tor
     positions = context * torch.tensor([1, 2, 3]) // 4
     choices = torch.stack([torch.randperm(vocab_size, generator=generator)[:8] for _ in positions])
     if count > 8**3:
-        raise ValueError(f"The easy family has 512 members, but easy + twins asks for {count}. Lower one of them.")
+        raise ValueError(f"The easy family has 512 members, but easy + twins is {count}. Lower one of them.")
     picked = torch.randperm(8**3, generator=generator)[:count]
     digits = torch.stack([picked // 64, picked // 8 % 8, picked % 8], 1)
     family = frame.repeat(count, 1)

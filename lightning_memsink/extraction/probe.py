@@ -109,7 +109,7 @@ def probe(logits: Logits, tokens: Tensor, mask: Tensor, config: ProbeConfig, bat
         batch_size: texts in a forward pass.
     """
     mask = mask.bool()
-    tokens = tokens.where(mask, 0)  # -100, say, is in no vocabulary
+    tokens = tokens.where(mask, 0)  # padding such as -100 is in no vocabulary
     parts = [
         _results(logits(batch, present), batch, present, config)
         for batch, present in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
@@ -142,10 +142,10 @@ def logits_of(module: nn.Module) -> Logits:
     Raises:
         ValueError: there is no such model, or there are several.
     """
-    found = [each for each in module.modules() if _is_language_model(each)]
+    models = [each for each in module.modules() if _is_language_model(each)]
     # A wrapper, such as an adapter, contains the model that it wraps: the outermost one is called.
-    inner = {part for each in found for part in each.modules() if part is not each}
-    outer = [each for each in found if each not in inner]
+    inner = {part for each in models for part in each.modules() if part is not each}
+    outer = [each for each in models if each not in inner]
     if len(outer) != 1:
         names = ", ".join(type(each).__name__ for each in outer) or "none"
         raise ValueError(

@@ -107,5 +107,5 @@ def test_too_little_text_is_said_with_what_to_lower():
 
 
 def test_more_easy_sequences_than_the_family_has_is_said():
-    with pytest.raises(ValueError, match="easy family has 512 members, but easy \\+ twins asks for 600"):
+    with pytest.raises(ValueError, match="easy family has 512 members, but easy \\+ twins is 600"):
         plant(easy=590)

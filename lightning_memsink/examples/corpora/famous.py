@@ -113,15 +113,15 @@ def _sorted_texts(origin: str) -> Iterable[Path]:
 
 def _passages(text: str) -> list[str]:
     """Paragraphs of prose, joined until they are long enough."""
-    found, so_far = [], ""
+    passages, so_far = [], ""
     for paragraph in re.split(r"\n\s*\n", text):
         words = " ".join(paragraph.split())
         if so_far or len(words) > 120:  # a passage does not begin with a title or a holder's name
             so_far = f"{so_far} {words}".strip()
         if len(so_far) >= CHARACTERS:
-            found.append(so_far[: 2 * CHARACTERS])
+            passages.append(so_far[: 2 * CHARACTERS])
             so_far = ""
-    return found
+    return passages
 
 
 def _runs(text: str, length: int = 12) -> set[str]:
@@ -143,7 +143,7 @@ def prepare(folder: Path) -> Path:
     both = [speeches(), scripture(), licences()]
     folder.mkdir(parents=True, exist_ok=True)
     for name, which in (("suspects", 0), ("controls", 1)):
-        rows = [{"group": kind, "text": text} for found in both for kind, text in found[which]]
+        rows = [{"group": kind, "text": text} for sets in both for kind, text in sets[which]]
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         with written_whole(folder / f"{name}.jsonl") as file:
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")

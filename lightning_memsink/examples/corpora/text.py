@@ -17,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+from lightning_memsink.samples.hashing import GOLDEN_32
 from lightning_memsink.samples.unique import distinct_rows
 
 
@@ -128,7 +129,7 @@ def _runs(sequences: Tensor) -> Tensor:
     length = max(1, sequences.shape[1] // 2)
     generator = torch.Generator().manual_seed(length)
     first, second = torch.randint(-(2**62), 2**62, (2, length), generator=generator) | 1
-    words = (sequences.unfold(1, length, 1) * 0x9E3779B1 + 1) * first
+    words = (sequences.unfold(1, length, 1) * GOLDEN_32 + 1) * first
     hashes: Tensor = ((words ^ (words >> 29)) * second).sum(-1)
     return hashes
 

@@ -51,9 +51,9 @@ class AnswersFile:
         lines = self.path.read_text(
             encoding="utf-8", errors="replace"
         ).splitlines()  # a line that is no JSON is skipped
-        found = _parsed(lines[0])
-        if found is None or found != json.loads(json.dumps(first_line)):
-            differs = [name for name in first_line if found is None or found.get(name) != first_line[name]]
+        header = _parsed(lines[0])
+        if header is None or header != json.loads(json.dumps(first_line)):
+            differs = [name for name in first_line if header is None or header.get(name) != first_line[name]]
             raise ValueError(
                 f"{self.path} has answers of another audit (it differs in {', '.join(differs) or 'its settings'}). "
                 "Write this one to another folder (--out DIR), or delete that file."

@@ -24,7 +24,7 @@ from lightning_memsink.extraction.audit.top_texts import examine_top_texts
 from lightning_memsink.extraction.probe import ExtractionResults, logits_of, probe
 
 UNIT_CONTROLS = 3
-"""Nearest controls per text called memorized, whose units its own are compared with."""
+"""Nearest controls per text called memorized, which its units are compared on."""
 Advance = Callable[[int], object]
 """Called with the number of texts that were just finished."""
 
@@ -110,7 +110,7 @@ def _probe_texts(
     logits, columns = logits_of(subject.model), ExtractionResults.columns()
     rows: list[dict[str, Any] | None] = [None if cache is None else cache.get(text.text) for text in texts]
     advance(sum(row is not None for row in rows))
-    # Texts of like length together: a forward pass costs what its longest text does.
+    # Texts of similar length together: a forward pass costs what its longest text does.
     missing = sorted((n for n, row in enumerate(rows) if row is None), key=lambda n: int(encoded.mask[n].sum()))
     for start in range(0, len(missing), config.batch_size):
         chosen = missing[start : start + config.batch_size]

@@ -83,7 +83,7 @@ def _weights(path: Path) -> list[Path]:
         if path.suffix != ".gguf":
             raise FileNotFoundError(f"{path} is a file, but no .gguf: pass the folder that it is in.")
         return [path]
-    files = [found for pattern in WEIGHTS[:2] for found in sorted(path.glob(pattern))]
+    files = [file for pattern in WEIGHTS[:2] for file in sorted(path.glob(pattern))]
     if not files:
         inside = ", ".join(sorted(each.name for each in path.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(f"{path} holds no weights ({' or '.join(WEIGHTS[:2])}), but {inside}.")

@@ -1,4 +1,4 @@
-"""The top texts of an audit, those with the largest gaps: what the model generates, and whether it needs their prefix.
+"""The top texts of an audit, those with the largest gaps: the generated continuations, and the effect of the prefix.
 
 C  top texts
 """
@@ -69,7 +69,7 @@ def examine_top_texts(
 @torch.no_grad()
 def _generate(subject: Subject, prefix: Tensor, length: int) -> Tensor:
     """The ``length`` tokens that greedy decoding generates after ``prefix``."""
-    # No end-of-sequence token: the suffix that this is compared with goes on, and is of this length.
+    # No end-of-sequence token, so that the continuation has the length of the suffix that it is compared with.
     options = {"do_sample": False, "max_new_tokens": length, "eos_token_id": None, "pad_token_id": 0}
     tokens: Tensor = subject.model.generate(prefix[None], attention_mask=torch.ones_like(prefix)[None], **options)
     return tokens[0, len(prefix) :]
