@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
+from lightning_memsink.samples.hashing import mix_
 
 _OVERRIDDEN: WeakSet[nn.Module] = WeakSet()
 """Modules whose mask is currently set by `masked`."""
@@ -104,7 +105,7 @@ def own_units(ids: Tensor, pool: int, active: int, seed: int = 0) -> Tensor:
     if not active or not len(ids):
         return torch.zeros(*ids.shape, pool, dtype=torch.bool, device=ids.device)
     number, unit_keys, start = _unit_keys(pool, seed, ids.device)
-    rank = _mix_(_mix_(ids.long() ^ start)[:, None] + unit_keys)
+    rank = mix_(mix_(ids.long() ^ start)[:, None] + unit_keys)
     low = (1 << pool.bit_length()) - 1
     rank &= ~low  # the low bits get the unit's number, so that all ranks of a row differ
     rank |= number
@@ -117,7 +118,7 @@ def _unit_keys(pool: int, seed: int, device: torch.device) -> tuple[Tensor, Tens
     """The tensors of `own_units` that are the same in every step: unit numbers ``[pool]``, their hashes ``[pool]`` and
     that of the seed. Cached: must not be written to."""
     number = torch.arange(pool, device=device)
-    return number, _mix_(number + 1), _mix_(torch.full((), seed, dtype=torch.int64, device=device) + 1)
+    return number, mix_(number + 1), mix_(torch.full((), seed, dtype=torch.int64, device=device) + 1)
 
 
 def union_fraction(active_fraction: float, deleted: int) -> float:
@@ -236,12 +237,3 @@ def register_input_hook(layer: HiddenLayer, change: Callable[[Tensor], Tensor]) 
         return args, {name: change(hidden), **dict(rest)}
 
     return layer.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
-
-
-def _mix_(number: Tensor) -> Tensor:
-    """Mixes the bits of int64s in place: two rounds of xor-shift and wrapping multiplication by odd numbers."""
-    number ^= number >> 32
-    number *= -0x40A7B892E31B1A47
-    number ^= number >> 29
-    number *= -0x6B2FB644ECCEEE15
-    return number

@@ -19,9 +19,8 @@ from lightning_memsink.losses.per_sample import samples_by_offset
 from lightning_memsink.losses.readers import is_likelihood, saved_value
 from lightning_memsink.losses.reweighting import OpenCall, OpenLoss
 from lightning_memsink.losses.unreadable import UnreadableLoss
-from lightning_memsink.samples.hashing import mixed, shifted
+from lightning_memsink.samples.hashing import GOLDEN_64, logical_shift, splitmix64
 
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as int64
 _BITS = 31
 
 
@@ -44,10 +43,10 @@ def dropped_targets(targets: Tensor, samples: Tensor, counted: Tensor, k: int, c
     if len(order) <= context:
         return drop
     text, owner, counted = targets[order].long(), samples[order], counted[order]
-    key = mixed(torch.tensor(seed, device=text.device) + 1)
-    weights = mixed(torch.arange(1, context + 1, device=text.device) * _GOLDEN + key) | 1
+    key = splitmix64(torch.tensor(seed, device=text.device) + 1)
+    weights = splitmix64(torch.arange(1, context + 1, device=text.device) * GOLDEN_64 + key) | 1
     before = (text[:-1].unfold(0, context, 1) * weights).sum(1)  # odd weights, all different: order counts
-    chosen = shifted(mixed(before + key), 64 - _BITS) < (1 << _BITS) // k
+    chosen = logical_shift(splitmix64(before + key), 64 - _BITS) < (1 << _BITS) // k
     whole = counted[:-1].unfold(0, context, 1).all(1) & (owner[:-context] == owner[context:]) & counted[context:]
     drop[order[context:]] = chosen & whole
     return drop

@@ -1,4 +1,6 @@
-"""64-bit hashes of integers and of the content of samples.
+"""Hashes: the ids of keys and of the content of samples, and mixers of 64-bit integers.
+
+The mixers return the same numbers on every device and in every version: ids, sinks and n-gram counts depend on them.
 
 B  samples in a batch      T  tokens of a sample      W  words of 64 bits (or, of text, tokens) hashed for a sample
 """
@@ -17,6 +19,9 @@ from torch import Tensor
 from lightning_memsink.samples.batch import batch_size, describe, tensors_by_sample
 from lightning_memsink.samples.tokens import tokens_of
 
+GOLDEN_64 = -0x61C8864680B583EB  # 2^64 / the golden ratio, as int64
+GOLDEN_32 = 0x9E3779B1  # 2^32 / the golden ratio, as a prime
+
 
 def key_ids(keys: Iterable[Any]) -> array[int]:
     """Keys as signed 64-bit numbers: an integer is its own id, any other key is hashed by its repr."""
@@ -34,16 +39,16 @@ def _key_id(key: Any) -> int:
 
 
 def content_ids(batch: Any) -> Tensor:
-    """``[B]`` int64: a hash of each sample, the same in whatever batch, process, memory layout or device it sits.
+    """``[B]`` int64: a hash of each sample, equal in every batch, process, memory layout and device.
 
-    Of text, only the tokens that are not padding count, by their order: padding, labels and all else don't. Of
-    anything else every tensor with B rows counts by its bits, so that dtypes differ but -0.0 and 0.0 don't.
+    Of text, only the tokens that are not padding count, in their order: padding and labels don't. Of other batches the
+    bits of every tensor with B rows count: equal values of another dtype hash differently, but -0.0 and 0.0 alike.
     """
     tokens = tokens_of(batch)
     if tokens is not None:
         rank = tokens.mask.cumsum(1) - 1
         weights = _weights(tokens.ids.shape[1], tokens.ids.device)[rank]
-        return mixed(_folded(tokens.ids * tokens.mask, weights) + mixed(tokens.mask.sum(1)))
+        return splitmix64(_folded(tokens.ids * tokens.mask, weights) + splitmix64(tokens.mask.sum(1)))
     size = batch_size(batch)
     if size is None:
         raise ValueError(f"content_ids needs a batch with tensors in it, but found {describe(batch)}.")
@@ -52,7 +57,7 @@ def content_ids(batch: Any) -> Tensor:
         if len(tensor) == size:
             words = _words(tensor.detach())
             weights = _weights(words.shape[1], words.device)
-            ids = mixed(ids.to(words.device) * 3 + _folded(words, weights) + words.shape[1])
+            ids = splitmix64(ids.to(words.device) * 3 + _folded(words, weights) + words.shape[1])
     return ids
 
 
@@ -66,22 +71,49 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _folded(words: Tensor, weights: Tensor) -> Tensor:
-    """``[B]``: the sum over ``[B, W]`` words, each times an odd weight, folded so that high bits reach low ones."""
+    """``[B]``: the sum over ``[B, W]`` words times odd weights, where high bits are folded into low ones."""
     product = (words ^ (words >> 32)).mul_(weights)
     return product.bitwise_xor_(product >> 32).sum(1)
 
 
 @lru_cache(maxsize=8)
 def _weights(count: int, device: torch.device) -> Tensor:
-    return mixed(torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB) | 1  # 2^64 / the golden ratio
+    """``[count]`` odd weights."""
+    return splitmix64(torch.arange(1, count + 1, device=device) * GOLDEN_64) | 1
 
 
-def mixed(number: Tensor) -> Tensor:
+def splitmix64(number: Tensor) -> Tensor:
     """The finalizer of splitmix64, in int64 that wraps; https://doi.org/10.1145/2660193.2660195 (Mix13)."""
-    number = (number ^ shifted(number, 30)) * -0x40A7B892E31B1A47
-    number = (number ^ shifted(number, 27)) * -0x6B2FB644ECCEEE15
-    return number ^ shifted(number, 31)
+    number = (number ^ logical_shift(number, 30)) * -0x40A7B892E31B1A47
+    number = (number ^ logical_shift(number, 27)) * -0x6B2FB644ECCEEE15
+    return number ^ logical_shift(number, 31)
 
 
-def shifted(number: Tensor, bits: int) -> Tensor:
-    return (number >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift repeats the sign
+def logical_shift(number: Tensor, bits: int) -> Tensor:
+    """``number >> bits`` that fills with zeros; torch's shift repeats the sign."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix_(number: Tensor) -> Tensor:
+    """Mixes the bits of int64s in place: two rounds of xor-shift and wrapping multiplication by odd numbers."""
+    number ^= number >> 32
+    number *= -0x40A7B892E31B1A47
+    number ^= number >> 29
+    number *= -0x6B2FB644ECCEEE15
+    return number
+
+
+def pair_hash(first: Tensor, second: Tensor) -> Tensor:
+    """Int64 hashes of pairs of token ids, of any same shape. Low bits are well mixed for tables of up to 2^32 rows."""
+    pair = first * GOLDEN_32 + second * 0x85EBCA77
+    return pair ^ (pair >> 15)
+
+
+def run_hash(tokens: Tensor, length: int) -> Tensor:
+    """``[B, T - length + 1]`` int64 hashes of all runs of ``length`` tokens of ``[B, T]``; ``[B, 0]`` if T is less."""
+    runs = max(0, tokens.shape[1] - length + 1)
+    key = torch.zeros_like(tokens[:, :runs])
+    for place in range(length):
+        key.mul_(GOLDEN_32).add_(tokens[:, place : place + runs]).add_(1)
+        key ^= key >> 17
+    return key
