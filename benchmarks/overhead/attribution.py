@@ -1,7 +1,7 @@
-"""What attribution costs: full training steps with and without, interleaved, and the same for other libraries.
+"""The cost of attribution: full training steps with and without it, interleaved, also for other libraries.
 
 Time is processor time on one thread. Every round has one step of each way, in an order that rotates, and two plain
-ones; a ratio is of medians. Exact norms every 8th step are seven steps with closed hooks and one that is read.
+steps; a ratio is of medians. Exact norms every 8th step are seven steps with closed hooks and one step that is read.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ from lightning_memsink.attribution.gradient_norms import GradientNorms
 UNITS, EVERY_8TH = 1.05, 1.05
 ERROR = 1e-5
 CORRECT = 1e-3
-"""Relative error up to which a peer counts as one that works."""
+"""Largest relative error of a peer that counts as working."""
 EVERY = 8
 SETTLING = 1
-"""Steps of a way before its clock starts."""
+"""Untimed steps of a way before the timed ones."""
 ROUNDS, QUICK_ROUNDS = 24, 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way on one task: ``ratio`` to plain, ``error`` of the norms relative to the loop's, ``memory`` in MiB above
-    what was resident before the first step. ``fault`` is why there is nothing else."""
+    """Measurements of one way on one task.
+
+    ``ratio``: time to that of a plain step. ``error``: of the norms, relative to the loop's. ``memory``: MiB above what
+    was resident before the first step. ``fault``: the exception, if the way failed.
+    """
 
     ratio: float = nan
     error: float = nan
@@ -56,7 +59,7 @@ Measurements = dict[str, dict[str, Measured]]
 
 
 def memories(task: Task, ways: dict[str, Way], seed: int) -> dict[str, float]:
-    """`peak_memory` of each way. All tasks' come before any is timed: what a process has freed, it takes again."""
+    """`peak_memory` of each way. Measured before any timing, since a process reuses memory it has freed."""
     torch.manual_seed(seed)
     model, (inputs, targets) = task.model().train(), task.batch(seed)
     mean_loss(model(inputs[:1]), targets[:1]).backward()  # the code of the operations becomes resident
@@ -75,14 +78,14 @@ def measure(task: Task, ways: dict[str, Way], memory: dict[str, float], rounds: 
             norms = step(inputs, targets)
             for _ in range(SETTLING):
                 step(inputs, targets)
-        except Exception as fault:  # whatever a peer raises is its result
-            faults[name] = f"{type(fault).__name__}: {fault}"
+        except Exception as error:  # an exception of a peer is its result
+            faults[name] = f"{type(error).__name__}: {error}"
         else:
             steps[name], errors[name] = step, nan if norms is None else float((norms / oracle - 1).abs().max())
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for at in range(rounds):
+    for number in range(rounds):
         order = list(steps)
-        turn = at % len(order)
+        turn = number % len(order)
         for name in [*order[turn:], *order[:turn], "plain"]:
             start = time.process_time()
             steps[name](inputs, targets)
@@ -93,7 +96,7 @@ def measure(task: Task, ways: dict[str, Way], memory: dict[str, float], rounds: 
 
 
 def peak_memory(way: Way, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """MiB that the first steps of ``way`` need at most above what was resident before, in a process of their own."""
+    """Peak memory of the first steps of ``way``, in MiB above what was resident before, in a separate process."""
 
     def work() -> float:
         step = way(model)
@@ -103,8 +106,8 @@ def peak_memory(way: Way, model: nn.Module, inputs: Tensor, targets: Tensor) -> 
             step(inputs, targets)
         return (memory_in_use("VmHWM") - before) / MEBIBYTE
 
-    told = run_forked(work)
-    return nan if told is None else round(told, 1)
+    memory = run_forked(work)
+    return nan if memory is None else round(memory, 1)
 
 
 def coverage() -> dict[str, float]:
@@ -138,7 +141,7 @@ SAMPLED = f"exact norms, every {EVERY}th step"
 
 
 def report(found: Measurements, covered: dict[str, float], seeds: Sequence[int]) -> Report:
-    """``found`` is by task, then by way."""
+    """The report of measurements ``found``, by task and way."""
     sampled = {name: (ways[READ].ratio + (EVERY - 1) * ways[CLOSED].ratio) / EVERY for name, ways in found.items()}
     names = list(next(iter(found.values())))
     ratios, errors, memory = (Table("", *found, title=title) for title in TITLES)
@@ -171,9 +174,9 @@ def report(found: Measurements, covered: dict[str, float], seeds: Sequence[int])
         + ", ".join(f"{name} {ways[READ].ratio:.2f}x" for name, ways in found.items())
         + f"; every {EVERY}th step {statistics.median(sampled.values()):.3f}x"
     )
-    told = {name: {way: vars(each) for way, each in ways.items()} for name, ways in found.items()}
+    measured = {name: {way: vars(each) for way, each in ways.items()} for name, ways in found.items()}
     return Report(
-        "attribution", [ratios, errors, memory, parameters], criteria, figure, {"seeds": list(seeds), "found": told}
+        "attribution", [ratios, errors, memory, parameters], criteria, figure, {"seeds": list(seeds), "found": measured}
     )
 
 
@@ -200,7 +203,7 @@ def _median(found: Measurements, way: str) -> float:
 
 
 def _lead(ways: dict[str, Measured]) -> float:
-    """Our ratio by the best of the peers that work; 0 if none does."""
+    """Our ratio divided by that of the best working peer; 0 if none works."""
     peers = [each.ratio for name, each in ways.items() if name in PEERS and each.works]
     return ways[READ].ratio / min(peers, default=inf)
 

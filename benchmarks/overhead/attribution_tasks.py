@@ -1,4 +1,4 @@
-"""What attribution is timed on: two GPT-2 and models of plain layers, which every peer can read."""
+"""The models that attribution is timed on: two GPT-2 and models of plain layers, which every peer supports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.common.workloads import CLASSES, CONTEXT, VOCABULARY
 from benchmarks.overhead.gradient_peers import IGNORED, Task
 
 GPT, VIT, CNN = 1.20, 1.35, 1.60
-"""Bounds of exact norms every step, against a plain step."""
+"""Bounds on the time of a step with exact norms, relative to a plain step."""
 
 
 class Logits(nn.Module):
-    """A Hugging Face language model as a map from ids to logits."""
+    """A Hugging Face language model that maps ids to logits."""
 
     def __init__(self, gpt: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Logits(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP of Linear layers only, which every peer can read."""
+    """Attention and MLP of Linear layers only, which every peer supports."""
 
     def __init__(self, width: int, causal: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Text(nn.Module):
-    """A GPT that ties nothing and looks positions up for every sample."""
+    """A GPT without tied weights, with position embeddings looked up for each sample."""
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What watching costs: the same fit with and without, a step in turn; and whether it changes a single weight.
+"""The cost of watching: the same fit with and without it, in alternating steps; and whether it changes any weight.
 
 Time is processor time of a training step, the first ones left out: validations, the detector's evaluations and logging
 lie within, imports, set-up and reports lie without. All fits validate alike, and memory that was freed is kept.
@@ -75,10 +75,10 @@ def report(compared: Sequence[Comparison], seeds: Sequence[int]) -> Report:
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = argument_parser("overhead", "Cost of watching, and whether it changes training.", seeds=3)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
-    what.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
-    what.add_argument("--mitigation", action="store_true", help="each mitigation against none")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--tracking", action="store_true", help="memsink() and W&B offline against none")
+    mode.add_argument("--attribution", action="store_true", help="units and gradient norms against none, and peers")
+    mode.add_argument("--mitigation", action="store_true", help="each mitigation against none")
     options = parser.parse_args(arguments_given)
     if options.attribution:
         from benchmarks.overhead import attribution as attribution_cost

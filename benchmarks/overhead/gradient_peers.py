@@ -95,7 +95,7 @@ def norms(model: nn.Module) -> Step:
 
 
 def closed_norms(model: nn.Module) -> Step:
-    """A step between two that are read: the hooks are there and closed."""
+    """A step between two that are read: its hooks are registered and closed."""
     GradientNorms(model)
     return plain(model)
 
@@ -202,11 +202,11 @@ def _backpack(model: nn.Module, extension: str) -> Step:
     import backpack
     from backpack import extensions
 
-    extended, asked = backpack.extend(model), getattr(extensions, extension)
-    saved = asked().savefield
+    extended, extension_type = backpack.extend(model), getattr(extensions, extension)
+    saved = extension_type().savefield
 
     def gradients(inputs: Tensor, targets: Tensor) -> Tensor | None:
-        with backpack.backpack(asked()):
+        with backpack.backpack(extension_type()):
             mean_loss(extended(inputs), targets).backward()
         # It passes over layers it has no rule for, the normalizations here.
         read = [weight for weight in model.parameters() if saved in vars(weight)]

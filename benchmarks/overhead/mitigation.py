@@ -1,9 +1,8 @@
-"""What each mitigation adds to a training step: whole fits, plain and with each of them, a step of each in turn.
+"""The time that each mitigation adds to a training step: whole fits, plain and with each, in alternating steps.
 
-A mitigation runs with those callbacks that it needs and no others: their time is part of its price. Time is processor
-time of a whole step, hooks of all callbacks within, clipping and AdamW too; validations lie within, and memory that was
-freed is kept. Every mitigation has something to do, and whether it did is a table: what has nothing to act on costs
-nothing.
+A mitigation runs with the callbacks that it needs and no others: their time is part of its cost. Time is processor
+time of a whole step, with the hooks of all callbacks, clipping and AdamW; validations are included, and freed memory is
+kept. Every mitigation has samples to act on, since one without costs nothing; a table shows the share it acted on.
 """
 
 from __future__ import annotations
@@ -39,20 +38,21 @@ from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sinks import Sinks
 
 SAMPLES = 512
-"""Few enough that each comes often, for a first visit is held by nobody; and enough for epochs of 16 steps and more."""
+"""Few, so that each is visited often, since no mitigation acts on a first visit; and enough for epochs of 16 steps."""
 SHORTER, CLIP, EVALUATIONS = 2 / 3, 1.0, 2
 """As many steps between two evaluations as in `benchmarks.overhead --tracking`."""
 FRACTION = 0.01
-"""Of all units: as many sinks as SinkLocalizer names."""
+"""Share of all units that are sinks, as SinkLocalizer finds."""
 ACTED = 0.05
-"""Share of visits that a mitigation must have acted on, for its time to be that of acting."""
+"""Smallest share of visits that a mitigation must act on, for its time to count."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A mitigation, made for a module that is about to train, or none; ``bound`` of its time against the plain run.
+    """A mitigation, or none, and the bound on its time.
 
-    ``watchers``: as many of LossTracker and MemorizationDetector, in this order, as it reads from.
+    ``make``: makes the callback for a module. ``watchers``: how many of LossTracker and MemorizationDetector, in this
+    order, it reads from. ``bound``: on its time relative to the plain run. ``texts_only``: whether it needs tokens.
     """
 
     name: str
@@ -86,20 +86,21 @@ BASES = (Way(PLAIN, None, 0), Way(AGAIN, None, 0), Way(WATCHED, None, 2))
 
 @dataclass
 class Measured:
-    """One workload: by way, seconds of each step of its fits, one a seed; and the share of visits it acted on."""
+    """Measurements of one workload, by way: seconds of each step for each seed, and the share of visits acted on."""
 
     name: str
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     acted: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, way: str) -> float:
-        """To plain; NaN if the way does not apply. Of plain again: to the first plain, which is what noise does."""
+        """Time of ``way`` relative to plain; NaN if it does not apply. For the second plain run:
+        relative to the first, a measure of the noise."""
         plain = [self.seconds[each] for each in (PLAIN, AGAIN) if each != way]
         return time_ratio(self.seconds[way], *plain) if way in self.seconds else nan
 
 
 def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Measured:
-    """For each seed, a fit of every way, in turns."""
+    """Fits every way once for each seed, in alternating steps."""
     fitting = [*BASES, *(way for way in ways if not (way.texts_only and is_of_images(workload)))]
     found = Measured(workload.name)
     for way in fitting:  # imports and the first allocations
@@ -112,7 +113,7 @@ def measure(workload: Workload, seeds: Sequence[int], ways: Sequence[Way]) -> Me
 
 
 def fit(workload: Workload, seed: int, way: Way, acted: dict[str, float], turn: StepTimer) -> None:
-    """Adds to ``acted`` the share of visits that the way acted on, if it is one that acts."""
+    """Runs one fit, and sets in ``acted`` the share of visits that the way acted on, if it has a mitigation."""
     seed_everything(seed, verbose=False)
     module = workload.module()
     watching: list[Any] = [LossTracker(features=brightness if is_of_images(workload) else None), MemorizationDetector()]
@@ -129,7 +130,7 @@ def is_of_images(workload: Workload) -> bool:
 
 
 def brightness(batch: tuple[Tensor, Tensor]) -> Tensor:
-    """``[B, 1]`` what images are matched on."""
+    """``[B, 1]``: the feature that images are matched on."""
     return batch[0].flatten(1).mean(1, keepdim=True)
 
 
