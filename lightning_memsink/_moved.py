@@ -70,7 +70,7 @@ NAMES = {
 def install() -> None:
     """Makes the old module paths importable, once."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # last: it finds only what nothing else finds
+        sys.meta_path.append(_Finder())  # last: only modules that no other finder has
 
 
 def resolve(old_module: str, new_module: str, old_name: str) -> Any:

@@ -133,7 +133,7 @@ def check_resume_is_exact(factory: Factory) -> None:
 
 
 def check_order_does_not_matter(factory: Factory) -> None:
-    """Wherever the callback stands in the list, ledger, weights and its own state are the same."""
+    """At any place in the list of callbacks, ledger, weights and the callback's own state are the same."""
     rule = "The order of callbacks does not matter"
     expected = reference_run(factory)["facts"]
     for first, backwards in ((True, False), (False, True), (True, True)):
@@ -194,7 +194,7 @@ def check_is_picklable(factory: Factory) -> None:
 
 
 def check_logger_failures_are_survived(factory: Factory) -> None:
-    """A logger that raises at whatever is asked of it does not end the training."""
+    """A logger that raises at every call does not end the training."""
     rule = "A logger that fails does not end the training"
     with quiet():
         run(rule, factory, logger=FailingLogger())

@@ -99,7 +99,7 @@ def check_model_is_unchanged(localizer: Localizer) -> None:
 
 
 def check_injected_units_are_found(localizer: Localizer) -> None:
-    """Of units through which alone the targets were taught, more are found than by chance (at three sigma)."""
+    """Units that alone were trained on the targets are found more often than by chance (three standard errors)."""
     recalls, chance, count = [], 0.0, 0
     for seed in range(INJECTIONS):
         task = small_task(seed)

@@ -1,4 +1,4 @@
-"""What a callback may leave behind on the objects of a run, and a logger that fails."""
+"""Hooks and attributes that a callback may leave on the objects of a run, and a logger that fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def traces(module: SmallLM, train_loader: Any) -> frozenset[str]:
 
 
 def module_traces(module: nn.Module) -> set[str]:
-    """Names of the hooks and attributes of ``module`` and its parts, and of what is in evaluation mode or frozen."""
+    """Names of the hooks and attributes of all modules in ``module``, of frozen weights and modules that evaluate."""
     found = set()
     for name, part in module.named_modules():
         found |= {f"{name or 'module'}.{hook}" for hook in _hooks(part)}
@@ -50,7 +50,7 @@ def _is_global_hook(name: str) -> bool:
 
 
 class FailingLogger(Logger):
-    """Raises an OSError at whatever is read of it by code that is not Lightning's."""
+    """Raises an OSError whenever code that is not Lightning's reads an attribute or calls a method."""
 
     name = "failing"
     version = 0
@@ -63,7 +63,7 @@ class FailingLogger(Logger):
 
     def __getattribute__(self, name: str) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if name.startswith("__") or caller.partition(".")[0] in ("lightning", "pytorch_lightning", __name__):
+        if name.startswith("__") or caller.partition(".")[0] in ("lightning", "pytorch_lightning"):
             return super().__getattribute__(name)
         return _fail(name)
 

@@ -125,7 +125,7 @@ def test_every_name_of_a_documented_old_module_resolves_with_a_warning(module):
             assert getattr(old, name) is not None
 
 
-def test_an_old_name_is_the_very_object_of_the_new_one():
+def test_an_old_name_is_the_same_object_as_the_new_one():
     from lightning_memsink.examples.text import CausalLM
     from lightning_memsink.extraction.functional import exact_match
     from lightning_memsink.localization.evaluation import evaluate_ownership
@@ -146,7 +146,7 @@ def test_the_warning_names_the_line_of_the_caller():
     assert {warning.filename for warning in caught} == {__file__}
 
 
-def test_what_never_was_is_missing_as_anywhere():
+def test_a_name_that_never_existed_raises_the_usual_error():
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'lightning_memsink\.demos'"):
         import_module("lightning_memsink.demos")
     with pytest.raises(AttributeError, match=r"'lightning_memsink\.parquet' has no attribute 'nonsense'"):
