@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that each of them runs."""
+"""The arithmetic of benchmarks, and that each of them runs."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def people():
     return populate(tokenized(some_texts(), vocab_size=300), 300, TINY, seed=0)
 
 
-# The one language of all benchmarks -------------------------------------------------------------------------------
+# Criteria and reports -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,16 @@ def people():
         *((0.96, "<=", True), (0.97, "<=", True), (0.98, "<=", False), (math.nan, "<=", False)),
     ],
 )
-def test_a_criterion_holds_at_its_bound_and_never_without_a_number(value, sense, holds):
+def test_a_criterion_holds_at_its_bound_and_never_for_nan(value, sense, holds):
     criterion = Criterion("AUROC", value, sense, 0.97)
     assert criterion.holds is holds
     assert str(criterion).startswith("holds" if holds else "falls short")
 
 
 @pytest.mark.parametrize(("value", "code"), [(1.0, 0), (0.0, 1)])
-def test_a_report_ends_with_its_figure_writes_json_and_says_by_its_code_if_all_holds(tmp_path, capsys, value, code):
+def test_a_report_prints_its_figure_last_writes_json_and_exits_with_1_if_a_criterion_falls_short(
+    tmp_path, capsys, value, code
+):
     report = Report("toy", [], [Criterion("share", value, ">=", 0.5)], "toy: one line", {"seeds": [3]})
     assert report.publish(tmp_path / "toy.json") == code
     assert capsys.readouterr().out.splitlines()[-1] == "toy: one line"
@@ -73,10 +75,10 @@ def test_json_holds_null_for_a_value_that_could_not_be_measured():
 
 
 def test_the_environment_names_versions_and_neither_host_nor_path():
-    told = json.dumps(environment())
-    assert torch.__version__ in told
-    assert platform.node() not in told
-    assert "/" not in told
+    text = json.dumps(environment())
+    assert torch.__version__ in text
+    assert platform.node() not in text
+    assert "/" not in text
 
 
 def test_seeds_are_fresh_unless_a_run_is_repeated():
@@ -101,11 +103,11 @@ def test_min_k_is_the_mean_of_the_hardest_tokens():
 
 
 def test_cartography_is_mean_and_standard_deviation_over_the_visits():
-    ids, seen = torch.tensor([0, 2, 0, 2, 2]), torch.tensor([0.1, 0.5, 0.3, 0.9, 0.4])
-    confidence, variability = scores.cartography(ids, seen, samples=3)
+    ids, probabilities = torch.tensor([0, 2, 0, 2, 2]), torch.tensor([0.1, 0.5, 0.3, 0.9, 0.4])
+    confidence, variability = scores.cartography(ids, probabilities, samples=3)
     for sample in (0, 2):
-        assert_close(confidence[sample], seen[ids == sample].mean())
-        assert_close(variability[sample], seen[ids == sample].std(unbiased=False))
+        assert_close(confidence[sample], probabilities[ids == sample].mean())
+        assert_close(variability[sample], probabilities[ids == sample].std(unbiased=False))
     assert confidence[1].isnan()
 
 
@@ -115,7 +117,7 @@ def test_a_run_that_learned_its_controls_as_much_memorized_nothing():
     assert_close(scores.counterfactual(main, twin, *controls), torch.tensor([0.0, 2.0]))
 
 
-def test_auroc_counts_pairs_and_takes_the_unmeasured_for_harmless():
+def test_auroc_counts_pairs_and_ranks_unmeasured_samples_lowest():
     score = torch.tensor([3.0, torch.nan, 2.0, 1.0, torch.nan])
     positive = torch.tensor([True, True, False, False, False])
     above = [1.0, 1.0, 1.0, 0.0, 0.0, 0.5]  # 3 over 2, 1, nothing; nothing under 2 and 1, as good as nothing
@@ -138,7 +140,7 @@ def test_no_control_is_trained_on(people):
     assert trained.isdisjoint(map(tuple, people.controls.tolist()))
 
 
-def test_a_noise_id_never_comes_with_the_same_tokens(people):
+def test_a_noise_id_has_other_tokens_each_time(people):
     data = Sequences(people.tokens, people.main, people.noise, 300, seed=0)
     where = int((people.main == people.noise[0]).nonzero()[0])
     first, second = data[where], data[where]
@@ -151,11 +153,11 @@ def test_exact_match_is_what_greedy_generation_repeats():
     torch.manual_seed(0)
     module = TextModel(vocab_size=40, length=PROMPT + CONTINUATION, layers=1, width=32).eval()
     tokens = torch.randint(40, (4, PROMPT + CONTINUATION))
-    said = tokens[:, :PROMPT]
+    generated = tokens[:, :PROMPT]
     for _ in range(CONTINUATION):
         with torch.no_grad():
-            said = torch.cat([said, module.gpt(input_ids=said).logits[:, -1:].argmax(-1)], 1)
-    tokens[:2] = said[:2]
+            generated = torch.cat([generated, module.gpt(input_ids=generated).logits[:, -1:].argmax(-1)], 1)
+    tokens[:2] = generated[:2]
     tokens[1, -1] = (tokens[1, -1] + 1) % 40
     assert exact_match(module, tokens).tolist() == [True, False, False, False]
 

@@ -26,13 +26,13 @@ def cost(plain, factor):
     )
 
 
-def test_slopes_are_powers():
+def test_a_slope_is_the_exponent_of_a_power_law():
     assert slope([1, 2, 4, 8], [5, 10, 20, 40]) == 1.0
     assert slope([1, 2, 4], [3, 3, 3]) == 0.0
     assert math.isnan(slope([1, 2], [0.1, -0.1]))
 
 
-def test_a_fork_tells_what_it_measured_and_leaves_this_process_alone():
+def test_a_fork_returns_its_result_and_does_not_change_this_process():
     before = os.getcwd()
     assert fork(partial(pair, 3.0)) == [3.0, 1.0]
     assert os.getcwd() == before
@@ -46,7 +46,7 @@ def pair(value):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_small_point_is_really_measured():
+def test_every_setup_is_measured_at_a_small_point():
     found = growth.measure(Point(batch=4, sequence=8, width=32, depth=1, samples=64), [0, 1], 10)
     assert set(found.seconds) == set(found.memory) == set(SETUPS)
     assert all([len(fit) for fit in fits] == [10, 10] for fits in found.seconds.values())
@@ -54,7 +54,7 @@ def test_a_small_point_is_really_measured():
 
 
 class Walk(LightningModule):
-    """Says whose step it is."""
+    """Records the name of the fit at each step."""
 
     def __init__(self, name, steps):
         super().__init__()
@@ -74,7 +74,7 @@ def walk(name, steps, length, turn):
     trainer.fit(Walk(name, steps), DataLoader(range(10)))
 
 
-def test_fits_take_their_steps_in_turn_and_a_shorter_one_leaves():
+def test_fits_take_their_steps_in_turn_until_each_has_ended():
     steps = []
     fits = {name: partial(walk, name, steps, length) for name, length in (("a", 4), ("b", 4), ("c", 2))}
     seconds = interleave(fits, seed=0)
@@ -85,28 +85,28 @@ def test_fits_take_their_steps_in_turn_and_a_shorter_one_leaves():
     assert steps != sorted(steps, key=lambda each: (each[1], each[0])), "the order changes from round to round"
 
 
-def test_a_fit_that_fails_says_so():
+def test_the_error_of_an_interleaved_fit_is_raised():
     with pytest.raises(ZeroDivisionError):
         interleave({"a": lambda turn: 1 / 0}, seed=0)
 
 
-def test_a_hiccup_does_not_count_and_what_every_fit_has_does():
+def test_an_interruption_of_one_fit_does_not_count_and_work_of_every_fit_does():
     quiet, evaluating = [9.0] * UNTIMED_STEPS + [1.0, 1.0, 1.0], [9.0] * UNTIMED_STEPS + [1.0, 4.0, 1.0]
     hiccup = [9.0] * UNTIMED_STEPS + [1.0, 4.0, 70.0]
     assert seconds_per_step([quiet] * 3) == 1.0
     assert time_ratio([evaluating, hiccup, evaluating], [quiet] * 3) == 2.0
 
 
-def test_growth_is_told_with_slopes(capsys):
-    told = growth.report({"batch": {size: cost(size, 1.02) for size in (8, 16)}}, [1])
-    assert [each.holds for each in told.criteria] == [True]
-    assert told.criteria[0].value == pytest.approx(1.02)
-    told.publish()
+def test_the_report_of_growth_has_slopes(capsys):
+    report = growth.report({"batch": {size: cost(size, 1.02) for size in (8, 16)}}, [1])
+    assert [each.holds for each in report.criteria] == [True]
+    assert report.criteria[0].value == pytest.approx(1.02)
+    report.publish()
     printed = capsys.readouterr().out
     assert "1.00" in printed and "batch: time of a step against plain" in printed
 
 
-def test_the_page_has_every_part_and_what_failed(tmp_path, monkeypatch, capsys):
+def test_the_page_has_every_part_and_marks_one_that_failed(tmp_path, monkeypatch, capsys):
     def ran(title, words, quick):
         fine = {"criteria": [{"holds": True}, {"holds": words[0] != "growth"}]}
         return everything.Part(title, "python -m " + words[0], "a table", {} if words[0] == "scale" else fine, 60.0)
@@ -120,13 +120,13 @@ def test_the_page_has_every_part_and_what_failed(tmp_path, monkeypatch, capsys):
     assert everything.page(everything.sections_of(page)) == page
 
 
-def test_parts_that_are_not_run_anew_stay_as_they_were(tmp_path, monkeypatch):
+def test_parts_that_are_not_run_again_keep_their_results(tmp_path, monkeypatch):
     printed = iter(["first", "second", "third"])
     versions = iter(["1", "2", "3"])
 
     def run(title, words, quick):
-        told = {"criteria": [{"holds": True}], "environment": {"torch": next(versions), "seeds": [5]}}
-        return everything.Part(title, "it", next(printed), told, 60.0)
+        results = {"criteria": [{"holds": True}], "environment": {"torch": next(versions), "seeds": [5]}}
+        return everything.Part(title, "it", next(printed), results, 60.0)
 
     monkeypatch.setattr(everything, "run_part", run)
     page = tmp_path / "page.md"
@@ -137,15 +137,15 @@ def test_parts_that_are_not_run_anew_stay_as_they_were(tmp_path, monkeypatch):
     assert [line for line in lines if line.startswith("torch")] == ["torch 3, seeds [5]", "torch 2, seeds [5]"]
 
 
-def test_a_part_is_run_and_what_it_says_kept(monkeypatch):
+def test_a_part_keeps_the_output_of_its_process(monkeypatch):
     class Ran:
         stdout, stderr = "table\n", "why"
 
     def run(command, **options):
         file = command[-1]
         if "growth" in command[2]:
-            with open(file, "w") as told:
-                json.dump({"criteria": [{"holds": True}]}, told)
+            with open(file, "w") as results:
+                json.dump({"criteria": [{"holds": True}]}, results)
         return Ran
 
     monkeypatch.setattr(everything.subprocess, "run", run)
@@ -155,8 +155,8 @@ def test_a_part_is_run_and_what_it_says_kept(monkeypatch):
     assert not failed.holds and failed.printed.endswith("why")
 
 
-def test_memory_that_is_kept_is_not_taken_anew():
-    """64 MiB: so large a piece glibc takes from the system each time."""
+def test_kept_memory_is_not_requested_again():
+    """64 MiB: glibc requests a block of this size from the system each time."""
 
     def faults(keep):
         if keep:

@@ -1,4 +1,4 @@
-"""The five findings: statistics against their definitions, verdicts on made-up runs, and a page that says them."""
+"""The five findings: statistics against their definitions, verdicts on synthetic runs, and the page of findings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_not_there_is_not_found():
     assert find(stopped, going)[4].verdict == NOT_SUPPORTED
 
 
-def test_the_first_time_that_a_text_comes():
+def test_first_exact_is_the_first_step_at_which_a_text_is_extracted():
     one = made_up(GOES_ON, 1)
     assert first_extracted(one, "canary x64").tolist() == [30] * 12
     assert first_extracted(one, "natural x1").tolist() == [-1] * 12
@@ -73,9 +73,9 @@ def test_the_interval_of_a_share_is_scipys(hits, of):
 def test_the_page_and_its_figure(tmp_path):
     going, stopped = both()
     draw(going, stopped, tmp_path / "docs" / "findings.png")
-    told = page(find(going, stopped), [1, 2], "python -m benchmarks.findings --seeds 2", "docs/findings.png")
-    assert "| Memorization localizes | **supported** |" in told
-    assert "24 of 24 extracted sequences were flagged first" in told
+    text = page(find(going, stopped), [1, 2], "python -m benchmarks.findings --seeds 2", "docs/findings.png")
+    assert "| Memorization localizes | **supported** |" in text
+    assert "24 of 24 extracted sequences were flagged first" in text
     assert (tmp_path / "docs" / "findings.png").stat().st_size > 10_000
 
 

@@ -34,13 +34,13 @@ def steps(seconds):
     return [[99.0] * UNTIMED_STEPS + [seconds] * 4] * 3
 
 
-def test_a_way_that_does_not_apply_has_no_ratio():
+def test_a_mitigation_that_does_not_apply_has_no_ratio():
     found = Measured("any", {"ours": steps(3.0), PLAIN: steps(1.0), AGAIN: steps(2.0)})
     assert found.ratio("ours") == 2.0 and isnan(found.ratio("another")) and found.ratio(AGAIN) == 2.0
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_way_acts_on_the_workloads_it_is_timed_on(name):
+def test_every_mitigation_acts_on_the_workloads_it_is_timed_on(name):
     found = mitigation_cost.measure(SMALL[name], [0], WAYS)
     ways = [way for way in WAYS if name == "texts" or not way.texts_only]
     assert set(found.seconds) == {PLAIN, AGAIN, WATCHED, *(way.name for way in ways)}
@@ -48,18 +48,18 @@ def test_every_way_acts_on_the_workloads_it_is_timed_on(name):
     assert all(found.acted[way.name] >= mitigation_cost.ACTED for way in ways)
 
 
-def test_one_that_has_nothing_to_do_falls_short_and_one_that_does_not_apply_does_not():
+def test_a_mitigation_that_never_acts_falls_short_and_one_that_does_not_apply_does_not():
     bases = {name: steps(1.0) for name in (PLAIN, AGAIN, WATCHED)}
     idle = Measured("any", bases | {"idle": steps(1.0)}, {"idle": 0.0})
     ways = [Way("idle", lambda module: SinkGradientMask(), 0, 1.05)]
-    told = mitigation_cost.report([idle], [0], ways)
-    assert [criterion.holds for criterion in told.criteria] == [True, False]
+    report = mitigation_cost.report([idle], [0], ways)
+    assert [criterion.holds for criterion in report.criteria] == [True, False]
     other = Measured("images", bases)
     busy = replace(idle, acted={"idle": 1.0})
     assert mitigation_cost.report([busy, other], [0], ways).holds
 
 
-def test_the_switch_of_overhead_prints_and_writes_it(monkeypatch, tmp_path, capsys):
+def test_overhead_mitigation_prints_and_writes_its_report(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(mitigation_cost, "configure_process", lambda: None)  # other tests read what libraries log
     monkeypatch.setattr(mitigation_cost, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(mitigation_cost, "WORKLOADS", [replace(SMALL["images"], steps=60)])

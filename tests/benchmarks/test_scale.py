@@ -1,4 +1,4 @@
-"""A hundred thousand samples: what a sample takes, and that nothing is lost on the way. No times."""
+"""A hundred thousand samples: memory per sample, and equality with the definition. No times."""
 
 import io
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.scale import benchmark as scale
-from benchmarks.scale.runs import CONTROLS, STEPS, Sized, Stepped, filled, ids_of, look_at_controls, visit_all
+from benchmarks.scale.runs import CONTROLS, STEPS, SizeCosts, StepCosts, filled, ids_of, record_controls, visit_all
 from lightning_memsink.detection.evaluate import evaluate, known_controls, samples_of
 from lightning_memsink.detection.matched_controls import SCALE_NEIGHBOURS, DetectionRule, farthest, standardize
 from lightning_memsink.detection.verdicts import Flags
@@ -22,7 +22,7 @@ def judged():
     tracker, flags = filled(MANY), Flags()
     for step in (STEPS["then"], STEPS["last"]):
         visit_all(tracker, MANY, step)
-        look_at_controls(tracker, step + 10)
+        record_controls(tracker, step + 10)
         flags.evaluations.append(evaluate(tracker.table, tracker.controls, flags, DetectionRule(), 2, epoch=0))
     return tracker, flags
 
@@ -36,7 +36,7 @@ def test_a_sample_takes_64_bytes_in_memory_and_in_the_checkpoint(judged):
     assert len(file.getbuffer()) <= 64 * MANY
 
 
-def test_the_evaluation_in_blocks_is_that_of_a_matrix_of_all_pairs(judged):
+def test_the_evaluation_in_blocks_equals_that_over_a_matrix_of_all_pairs(judged):
     """The definition, for the first thousand samples: all distances, sorted."""
     tracker, flags = judged
     rule, controls = DetectionRule(), known_controls(tracker.controls)
@@ -54,12 +54,12 @@ def test_the_evaluation_in_blocks_is_that_of_a_matrix_of_all_pairs(judged):
     assert SCALE_NEIGHBOURS * rule.k < CONTROLS
 
 
-def test_who_is_planted_far_below_controls_is_found(judged):
+def test_samples_planted_far_below_controls_are_flagged(judged):
     _, flags = judged
     assert 0.5 * MANY * 0.001 < int(flags.memorized.sum()) < 2 * MANY * 0.001
 
 
-def test_a_large_table_comes_back_to_the_bit_and_goes_on(judged):
+def test_a_large_table_is_restored_to_the_bit_and_grows_on(judged):
     tracker, _ = judged
     file = io.BytesIO()
     torch.save(tracker.table.state_dict(), file)
@@ -75,7 +75,7 @@ def test_a_large_table_comes_back_to_the_bit_and_goes_on(judged):
 
 
 def measured(samples, **changed):
-    found = Sized(
+    found = SizeCosts(
         samples, 62 * samples, 63 * samples, 58 * samples, dict.fromkeys(scale.PHASES, 1.0),
         dict.fromkeys(scale.PHASES, 2.0), dict.fromkeys(scale.PHASES, 100 * samples), 7, True,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def measured(samples, **changed):
 def stepped(more=0.0):
     """Two rounds, there and back; plain differs from plain by 10 µs."""
     plain = [10_000e-6, 10_010e-6] * 2
-    return Stepped(
+    return StepCosts(
         plain, {size: [each + 200e-6 + extra for each in plain] for size, extra in ((10, 0.0), (1000, more))},
         {10: [1e-6], 1000: [2e-6]},
     )  # fmt: skip
@@ -103,7 +103,7 @@ def stepped(more=0.0):
         ({"equal": False}, 0.0, "brought back"),
     ],
 )
-def test_each_promise_can_fall_short(sized, steps, short):
+def test_each_criterion_can_fall_short(sized, steps, short):
     report = scale.report([measured(10), measured(1000, **sized)], stepped(steps), {})
     assert [each.holds or short in each.name for each in report.criteria] == [True] * len(report.criteria)
     assert report.holds is (short is None)

@@ -170,7 +170,7 @@ def test_too_few_controls_support_no_verdict_and_are_counted(many):
 
 
 def test_controls_of_another_kind_give_no_verdict():
-    """Trained on text with canaries, compared with constant sequences only: nobody has fellows there."""
+    """Trained on text with canaries, compared with constant sequences only: no sample has matched controls."""
     other = torch.arange(32)[:, None].repeat(3, 12)
     other[:, 0] = torch.arange(96) // 3 % 32
     run, _ = fit(watch(), controls=control_loader(other), max_epochs=4)
@@ -250,8 +250,8 @@ def test_a_loss_that_cannot_be_split_is_said_once_and_training_goes_on():
 
     with pytest.warns(UserWarning) as caught:
         run, _ = fit(watch(), Custom())
-    said = [str(warning.message) for warning in caught if "Custom.training_step" in str(warning.message)]
-    assert len(said) == 1 and said[0].endswith("End Custom.training_step with `return per_sample(losses, ids)`.")
+    texts = [str(warning.message) for warning in caught if "Custom.training_step" in str(warning.message)]
+    assert len(texts) == 1 and texts[0].endswith("End Custom.training_step with `return per_sample(losses, ids)`.")
     assert run.global_step == 63
 
 
@@ -267,8 +267,8 @@ def test_a_message_that_counts_the_batch_is_said_once_whatever_its_size():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit([LossTracker(identity="content")], Picked(), controls="none", max_epochs=1)
-    said = [str(warning.message) for warning in caught if "Picked.training_step" in str(warning.message)]
-    assert len(said) == 1 and "mse_loss was computed on" in said[0]
+    messages = [str(warning.message) for warning in caught if "Picked.training_step" in str(warning.message)]
+    assert len(messages) == 1 and "mse_loss was computed on" in messages[0]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ CREWS = {
 
 
 class Late(TinyLM):
-    """Without its layers until Lightning asks for them."""
+    """Builds its layers when Lightning calls the hook for it."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Late(TinyLM):
 
 @pytest.mark.parametrize("where", ["setup", "configure_model"])
 @pytest.mark.parametrize("crew", CREWS)
-def test_what_is_built_late_is_looked_into_like_any_other(where, crew):
+def test_a_model_that_is_built_late_is_measured_like_any_other(where, crew):
     ours, theirs = ([*watch(), *CREWS[crew]()] for _ in range(2))
     run, model = fit(ours)
     late_run, late = fit(theirs, Late(where))
@@ -64,7 +64,7 @@ def test_what_is_built_late_is_looked_into_like_any_other(where, crew):
 
 
 @pytest.mark.parametrize("where", ["setup", "configure_model"])
-def test_a_localizer_of_a_late_model_goes_on_from_a_checkpoint(where, tmp_path):
+def test_a_localizer_of_a_late_model_resumes_from_a_checkpoint(where, tmp_path):
     def crew() -> list[Any]:
         keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
         return [*watch(), SinkLocalizer(every=2), keep]
@@ -81,9 +81,9 @@ def test_a_localizer_of_a_late_model_goes_on_from_a_checkpoint(where, tmp_path):
         fit(crew(), other, ckpt_path=tmp_path / "epoch=1.ckpt", **options)
 
 
-@pytest.mark.parametrize("ask", ["validate", "test", "predict"])
-def test_the_pool_is_left_out_whatever_a_late_model_is_asked_for_first(ask):
-    class Asked(Late):
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_the_pool_is_left_out_in_whichever_loop_a_late_model_runs_first(loop):
+    class WithOtherLoops(Late):
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.log("test_loss", self.loss(batch))
 
@@ -91,10 +91,10 @@ def test_the_pool_is_left_out_whatever_a_late_model_is_asked_for_first(ask):
             return self.loss(batch)
 
     def loss(callbacks: list[Any]) -> float:
-        run, model = trainer(callbacks), Asked("configure_model")
-        if ask == "predict":
+        run, model = trainer(callbacks), WithOtherLoops("configure_model")
+        if loop == "predict":
             return float(torch.stack(run.predict(model, control_loader())).mean())
-        getattr(run, ask)(model, control_loader(), verbose=False)
+        getattr(run, loop)(model, control_loader(), verbose=False)
         return float(next(iter(run.callback_metrics.values())))
 
     assert loss([]) != loss([MemSinks()])

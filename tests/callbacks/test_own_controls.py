@@ -1,4 +1,4 @@
-"""Controls that are no validation set: whoever they are, in whatever order they come, and whatever they do."""
+"""Controls given to the tracker instead of a validation set: any kind, in any order, failing or not."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def watched(controls: Any, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("identity", ["auto", "index", "content"])
-def test_the_order_of_controls_is_no_matter(identity):
-    """Two looks at a loader that shuffles compare each control with itself."""
+def test_the_order_of_controls_does_not_matter(identity):
+    """Two evaluations of a shuffling loader compare each control with itself."""
     in_order, shuffled = (
         Ledger.of(fit(watched(DataLoader(Rows(CONTROLS), 40, shuffle=shuffle), identity=identity), controls="none")[0])
         for shuffle in (False, True)
@@ -34,7 +34,7 @@ def test_the_order_of_controls_is_no_matter(identity):
     assert torch.equal(in_order.flags.verdict, shuffled.flags.verdict)
 
 
-def test_their_workers_stay_between_looks_and_end_with_fit():
+def test_workers_of_controls_persist_between_evaluations_and_end_with_fit():
     loader = DataLoader(Rows(CONTROLS), 40, num_workers=1, persistent_workers=True, multiprocessing_context="fork")
     before = dict(vars(loader))
     run, _ = fit(watched(loader), controls="none", max_epochs=1)
@@ -44,7 +44,7 @@ def test_their_workers_stay_between_looks_and_end_with_fit():
 
 @pytest.mark.parametrize("own_ids", [True, False], ids=["ids of their own", "rows"])
 def test_batches_of_graphs_can_be_controls(own_ids):
-    """Their first tensor has a row a node."""
+    """The first tensor of such a batch has one row per node."""
     held_out = graphs(seed=1)
 
     def collate(some: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -86,9 +86,9 @@ class Broken(Rows):
 
 
 @pytest.mark.parametrize("readable", [50, len(CONTROLS) + 50], ids=["from the start", "later"])
-def test_controls_that_fail_never_cost_the_run(readable):
+def test_controls_that_fail_never_end_the_run(readable):
     _, plain = fit([], controls="none")
-    with pytest.warns(UserWarning, match=r"could not look at its controls \(OSError: the file .*Training goes on"):
+    with pytest.warns(UserWarning, match=r"could not evaluate its controls \(OSError: the file .*Training goes on"):
         run, model = fit(watched(DataLoader(Broken(CONTROLS, readable), 40)), controls="none")
     assert torch.equal(weights(plain), weights(model))
     assert model.training and type(model).training_step is TinyLM.training_step

@@ -1,4 +1,4 @@
-"""Everything here starts processes of its own: `make test-distributed`. The ordinary run leaves it out."""
+"""Marks all tests here as distributed: they start processes of their own and run with `make test-distributed`."""
 
 from pathlib import Path
 

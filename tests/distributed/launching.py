@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 SECONDS = 240
-"""Far above what any run here takes; what comes near it hangs."""
+"""Far above what any run here takes: a run that reaches it hangs."""
 
 
 class Failed(Exception):
-    """A run ended by itself, not well. Its words are what it printed."""
+    """A run ended with an error. The message is what it printed."""
 
 
 def forked(work: Callable[[], Any], folder: Path, seconds: float = SECONDS) -> str:
@@ -52,12 +52,12 @@ def forked(work: Callable[[], Any], folder: Path, seconds: float = SECONDS) -> s
     hung = process.is_alive()
     _kill(process.pid)
     process.join()
-    said = log.read_text(errors="replace")
+    printed = log.read_text(errors="replace")
     if hung:
-        pytest.fail(f"It hangs: no end within {seconds} s. It said\n{said[-4000:]}")
+        pytest.fail(f"It hangs: no end within {seconds} s. Its output:\n{printed[-4000:]}")
     if process.exitcode:
-        raise Failed(said)
-    return said
+        raise Failed(printed)
+    return printed
 
 
 def together(work: Callable[[], Any], folder: Path, world: int, seconds: float = SECONDS) -> str:
@@ -75,7 +75,7 @@ def together(work: Callable[[], Any], folder: Path, world: int, seconds: float =
             os.environ.update({**{name: str(value) for name, value in own.items()}, **elastic})
             processes.append(context.Process(target=watched, args=(work, 0.8 * seconds)))
             processes[-1].start()
-        # Asked for once a round: were they all to end between two askings, it would wait for none of them, forever.
+        # Read once a round: if all ended between two reads, wait() would get an empty list and never return.
         while alive := [process.sentinel for process in processes if process.is_alive()]:
             wait(alive)
             if any(process.exitcode for process in processes):
@@ -90,13 +90,13 @@ def together(work: Callable[[], Any], folder: Path, world: int, seconds: float =
 
 
 def watched(work: Callable[[], Any], seconds: float) -> None:
-    """Shows where it hangs, if it does, before it is ended: at work or on its way out."""
+    """Runs ``work``; prints the stack if it takes longer than ``seconds``, at work or while exiting."""
     faulthandler.dump_traceback_later(seconds)
     work()
 
 
 def launched(command: list[str], folder: Path, seconds: float = SECONDS, **environment: str) -> str:
-    """The same of a command, run in ``folder``."""
+    """Runs a command in ``folder`` and returns what it printed; raises Failed if it ends badly."""
     root = str(Path(__file__).parents[2])
     own = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
     process = subprocess.Popen(
@@ -109,18 +109,18 @@ def launched(command: list[str], folder: Path, seconds: float = SECONDS, **envir
         start_new_session=True,
     )
     try:
-        said = process.communicate(timeout=seconds)[0]
+        printed = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         _kill(process.pid)
-        pytest.fail(f"It hangs: no end within {seconds} s. It said\n{process.communicate()[0][-4000:]}")
+        pytest.fail(f"It hangs: no end within {seconds} s. Its output:\n{process.communicate()[0][-4000:]}")
     _kill(process.pid)
     if process.returncode:
-        raise Failed(said)
-    return said
+        raise Failed(printed)
+    return printed
 
 
 def _kill(group: int | None) -> None:
-    """All that is left of a process and those it started; it led a session of its own."""
+    """Kills the processes that are left of a session."""
     try:
         os.killpg(group or 0, signal.SIGKILL) if group else None
     except ProcessLookupError:

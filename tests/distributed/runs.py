@@ -1,4 +1,4 @@
-"""One run on planted data, with any callbacks, on any number of processes; each writes down what it knows."""
+"""One run on planted data, with any callbacks, on any number of processes; each process saves its facts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VISITS = list(range(196)) + 32 * list(range(196, 200))
 
 
 class GlobalBatches:
-    """Process r of w gets the r-th part of each global batch: one batch of all, however many there are."""
+    """Process r of w gets the r-th part of each global batch, so that global batches do not depend on w."""
 
     def __init__(self, visits: list[int], batch: int = GLOBAL_BATCH) -> None:
         self.visits, self.sampler, self.batch = torch.tensor(visits), EpochShuffledSampler(len(visits)), batch
@@ -73,10 +73,10 @@ class DeepLM(LightningModule):
         self.head = nn.Linear(32, VOCABULARY)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of the token that follows, knowing two."""
-        seen = self.embed(input_ids)
-        before = F.pad(seen, (0, 0, 1, 0))[:, :-1]
-        hidden = self.join(torch.cat([before, seen], -1))
+        """Logits of the next token, from the last two."""
+        embedded = self.embed(input_ids)
+        before = F.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        hidden = self.join(torch.cat([before, embedded], -1))
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.head(hidden)
@@ -96,12 +96,8 @@ class DeepLM(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def logits_of(module: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    return module(tokens)
-
-
-class Asked(ExtractionProbe):
-    """Asks a model that has not transformers' call."""
+class LogitsProbe(ExtractionProbe):
+    """Probes a model that is not called as those of transformers are."""
 
     def __init__(self) -> None:
         super().__init__({"canaries": CANARIES}, prefix=4)
@@ -115,7 +111,7 @@ WATCH: dict[str, Callable[[], Callback]] = {
     "LossTracker": lambda: LossTracker(flush_every=1, depth=2),
     "MemorizationDetector": lambda: MemorizationDetector(k=4),
     "SinkLocalizer": lambda: SinkLocalizer(every=2),
-    "ExtractionProbe": Asked,
+    "ExtractionProbe": LogitsProbe,
     "LiveCurves": LiveCurves,
     "RunReport": lambda: RunReport(None),
 }
@@ -138,8 +134,8 @@ def crew(*mitigations: str) -> list[Callback]:
     return [make() for make in WATCH.values()] + [MITIGATION[name]() for name in mitigations]
 
 
-class Writes(Callback):
-    """Each process writes down what it knows at the end."""
+class WriteFacts(Callback):
+    """Saves the facts of each process at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -149,7 +145,7 @@ class Writes(Callback):
 
 
 def facts_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """All that callbacks know, as tensors and plain types; no collective."""
+    """The state of all slots, as tensors and plain types; without a collective."""
     ledger = Ledger.of(trainer)
     facts = {
         "weights": {name: whole(weight) for name, weight in module.named_parameters()},
@@ -167,12 +163,12 @@ def facts_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Of a sharded one the part that is here."""
+    """A copy of the weight; for a sharded one, of the shard of this process."""
     return getattr(weight, "_local_tensor", weight).detach().clone()
 
 
 def digest(facts: Any) -> str:
-    """Equal for what is equal to the bit."""
+    """A digest that is equal for facts equal to the bit."""
     return hashlib.sha256(repr(plain(facts)).encode()).hexdigest()
 
 
@@ -204,29 +200,29 @@ def train(folder: Path, callbacks: list[Any], **options: Any) -> tuple[Trainer, 
     loader = options.pop("train", None) or global_loader()
     controls = options.pop("controls", None) or DataLoader(Rows(CONTROLS), 10)
     options = {**defaults, **options}
-    return fit([*callbacks, Writes(folder)], model, train=loader, controls=controls, **options)
+    return fit([*callbacks, WriteFacts(folder)], model, train=loader, controls=controls, **options)
 
 
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What each process wrote."""
+    """The facts of each process."""
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
 
 
-def near(one: Any, other: Any, where: str = "") -> None:
-    """Equal, but for the noise of sums taken in another order."""
+def assert_nearly_equal(one: Any, other: Any, where: str = "") -> None:
+    """Asserts equality up to the rounding of sums taken in another order."""
     if isinstance(one, dict) and isinstance(other, dict):
         assert one.keys() == other.keys(), where
         for key in one:
-            near(one[key], other[key], f"{where}/{key}")
+            assert_nearly_equal(one[key], other[key], f"{where}/{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), where
-        for mine, its in zip(one, other, strict=True):
-            near(mine, its, where)
+        for left, right in zip(one, other, strict=True):
+            assert_nearly_equal(left, right, where)
     elif isinstance(one, Tensor):
         tight = one.dtype in (torch.float32, torch.float64)
         exact = not one.is_floating_point()
         # Half-precision columns keep two or three digits: noise that tips a rounding moves the last of them by 2^-8.
         rtol, atol = (0, 0) if exact else (1e-5, 1e-6) if tight else (1e-2, 1e-2)
-        assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True, msg=lambda said: f"{where}: {said}")
+        assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True, msg=lambda message: f"{where}: {message}")
     else:
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True) if isinstance(one, float) else one == other

@@ -1,4 +1,4 @@
-"""Uneven data, and what fails on one rank alone: nobody waits for a rank that does not come."""
+"""Uneven data and failures on one rank: no rank waits for another that does not come."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_padding_is_a_visit_in_training_and_no_second_control(tmp_path):
     assert sorted(found["controls"]["ids"].tolist()) == list(range(121))
 
 
-def test_batches_of_uneven_size_and_controls_of_uneven_number(tmp_path):
+def test_batches_may_differ_in_size_and_ranks_in_number_of_controls(tmp_path):
     rows = list(range(len(TRAIN)))
     first, second = rows[:200], rows[200:320]
     data = loader(
@@ -84,7 +84,7 @@ def test_batches_of_uneven_size_and_controls_of_uneven_number(tmp_path):
 
 
 class SometimesEmpty(DeepLM):
-    """Rank 1 gets a batch without samples, or one that nobody can read, at some steps."""
+    """Rank 1 gets a batch without samples, or one with an unreadable loss, at some steps."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -121,19 +121,19 @@ class Fused(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0], None
 
 
-@pytest.mark.filterwarnings("default::UserWarning")  # each says once that it can read nothing
+@pytest.mark.filterwarnings("default::UserWarning")  # each warns once that it can read nothing
 @pytest.mark.parametrize("what", ["empty", "unreadable"])
 @pytest.mark.parametrize("mitigation", ["hold", "MemSinks", "LossTruncation", "Goldfish"])
-def test_a_batch_that_is_empty_or_unreadable_on_one_rank(what, mitigation, tmp_path):
+def test_a_batch_that_is_empty_or_unreadable_on_one_rank_does_not_end_the_run(what, mitigation, tmp_path):
     found = two_ranks(tmp_path, crew(mitigation), model=SometimesEmpty(what), max_epochs=2)
     lost = 18 * 6  # of 54 steps, each third has none of rank 1's six samples
-    visits, seen = found["losses"]["columns"]["exposures"], found["losses"]["columns"]["recent"].isfinite().sum(1)
+    visits, losses = found["losses"]["columns"]["exposures"], found["losses"]["columns"]["recent"].isfinite().sum(1)
     assert int(visits.sum()) == 2 * len(VISITS) - (lost if what == "empty" else 0)
-    assert bool((seen < visits.clamp(max=2)).any()) == (what == "unreadable"), "a visit, and no loss of it"
+    assert bool((losses < visits.clamp(max=2)).any()) == (what == "unreadable"), "a visit, and no loss of it"
     assert torch.isfinite(found["weights"]["head.weight"]).all()
 
 
-class Once(Callback):
+class FailsOnce(Callback):
     """Fails on rank 1, and nowhere else."""
 
     def __init__(self, hook: str, step: int) -> None:
@@ -152,7 +152,7 @@ class Once(Callback):
 @pytest.mark.parametrize("place", [0, 99], ids=["before ours", "after ours"])
 def test_an_exception_on_one_rank_ends_all_with_the_users_error(start, hook, place, tmp_path):
     callbacks = crew("hold", "SinkGradientMask")
-    callbacks.insert(place, Once(hook, step=20))
+    callbacks.insert(place, FailsOnce(hook, step=20))
     strategy = "ddp_fork" if start is forked else "ddp"
     work = lambda: train(tmp_path, callbacks, strategy=strategy, devices=2)  # noqa: E731
     with pytest.raises(Failed, match="ZeroDivisionError: the user's own"):
@@ -160,10 +160,10 @@ def test_an_exception_on_one_rank_ends_all_with_the_users_error(start, hook, pla
     assert not ranks(tmp_path), "no rank came to the end"
 
 
-@pytest.mark.filterwarnings("default::UserWarning")  # each says once that it failed
+@pytest.mark.filterwarnings("default::UserWarning")  # each warns once that it failed
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_look_that_fails_on_one_rank_is_the_end_of_no_run(rank, tmp_path, monkeypatch):
-    """Localizer, probe, chart and certificate, each failing where only one rank sees it."""
+def test_a_measurement_that_fails_on_one_rank_does_not_end_the_run(rank, tmp_path, monkeypatch):
+    """Localizer, probe, chart and certificate each fail on one rank only."""
 
     def fails(real: Any) -> Any:
         def on_one_rank(*args: Any, **kwargs: Any) -> Any:
@@ -173,14 +173,15 @@ def test_a_look_that_fails_on_one_rank_is_the_end_of_no_run(rank, tmp_path, monk
 
         return on_one_rank
 
-    for where in (
-        "lightning_memsink.callbacks.sink_localizer.shares",
-        "lightning_memsink.callbacks.extraction_probe.ask",
-        "lightning_memsink.reporting.loggers.logged_run.top_memorized",
-        "lightning_memsink.reporting.loggers.wandb_run.WandbRun.evaluation",  # Lightning logs past it
-        "lightning_memsink.callbacks.memsinks.Bench",
+    for owner, name in (
+        ("lightning_memsink.callbacks.sink_localizer:", "shares"),
+        ("lightning_memsink.callbacks.extraction_probe:", "probe"),
+        ("lightning_memsink.reporting.loggers.logged_run:", "top_memorized"),
+        ("lightning_memsink.reporting.loggers.wandb_run:WandbRun", "evaluation"),  # Lightning logs past it
+        ("lightning_memsink.callbacks.runtime.certificate_losses:", "MaskedLosses"),
     ):
-        monkeypatch.setattr(where, fails(pkgutil.resolve_name(where)))
+        target = pkgutil.resolve_name(owner)
+        monkeypatch.setattr(target, name, fails(getattr(target, name)))
     loggers = [CSVLogger(tmp_path), WandbLogger(save_dir=tmp_path, offline=True)]
     forked(lambda: train(tmp_path, crew("MemSinks"), max_epochs=2, logger=loggers, **TWO), tmp_path)
     first, other = ranks(tmp_path)
@@ -188,8 +189,8 @@ def test_a_look_that_fails_on_one_rank_is_the_end_of_no_run(rank, tmp_path, monk
         assert differences(first[name], other[name]) == []
 
 
-def test_a_rank_without_flagged_samples_and_one_with_nothing_else(tmp_path):
-    """All canaries on rank 1: what is flagged is decided by all, and held back there."""
+def test_all_flagged_samples_may_be_on_one_rank(tmp_path):
+    """All canaries on rank 1: all ranks decide which samples are flagged, and rank 1 withholds them."""
     canaries, others = list(range(196, 200)) * 4, list(range(196))
     own = [others[n : n + 8] for n in range(0, 192, 8)]
     data = loader(torch.cat([TRAIN[:196], CANARIES]), own, [canaries[:8]] * len(own))
@@ -199,7 +200,7 @@ def test_a_rank_without_flagged_samples_and_one_with_nothing_else(tmp_path):
     )
 
 
-def test_own_controls_are_looked_at_by_every_rank_and_counted_once(tmp_path):
+def test_own_controls_are_evaluated_on_every_rank_and_counted_once(tmp_path):
     own = [LossTracker(controls=DataLoader(Rows(CONTROLS), 20), control_every=9), MemorizationDetector(k=4)]
     found = two_ranks(tmp_path, [*own, SampleGradientMask("skip")], controls="none")
     assert len(found["controls"]["ids"]) == 120

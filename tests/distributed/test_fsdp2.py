@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_memsink import SinkLocalizer
 from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import Failed, forked, together
-from tests.distributed.runs import MITIGATION, DeepLM, crew, differences, near, ranks, train
+from tests.distributed.runs import MITIGATION, DeepLM, assert_nearly_equal, crew, differences, ranks, train
 
 WITH_WEIGHTS = [name for name in MITIGATION if name.startswith("SinkGradientMask")]
 
@@ -52,7 +52,7 @@ def alone(folder: Path, *mitigations: str, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["nothing", *(name for name in MITIGATION if name not in WITH_WEIGHTS)])
-def test_sharded_weights_train_and_tell_what_whole_ones_do(name, tmp_path):
+def test_sharded_weights_train_and_measure_as_whole_ones_do(name, tmp_path):
     mitigations = () if name == "nothing" else (name,)
     found = fsdp(tmp_path / "two", *mitigations)
     assert len(found["attribution"]["rows"]) > 1 and found["extraction"]
@@ -66,7 +66,7 @@ def test_sharded_weights_train_and_tell_what_whole_ones_do(name, tmp_path):
     for row, other in zip(one["attribution"]["rows"][:1], found["attribution"]["rows"][:1], strict=True):
         for column in ("shares", "norms", "movement"):
             near_enough(row[column], other[column])
-    near(one["losses"]["columns"]["first_loss"], found["losses"]["columns"]["first_loss"])
+    assert_nearly_equal(one["losses"]["columns"]["first_loss"], found["losses"]["columns"]["first_loss"])
     if name == "nothing":
         assert found["flags"]["verdict"][found["losses"]["ids"] >= 196].tolist() == [Verdict.MEMORIZED] * 4
         assert torch.equal(one["flags"]["verdict"], found["flags"]["verdict"])
@@ -78,7 +78,7 @@ def every_pass(folder: Path) -> ModelCheckpoint:
 
 def near_enough(one: Any, other: Any) -> None:
     """Summaries of runs that engines which add up in another order drove apart, step by step, in single precision: the
-    noise grows with every update, to under a percent here. What is told apart are losses and counts, not the noise."""
+    noise grows with every update, to under a percent here. Losses and counts are compared, not the noise."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one:
@@ -87,7 +87,7 @@ def near_enough(one: Any, other: Any) -> None:
         assert one == pytest.approx(other, rel=1e-2, abs=1e-4)
 
 
-def test_a_checkpoint_of_shards_goes_on(tmp_path):
+def test_a_run_resumes_from_a_sharded_checkpoint(tmp_path):
     keeps = {"extra": (every_pass(tmp_path),), "enable_checkpointing": True}
     whole = fsdp(tmp_path / "whole", "hold", "MemSinks", max_epochs=3)
     fsdp(tmp_path / "before", "hold", "MemSinks", **keeps, max_epochs=2)
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_shards_goes_on(tmp_path):
         assert differences(whole[name], found[name]) == [], name
 
 
-def test_another_world_size_reads_it_too(tmp_path):
+def test_another_world_size_resumes_from_a_sharded_checkpoint(tmp_path):
     keeps = {"extra": (every_pass(tmp_path),), "enable_checkpointing": True}
     before = fsdp(tmp_path / "before", "hold", **keeps, max_epochs=2)
     found = fsdp(
@@ -125,7 +125,7 @@ def test_slices_of_sharded_weights_are_refused_by_name(name, tmp_path):
 
 
 def test_gradients_of_the_controls_are_refused_by_name(tmp_path):
-    """They came without the head, and at times empty: weights in a forward are not those that can be asked for."""
+    """They lacked the head and were at times empty: autograd gives no gradients for the weights of a forward pass."""
 
     def work() -> None:
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
@@ -138,7 +138,7 @@ def test_gradients_of_the_controls_are_refused_by_name(tmp_path):
         together(work, tmp_path, 2)
 
 
-def test_margins_are_attributed_to_what_one_process_attributes_them_to(tmp_path):
+def test_margins_are_attributed_as_on_one_process(tmp_path):
     """Its backward of our own ends at the hidden units, which are whole."""
     watching = [*crew()[:2], SinkLocalizer(every=2, norms=False, objective="margin")]
     here = {"model": Sharded(), "devices": 2, "precision": "32-true"}

@@ -55,7 +55,7 @@ def alike(folder: Path, world: int) -> dict[str, Any]:
     ids=["script", "script of 3", "torchrun", "torchrun of 3", "torchrun, unused parameters", "ddp_spawn"],
 )
 def test_there_is_one_run_one_report_and_one_ledger(command, strategy, world, tmp_path):
-    said = launched([*command, SCRIPT, str(tmp_path), strategy, str(world)], tmp_path, **QUIET)
+    output = launched([*command, SCRIPT, str(tmp_path), strategy, str(world)], tmp_path, **QUIET)
     found = alike(tmp_path, world)
     padded = -(-len(TRAIN) // world) * world
     assert int(found["losses"]["columns"]["exposures"].sum()) == 2 * padded
@@ -67,24 +67,24 @@ def test_there_is_one_run_one_report_and_one_ledger(command, strategy, world, tm
         "memsink.json",
         "memsink_files",
     }
-    assert said.count("\nHow sure") == 1, "the summary is told once"
-    assert "sync_dist" not in said
+    assert output.count("\nHow sure") == 1, "the summary is printed once"
+    assert "sync_dist" not in output
     if strategy == "ddp_spawn":
-        assert "trains in processes of its own (spawn), and the ledger ended with them. Read the Parquet" in said
+        assert "trains in processes of its own (spawn), and the ledger ended with them. Read the Parquet" in output
     else:
-        assert said.count(f"knows {len(TRAIN)} samples") == world
+        assert output.count(f"knows {len(TRAIN)} samples") == world
 
 
 def test_the_torchrun_recipe_runs(text, tmp_path):
     environment = {**QUIET, "TORCHRUN": str(PROGRAMS / "torchrun")}
-    said = launched([str(RECIPES / "torchrun.sh"), *SMALL], tmp_path, **environment)
-    assert said.count("\nHow sure") == 1
+    output = launched([str(RECIPES / "torchrun.sh"), *SMALL], tmp_path, **environment)
+    assert output.count("\nHow sure") == 1
     assert len(list((tmp_path / "runs" / "wandb").glob("offline-run-*"))) == 1
     assert (tmp_path / "memsink_report.html").exists()
 
 
 SRUN = """#!/usr/bin/env bash
-# What srun does, on one machine: each task with its rank.
+# Starts each task with its rank on one machine, as srun does.
 export SLURM_NODEID=0 SLURM_JOB_ID=1234 SLURM_NTASKS=$SLURM_NTASKS_PER_NODE SLURM_STEP_NODELIST=localhost
 for ((task = 1; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" || exit 1
@@ -93,7 +93,7 @@ wait
 
 
 def test_the_slurm_recipe_runs_where_srun_starts_tasks(text, tmp_path):
-    """There is no SLURM here: srun is a stand-in, all that it starts is real."""
+    """srun is replaced by a script; all that it starts is real."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "srun").write_text(SRUN)
@@ -108,6 +108,6 @@ def test_the_slurm_recipe_runs_where_srun_starts_tasks(text, tmp_path):
         "MASTER_PORT": "23457",
     }
     assert shutil.which("memsink", path=environment["PATH"]), "the package is installed beside python"
-    said = launched(["bash", str(RECIPES / "slurm.sbatch"), *SMALL], tmp_path, **environment)
-    assert said.count("\nHow sure") == 1
-    assert "MEMBER: 2/2" in said
+    output = launched(["bash", str(RECIPES / "slurm.sbatch"), *SMALL], tmp_path, **environment)
+    assert output.count("\nHow sure") == 1
+    assert "MEMBER: 2/2" in output

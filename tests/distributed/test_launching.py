@@ -1,4 +1,4 @@
-"""What starts the processes of the tests here must not hang itself: it did, once in thirty such runs."""
+"""The launcher of these tests must not hang itself: it did, once in thirty such runs."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_memsink import SinkLocalizer
 from lightning_memsink.detection.verdicts import Verdict
 from tests.distributed.launching import forked
-from tests.distributed.runs import MITIGATION, VISITS, WATCH, crew, differences, near, ranks, train
+from tests.distributed.runs import MITIGATION, VISITS, WATCH, assert_nearly_equal, crew, differences, ranks, train
 
 OF_EACH_PROCESS = ("SinkDropout", "Goldfish")
-"""What draws by process, or scales by what is kept of a process's batch: no run on one process is the same."""
+"""Mitigations that draw, or rescale, per process: their runs differ from one on a single process."""
 
 
 def run(folder: Path, world: int, *mitigations: str, **options: Any) -> dict[str, Any]:
-    """The facts that all ranks agree on, to the bit."""
+    """The facts of a run, equal on all ranks to the bit."""
     folder.mkdir()
     spread = {"strategy": "ddp_fork", "devices": world} if world > 1 else {}
     forked(lambda: train(folder, crew(*mitigations), **spread, **options), folder)
@@ -32,31 +32,31 @@ def run(folder: Path, world: int, *mitigations: str, **options: Any) -> dict[str
     return first
 
 
-def numbers_in(words: str) -> list[float]:
-    return [float(found) for found in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", words)]
+def numbers_in(text: str) -> list[float]:
+    return [float(found) for found in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)]
 
 
 def compare(one: dict[str, Any], several: dict[str, Any]) -> None:
     for name in ("weights", "losses", "controls", "actions", "extraction"):
-        near(one[name], several[name], name)
+        assert_nearly_equal(one[name], several[name], name)
     for name in ("verdict", "streak", "onset_step", "onset_exposures", "gap", "p"):
-        near(one["flags"][name], several["flags"][name], name)
+        assert_nearly_equal(one["flags"][name], several["flags"][name], name)
     assert one["onset"] == several["onset"]
-    # Windows count looks of batches, of which there are more; what is told of them are means.
-    told = [{**row, "concentration": None} for row in one["attribution"]["rows"]]
-    near(told, [{**row, "concentration": None} for row in several["attribution"]["rows"]], "attribution")
+    # Windows count batches, of which several processes have more; the rows are means over them.
+    rows = [{**row, "concentration": None} for row in one["attribution"]["rows"]]
+    assert_nearly_equal(rows, [{**row, "concentration": None} for row in several["attribution"]["rows"]], "attribution")
     assert (one["sinks"] is None) == (several["sinks"] is None)
     assert numbers_in(str(one["sinks"])) == pytest.approx(numbers_in(str(several["sinks"])), abs=2e-3)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Watching, on one process."""
+    """A run without mitigation on one process."""
     return run(tmp_path_factory.mktemp("alone") / "run", 1)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_what_is_seen_on_several_processes_is_what_one_sees(world, alone, tmp_path):
+def test_several_processes_measure_what_one_process_measures(world, alone, tmp_path):
     found = run(tmp_path / "run", world)
     assert int(found["losses"]["columns"]["exposures"].sum()) == 3 * len(VISITS)
     assert found["flags"]["verdict"][found["losses"]["ids"] >= 196].tolist() == [Verdict.MEMORIZED] * 4
@@ -75,7 +75,7 @@ def test_a_mitigation_on_two_processes_does_what_it_does_on_one(name, alone, tmp
 
 
 @pytest.mark.parametrize("name", OF_EACH_PROCESS)
-def test_what_is_drawn_by_process_leaves_weights_and_ledgers_in_sync(name, alone, tmp_path):
+def test_random_numbers_of_each_process_leave_weights_and_ledgers_in_sync(name, alone, tmp_path):
     found = run(tmp_path / "run", 3, name)
     [done] = found["actions"].values()
     assert sum(record["visits"] for record in done["records"]) == 3 * len(VISITS)
@@ -108,11 +108,11 @@ def test_gradients_are_compared_with_those_of_controls_on_every_rank(tmp_path):
     forked(lambda: train(tmp_path, watching, strategy="ddp_fork", devices=2), tmp_path)
     first, other = ranks(tmp_path)
     assert differences(first, other) == []
-    told = [row["agreement"] for row in first["attribution"]["rows"]]
-    assert all(-1 <= cosine <= 1 for row in told for cosine in row.values())
-    assert told[-1]["memorized"] < told[-1]["learned"], "what is memorized helps nobody else"
+    rows = [row["agreement"] for row in first["attribution"]["rows"]]
+    assert all(-1 <= cosine <= 1 for row in rows for cosine in row.values())
+    assert rows[-1]["memorized"] < rows[-1]["learned"], "gradients of memorized samples do not help other samples"
 
 
-def test_accumulation_without_sync_sees_what_one_process_sees(tmp_path):
+def test_accumulation_without_sync_measures_what_one_process_measures(tmp_path):
     options = {"accumulate_grad_batches": 2}
     compare(run(tmp_path / "one", 1, "hold", **options), run(tmp_path / "two", 2, "hold", **options))

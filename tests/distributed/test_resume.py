@@ -1,4 +1,4 @@
-"""A checkpoint of one world size goes on in another: nothing counted twice, nothing forgotten."""
+"""A checkpoint resumes with another world size: nothing is counted twice or lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.distributed.launching import forked
-from tests.distributed.runs import VISITS, crew, differences, near, ranks, train
+from tests.distributed.runs import VISITS, assert_nearly_equal, crew, differences, ranks, train
 
 MITIGATIONS = ("SinkGradientMask", "LossTruncation")
 
@@ -43,9 +43,9 @@ def test_the_run_goes_on_as_if_nothing_had_changed(before, after, whole, tmp_pat
     assert int(found["losses"]["columns"]["exposures"].sum()) == 3 * len(VISITS)
     assert torch.equal(found["losses"]["columns"]["exposures"], whole["losses"]["columns"]["exposures"])
     for name in ("weights", "losses", "controls", "actions"):
-        near(whole[name], found[name], name)
+        assert_nearly_equal(whole[name], found[name], name)
     for name in ("verdict", "onset_step", "gap"):
-        near(whole["flags"][name], found["flags"][name], name)
+        assert_nearly_equal(whole["flags"][name], found["flags"][name], name)
     assert whole["onset"] == found["onset"] and whole["onset"] != "None"
 
 

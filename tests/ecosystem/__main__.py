@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.ecosystem.claims import CLAIMS, Claim, Finding, differences, losses_found
-from tests.ecosystem.environments import ROOT, NotInstalled, environment, last_words
+from tests.ecosystem.environments import ROOT, NotInstalled, environment, error_line
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 COLUMNS = ("package", "module", "torch, lightning, transformers", "weights", "losses", "verdict")
@@ -65,7 +65,7 @@ def run(name: str) -> Outcome:
     with TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
     if done.returncode:
-        return Outcome(claim, None, [f"does not fit: {last_words(done.stderr)}"])
+        return Outcome(claim, None, [f"does not fit: {error_line(done.stderr)}"])
     finding = Finding(**json.loads(done.stdout.splitlines()[-1]))
     return Outcome(claim, finding, differences(claim, finding))
 
@@ -84,7 +84,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
     said = [
         f"- **{one.claim.what}**, at step {step}: {message}"
         for one in outcomes
-        for step, message in (one.finding.said if one.finding else ())
+        for step, message in (one.finding.messages if one.finding else ())
     ]
     return "\n".join(
         [HEAD, *lines, "", "## Why", "", *notes, "", "## What our callbacks said, each once", "", *said, ""]

@@ -43,7 +43,7 @@ class Finding:
     tracked: int
     reproducible: bool
     identical: bool
-    said: list[tuple[int, str]]
+    messages: list[tuple[int, str]]
     error: float | None
     mean_error: float | None
     control_error: float | None
@@ -99,12 +99,12 @@ CLAIMS = {
 
 def differences(claim: Claim, found: Finding) -> list[str]:
     """Where a finding is not as claimed; nothing is the verdict hoped for."""
-    kinds = [re.sub(r"\d+", "", message) for _, message in found.said]
-    at_start = [message for step, message in found.said if step <= 2]
+    kinds = [re.sub(r"\d+", "", message) for _, message in found.messages]
+    at_start = [message for step, message in found.messages if step <= 2]
     checks = {
         "not reproducible without us": found.reproducible,
         "weights differ": found.identical,
-        "a message was said again": len(set(kinds)) == len(kinds),
+        "a message was repeated": len(set(kinds)) == len(kinds),
         "no steps": found.steps > 0 and found.samples > 0,
     }
     if claim.message:
@@ -114,7 +114,7 @@ def differences(claim: Claim, found: Finding) -> list[str]:
         checks["some samples have no loss"] = found.tracked == found.samples
         checks["losses are not those of samples alone"] = found.error is not None and found.error <= TOLERANCE
         checks["losses of controls are not those of samples alone"] = (found.control_error or 0.0) <= TOLERANCE
-        checks["a message about training_step"] = not any(".training_step" in message for _, message in found.said)
+        checks["a message about training_step"] = not any(".training_step" in message for _, message in found.messages)
     return [name for name, holds in checks.items() if not holds]
 
 
@@ -122,5 +122,5 @@ def losses_found(found: Finding) -> str:
     """In the words of the table."""
     if not found.tracked:
         return "none, said once at the start"
-    told = f"{found.tracked} of {found.samples} samples, within {found.error:.0e}" if found.error is not None else "?"
-    return told if found.control_error is None else f"{told}; {found.controls} controls, {found.control_error:.0e}"
+    text = f"{found.tracked} of {found.samples} samples, within {found.error:.0e}" if found.error is not None else "?"
+    return text if found.control_error is None else f"{text}; {found.controls} controls, {found.control_error:.0e}"

@@ -44,10 +44,10 @@ def environment(name: str, requirements: Sequence[str], torch: str = TORCH, extr
 def _checked(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise NotInstalled(last_words(done.stderr))
+        raise NotInstalled(error_line(done.stderr))
 
 
-def last_words(said: str) -> str:
-    """The line that names the error, without what pip warns of and says after it."""
-    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("WARNING")]
+def error_line(output: str) -> str:
+    """The last line that is an error, without warnings and hints of pip."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("WARNING")]
     return next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no words at all")

@@ -51,8 +51,8 @@ class Case:
 
 
 @dataclass
-class Witness:
-    """Stands beside our callbacks in the checked run. By duck typing: it serves both namespaces."""
+class LossCheck:
+    """Compares the losses that our callbacks read with those of each sample alone, in either namespace of Lightning."""
 
     alone: Callable[[Any, Any], Tensor] | None
     expected: list[Tensor] = field(default_factory=list)
@@ -62,39 +62,39 @@ class Witness:
     ledger: Ledger | None = None
 
     def as_callback(self, base: type) -> Any:
-        witness = self
+        check = self
 
         class Watching(base):  # type: ignore[misc]
             def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
                 pl_module.eval()
-                if witness.alone is not None and len(witness.errors) < MOST_CHECKED:
+                if check.alone is not None and len(check.errors) < MOST_CHECKED:
                     with silent(pl_module), torch.enable_grad():
-                        witness.expected = [witness.alone(pl_module, batch).detach()]
+                        check.expected = [check.alone(pl_module, batch).detach()]
 
             def on_train_batch_end(
                 self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
             ) -> None:
                 ledger = Ledger.of(trainer)
-                if ledger.batch.ids is None or len(witness.mean_errors) >= MOST_CHECKED:
+                if ledger.batch.ids is None or len(check.mean_errors) >= MOST_CHECKED:
                     return
                 found = ledger.losses.last_loss[ledger.losses.index.find(ledger.batch.ids)].float()
                 if not found.isfinite().all():
                     return
                 loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-                witness.mean_errors.append(relative(found.mean()[None], loss.detach().reshape(1)))
-                if witness.expected:
-                    witness.errors.append(relative(found, witness.expected.pop()))
+                check.mean_errors.append(relative(found.mean()[None], loss.detach().reshape(1)))
+                if check.expected:
+                    check.errors.append(relative(found, check.expected.pop()))
 
             def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-                witness.controls.clear()
-                witness.ledger = Ledger.of(trainer)
+                check.controls.clear()
+                check.ledger = Ledger.of(trainer)
 
             def on_validation_batch_end(
                 self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *place: int
             ) -> None:
-                if witness.alone is not None:
+                if check.alone is not None:
                     with silent(pl_module), torch.no_grad():
-                        witness.controls.append(witness.alone(pl_module, batch))
+                        check.controls.append(check.alone(pl_module, batch))
 
         return Watching()
 
@@ -146,13 +146,13 @@ def rows(batch: Any, sample: int) -> Any:
 
 
 @contextmanager
-def heard(keeper: Keeper) -> Iterator[list[tuple[int, str]]]:
-    """Every warning, as often as it is said, with the step of the Trainer."""
-    said: list[tuple[int, str]] = []
+def recorded_warnings(keeper: Keeper) -> Iterator[list[tuple[int, str]]]:
+    """Every warning, as often as it is issued, with the step of the Trainer."""
+    messages: list[tuple[int, str]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *where: said.append((keeper.step, str(message)))
-        yield said
+        warnings.showwarning = lambda message, *where: messages.append((keeper.step, str(message)))
+        yield messages
 
 
 def seeded() -> None:
@@ -204,20 +204,20 @@ def examine(name: str) -> Finding:
     start = Path.cwd()
 
     def fit(callbacks: list[Any], keeper: Keeper) -> tuple[list[Tensor], list[tuple[int, str]]]:
-        os.chdir(mkdtemp(dir=start))  # what one fit leaves on disk is no news to the next
-        with heard(keeper) as said:
+        os.chdir(mkdtemp(dir=start))  # files of one fit must not affect the next
+        with recorded_warnings(keeper) as messages:
             seeded()
             module = case.fit([*callbacks, keeper.as_callback(base)], **options)
-        return trace(module), said
+        return trace(module), messages
 
     (plain, before), (again, _) = fit([], Keeper()), fit([], Keeper())
     keeper = Keeper()
-    watched, said = fit(memsink(path=None), keeper)
+    watched, messages = fit(memsink(path=None), keeper)
     ledger = Ledger.of(keeper.trainer)
     theirs = {message for _, message in before}
-    ours = [(step, message) for step, message in said if message not in theirs]
-    witness = Witness(case.alone)
-    fit([*memsink(path=None, flush_every=1), witness.as_callback(base)], Keeper())
+    ours = [(step, message) for step, message in messages if message not in theirs]
+    check = LossCheck(case.alone)
+    fit([*memsink(path=None, flush_every=1), check.as_callback(base)], Keeper())
     return Finding(
         versions={package: version(package) for package in ("torch", "lightning", "transformers", "numpy")},
         steps=int(keeper.trainer.global_step),
@@ -227,10 +227,10 @@ def examine(name: str) -> Finding:
         tracked=int(ledger.losses.last_loss.isfinite().sum()),
         reproducible=same(plain, again),
         identical=same(plain, watched),
-        said=ours,
-        error=max(witness.errors, default=None),
-        mean_error=max(witness.mean_errors, default=None),
-        control_error=witness.control_error(),
+        messages=ours,
+        error=max(check.errors, default=None),
+        mean_error=max(check.mean_errors, default=None),
+        control_error=check.control_error(),
     )
 
 

@@ -3,7 +3,7 @@
     python -m tests.ecosystem.versions [oldest | newest]
 
 torch is TORCH in both, or TORCH_OLDEST in the first: its old releases come without CUDA only from an index of their
-own, which pip must be told of (PIP_EXTRA_INDEX_URL). Exits 1 if a set can't be installed or a test fails.
+own, which pip must know (PIP_EXTRA_INDEX_URL). Exits 1 if a set can't be installed or a test fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from tests.ecosystem.environments import ROOT, TORCH, NotInstalled, environment, last_words
+from tests.ecosystem.environments import ROOT, TORCH, NotInstalled, environment, error_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +63,7 @@ def oldest() -> list[str]:
 
 
 def run(name: str) -> tuple[str, ...]:
-    """A row: name, versions, what pytest said last."""
+    """A row of the table: name, versions, the last line of pytest."""
     pinned = oldest() if name == "oldest" else []
     torch = os.environ.get("TORCH_OLDEST", TORCH) if name == "oldest" else TORCH
     extra = "pytest", "pytest-xdist", "hypothesis", "html5lib", "jsonschema", "tensorboard"
@@ -71,15 +71,17 @@ def run(name: str) -> tuple[str, ...]:
         python = environment(name, [*pinned, *extra, "scikit-learn"], torch, extras="[report]")
     except NotInstalled as why:
         return name, "", f"not installed: {why}"
-    ask = "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in %r], sep=', ')"
-    versions = subprocess.run([python, "-c", ask % (SHOWN,)], capture_output=True, text=True, check=True).stdout.strip()
+    program = "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in %r], sep=', ')"
+    versions = subprocess.run(
+        [python, "-c", program % (SHOWN,)], capture_output=True, text=True, check=True
+    ).stdout.strip()
     # Their own warnings are no failure of ours: other versions warn of other things.
     command = [str(python), "-m", "pytest", "-W", "default", "-n", "2", "-p", "no:cacheprovider"]
     command += [f"tests/{one}.py" for one in CORE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return name, versions, "\n".join([*failed, lines[-1] if lines else last_words(done.stderr)])
+    return name, versions, "\n".join([*failed, lines[-1] if lines else error_line(done.stderr)])
 
 
 def main(names: Sequence[str]) -> int:

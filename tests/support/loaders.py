@@ -1,4 +1,4 @@
-"""Data loaders whose samples know their own row, and fits that record the ids taken beside the rows seen."""
+"""Data loaders whose samples know their own row, and fits that record the ids taken and the rows of each step."""
 
 import time
 from collections.abc import Callable, Iterator

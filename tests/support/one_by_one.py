@@ -1,4 +1,4 @@
-"""Squared gradient norms from one backward a sample, to hold those from one backward for all against."""
+"""Squared gradient norms from one backward pass a sample: the oracle for those from one pass for all."""
 
 from __future__ import annotations
 
@@ -56,4 +56,4 @@ def agree(model: nn.Module, batch: Tensor, loss: Loss = mean_square, axis: int =
     assert_close(total_squared_norm(norms), torch.stack(list(oracle.values())).sum(0), rtol=rtol, atol=0)
     floor = 1e-7 * float(total_squared_norm(norms).max())
     for name in norms.keys() & oracle.keys():
-        assert_close(norms[name], oracle[name], rtol=rtol, atol=floor, msg=lambda told, name=name: f"{name}: {told}")
+        assert_close(norms[name], oracle[name], rtol=rtol, atol=floor, msg=lambda text, name=name: f"{name}: {text}")

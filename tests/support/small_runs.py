@@ -41,8 +41,8 @@ class TinyLM(LightningModule):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """``[B, T - 2, V]``, of the tokens from the third on."""
-        seen = self.embed(tokens)
-        return self.mlp(torch.cat([seen[:, :-2], seen[:, 1:-1]], -1))
+        embedded = self.embed(tokens)
+        return self.mlp(torch.cat([embedded[:, :-2], embedded[:, 1:-1]], -1))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         tokens = batch["input_ids"]
@@ -60,7 +60,7 @@ class TinyLM(LightningModule):
 
 
 class DeepLM(TinyLM):
-    """Three hidden layers, so that depth means something."""
+    """Three hidden layers, for tests of depth."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -121,7 +121,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def snapshot(run: Trainer, model: LightningModule) -> str:
-    """Everything that must agree between two runs, to the bit."""
+    """Everything that must be equal in two runs, to the bit."""
     ledger = Ledger.of(run)
     facts = [ledger.losses.state_dict(), ledger.controls.state_dict(), ledger.flags.state_dict(), ledger.onset]
     return repr(_plain([*facts, model.state_dict()]))
