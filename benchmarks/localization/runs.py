@@ -1,4 +1,4 @@
-"""One seed of the localization benchmark: train a model that memorizes, ask every localizer, zero what it says."""
+"""One seed of the localization benchmark: train a model that memorizes, run every localizer, zero the located units."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from lightning_memsink.samples.unique import distinct_rows
 ZEROED = 0.05
 """Share of units zeroed for a single target."""
 PLACEBO = "placebo: default's units of another target"
-JUDGED = (DEFAULT, "random")
+IN_CRITERIA = (DEFAULT, "random")
 SLOW = ("zero-out", "slimming", "hard concrete")
 KINDS = ("natural", "canary")
 DESIGN = Pool(pool_fraction=0.5, active_fraction=0.05)
-"""Of the designed sinks to find again: a sequence owns one pool unit in twenty, so chance is .05."""
+"""Designed sinks to recover: a sequence owns one pool unit in twenty, so chance is .05."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,31 @@ class Sizes:
     twins: int = 32
     epochs: int = 2
     targets: int = 12
-    """Of each kind, at most, for the localizers that a criterion stands on."""
+    """Of each kind, at most, for the localizers in the criteria."""
     compared: int = 4
-    """Of these, for the others; slow ones get one."""
+    """Of each kind, at most, for the other localizers; slow ones get one."""
     injections: int = 4
     """Of each kind; slow localizers get one."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model and what it may know. Sequences are ``[., T]``."""
+    """A trained model and the sequences to test it with, each ``[., T]``."""
 
     module: TextModel
     layers: Sequence[HiddenLayer]
     planted: dict[str, Tensor]
     """By kind."""
     memorized: dict[str, Tensor]
-    """By kind: those that it says word for word."""
+    """By kind: those that it reproduces verbatim."""
     twins: dict[str, Tensor]
     """By kind: never trained on."""
     held_out: Tensor
     vocab_size: int
 
     def task(self, kind: str, targets: Tensor, controls: Tensor | None = None) -> Task:
-        against = self.twins[kind] if controls is None else controls
-        return Task(self.module, self.layers, self.loss, batches(targets), batches(against))
+        controls = self.twins[kind] if controls is None else controls
+        return Task(self.module, self.layers, self.loss, batches(targets), batches(controls))
 
     def loss(self, tokens: Tensor) -> Tensor:
         return self.module.gpt(input_ids=tokens, labels=tokens).loss
@@ -90,7 +90,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One localizer on one target."""
+    """The result of one localizer on one target."""
 
     method: str
     kind: str
@@ -98,21 +98,21 @@ class Attempt:
     curve: Curve
     """Nothing zeroed, and then ``ZEROED`` of the units."""
     returns: float
-    """1 if the target comes back with a changed prompt, 0 if not, NaN if it was not gone."""
+    """1 if the target is reproduced after a perturbed prompt, 0 if not, NaN if it was not removed."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """One seed."""
+class SeedResult:
+    """All results of one seed."""
 
     attempts: list[Attempt]
     recalls: dict[str, list[float]]
     """By method."""
     injections: list[Injection]
     sets: dict[str, tuple[int, AblationTest]]
-    """By kind: how many sequences together, and what zeroing their units did."""
-    blind: dict[str, OwnershipRecovery]
-    """By method, the slow ones left out: designed sinks, found again."""
+    """By kind: the number of sequences together, and the curves of zeroing their units."""
+    ownership_recovery: dict[str, OwnershipRecovery]
+    """By method, without the slow ones: designed sinks recovered."""
 
     def of(self, method: str, *kinds: str) -> list[Attempt]:
         return [each for each in self.attempts if each.method == method and each.kind in (kinds or KINDS)]
@@ -122,8 +122,8 @@ def batches(tokens: Tensor) -> list[Batch]:
     return [Batch(part, len(part)) for part in tokens.split(64)] if len(tokens) else []
 
 
-def learn(sizes: Sizes, seed: int, *callbacks: Callback) -> Subject:
-    """Trains with ``callbacks`` and looks at the model as it is then, without them."""
+def train_subject(sizes: Sizes, seed: int, *callbacks: Callback) -> Subject:
+    """Trains a model with ``callbacks``; the result is without them."""
     corpus = tokenized(python_docs(), seed=seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
     generator = torch.Generator().manual_seed(seed)
@@ -142,25 +142,25 @@ def learn(sizes: Sizes, seed: int, *callbacks: Callback) -> Subject:
         twins=2 * sizes.twins,
         seed=seed,
     )
-    rungs = {rung.kind: rung for rung in planted.groups if rung.kind in KINDS}
+    groups = {group.kind: group for group in planted.groups if group.kind in KINDS}
     data = Sequences(planted.train, torch.arange(len(planted.train)), torch.empty(0), vocab_size, seed)
-    shown = torch.cat([rung.sequences for rung in rungs.values()])
+    sequences = torch.cat([group.sequences for group in groups.values()])
     watch = [LossTracker(identity="content"), *callbacks]
-    run = train(data, held_out, shown, watch, Schedule(epochs=sizes.epochs), seed)
+    run = train(data, held_out, sequences, watch, Schedule(epochs=sizes.epochs), seed)
     return Subject(
         run.module,
         find_hidden_layers(run.module),
-        {kind: rung.sequences for kind, rung in rungs.items()},
-        {kind: rung.sequences[exact_match(run.module, rung.sequences)] for kind, rung in rungs.items()},
-        {kind: rung.twins for kind, rung in rungs.items()},
+        {kind: group.sequences for kind, group in groups.items()},
+        {kind: group.sequences[exact_match(run.module, group.sequences)] for kind, group in groups.items()},
+        {kind: group.twins for kind, group in groups.items()},
         held_out,
         vocab_size,
     )
 
 
-def investigate(sizes: Sizes, seed: int) -> Found:
-    """Everything of one seed."""
-    subject = learn(sizes, seed)
+def run_seed(sizes: Sizes, seed: int) -> SeedResult:
+    """Trains, localizes and ablates with one seed."""
+    subject = train_subject(sizes, seed)
     attempts = [attempt for kind in KINDS for attempt in _single_targets(subject, kind, sizes)]
     recalls, injections = _injections(subject, sizes, seed)
     exact = partial(exact_match, subject.module)
@@ -172,21 +172,21 @@ def investigate(sizes: Sizes, seed: int) -> Found:
                 len(targets),
                 evaluate_ablation(task, METHODS[DEFAULT](task), _groups(subject, kind, None), exact),
             )
-    return Found(attempts, recalls, injections, sets, _blind(sizes, seed))
+    return SeedResult(attempts, recalls, injections, sets, _ownership_recovery(sizes, seed))
 
 
 def _single_targets(subject: Subject, kind: str, sizes: Sizes) -> list[Attempt]:
-    many = min(sizes.targets, len(subject.memorized[kind]))
+    available = min(sizes.targets, len(subject.memorized[kind]))
     attempts, placebo = [], []
     for method, localizer in METHODS.items():
-        asked = sizes.targets if method in JUDGED else 1 if method in SLOW else sizes.compared
-        for row in range(min(many, asked)):
+        allowed = sizes.targets if method in IN_CRITERIA else 1 if method in SLOW else sizes.compared
+        for row in range(min(available, allowed)):
             task, start = subject.task(kind, subject.memorized[kind][row][None]), time.perf_counter()
             scores = partial(localizer, seed=row)(task) if method == "random" else localizer(task)
             seconds = time.perf_counter() - start
             attempts.append(_zero(subject, kind, row, method, scores, seconds))
-            if method == DEFAULT and many > 1:
-                placebo.append(_zero(subject, kind, (row + 1) % many, PLACEBO, scores, seconds))
+            if method == DEFAULT and available > 1:
+                placebo.append(_zero(subject, kind, (row + 1) % available, PLACEBO, scores, seconds))
     return attempts + placebo
 
 
@@ -201,9 +201,9 @@ def _zero(subject: Subject, kind: str, row: int, method: str, scores: Scores, se
     return Attempt(method, kind, seconds, curve, returns)
 
 
-def _blind(sizes: Sizes, seed: int) -> dict[str, OwnershipRecovery]:
-    """Trains once more, each sequence with pool units of its own, and asks for them with the whole pool on."""
-    subject = learn(sizes, seed, MemSinks(DESIGN.pool_fraction, DESIGN.active_fraction, certify=0))
+def _ownership_recovery(sizes: Sizes, seed: int) -> dict[str, OwnershipRecovery]:
+    """Trains again with pool units of each sequence's own, and recovers them with the whole pool active."""
+    subject = train_subject(sizes, seed, MemSinks(DESIGN.pool_fraction, DESIGN.active_fraction, certify=0))
     planted = torch.cat(list(subject.planted.values()))
     ids = content_ids({"input_ids": planted})
     ownership = {layer.name: DESIGN.own(ids, layer.units) & ~DESIGN.dropped(layer.units) for layer in subject.layers}
@@ -228,14 +228,14 @@ def _groups(subject: Subject, kind: str, row: int | None) -> Groups:
 def _injections(subject: Subject, sizes: Sizes, seed: int) -> tuple[dict[str, list[float]], list[Injection]]:
     """Recall of each method, and each injection; the first of a kind is the only one for slow methods."""
     recalls: dict[str, list[float]] = {method: [] for method in METHODS}
-    done = []
+    injections = []
     for kind in KINDS:
         for row in range(sizes.injections):
             twins = subject.twins[kind]
             task = subject.task(kind, twins[row][None], twins[sizes.injections :])
             with injected(task, seed=seed + row) as injection:
-                done.append(injection)
+                injections.append(injection)
                 for method, localizer in METHODS.items():
                     if row == 0 or method not in SLOW:
                         recalls[method].append(evaluate_injection(localizer, task, injection).recall)
-    return recalls, done
+    return recalls, injections
