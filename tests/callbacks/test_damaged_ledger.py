@@ -88,7 +88,7 @@ DAMAGES = {
     of_another_kind: r"ledger is damaged: column exposures is torch.float64",
     no_controls: r"a state of LossTracker that this version can't read \(KeyError: 'controls'\)",
     verdicts_of_a_newer_version: r"a state of MemorizationDetector that this version can't read .*mood",
-    verdicts_of_another_ledger: r"verdicts on \d+ samples, but LossTracker knows 0",
+    verdicts_of_another_ledger: r"verdicts on \d+ samples, but LossTracker has 0",
     no_actions: r"a state of SampleGradientMask that this version can't read",
     no_window: r"a state of SinkLocalizer that this version can't read",
     no_history: r"a state of LiveCurves that this version can't read",
