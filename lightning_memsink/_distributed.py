@@ -1,4 +1,4 @@
-"""What all processes saw, on every process alike, before it enters a slot."""
+"""Gathers values from all processes, so that every process has the same."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def gather(seen: T) -> list[T]:
-    """What each process passed, in the order of ranks. Every process must call it at the same point."""
+def gather(value: T) -> list[T]:
+    """The ``value`` of each process, in the order of ranks. Every process must call it at the same point."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [seen]
-    everyone = [seen] * dist.get_world_size()
-    dist.all_gather_object(everyone, seen)
-    return everyone
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def is_first() -> bool:

@@ -1,4 +1,4 @@
-"""Who was in the batch and how hard was it: per-sample losses, written to the ledger."""
+"""The callback that writes per-sample losses to the ledger."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LossTracker(Callback):
 
     Args:
         identity: what makes two visits the same sample. ``index``: its place in the data set. ``content``: equal
-            token sequences (or tensors) share one id, so that duplicates count as one sample seen often.
+            token sequences (or tensors) share one id, so that duplicates count as visits of one sample.
             ``key``: ``batch[key]``. ``auto``: the key if the batch has it, else the index, else the content.
         key: name of the user's own ids in the batch.
         depth: recent losses remembered per sample, for you to read in the ledger; 2 bytes each.
@@ -48,7 +48,7 @@ class LossTracker(Callback):
             tokens the default is n-gram likelihood and compressed size; for others there is none.
         controls: a loader of held-out samples, if the validation set is not the one to compare with.
         control_fraction: split this share off the training set before training, and use it as controls.
-        control_every: optimizer steps between two looks at such controls; the validation set needs none of our own.
+        control_every: optimizer steps between two evaluations of such controls. Lightning evaluates a validation set.
         flush_every: steps between two writes to the table. Between them a step only appends to a list.
         new_ledger: when resuming, leave the checkpoint's ledger alone and begin a new one, with all that callbacks of
             this package know of samples. Weights, optimizer and progress are resumed.
@@ -103,7 +103,7 @@ class LossTracker(Callback):
         Ledger.of(trainer).controls = self.controls
         Ledger.of(trainer).batch = self.batch
         Ledger.of(trainer).close_with(Ledger.controls, self._close_evaluation)
-        self.controls.has_own_source = self.probe.wanted
+        self.controls.has_own_source = self.probe.has_controls
 
     # Training -------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class LossTracker(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("train")
         self._flush()
-        if self.probe.wanted and self.controls.latest_step < trainer.global_step:
+        if self.probe.has_controls and self.controls.latest_step < trainer.global_step:
             self._evaluate_controls(trainer, pl_module)
 
     # Controls -------------------------------------------------------------------------------------------------
@@ -216,15 +216,15 @@ class LossTracker(Callback):
     # Ours alone -----------------------------------------------------------------------------------------------
 
     def _identify(self, batch: Any, stage: Stage) -> DescribedBatch | None:
-        """None if nobody can tell whose the batch is."""
+        """The samples of a batch; None if they can't be identified."""
         ids = self.loader_ids.take(batch, stage)
         if ids is None or not len(ids):
             return None
         return DescribedBatch.of(batch, ids, self.features)
 
     def _validation_counts(self, trainer: Trainer) -> bool:
-        """Whether the validation loop that runs now shows controls."""
-        return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.wanted
+        """Whether the samples of the validation loop that runs now are controls."""
+        return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.has_controls
 
     def _add_controls(self, found: DescribedBatch | None, outputs: Any) -> None:
         if found is None:
@@ -248,28 +248,28 @@ class LossTracker(Callback):
             self.table.reference_step = self.controls.latest_step
 
     def _evaluate_controls(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An evaluation of our own, of held-out samples that are no validation set."""
+        """Evaluates held-out samples that are no validation set."""
         self._flush()
         self.controls.begin(trainer.global_step)
         try:
-            with closing(self.probe.look(trainer, pl_module, self.control_capture)) as looks:
-                for batch, rows, outputs in looks:
+            with closing(self.probe.evaluate(trainer, pl_module, self.control_capture)) as steps:
+                for batch, rows, outputs in steps:
                     ids = self.sample_ids.of(batch, rows)
                     if ids is not None and len(ids):
                         self._add_controls(DescribedBatch.of(batch, ids, self.features), outputs)
-        except Exception as error:  # nothing we look at is worth the run
+        except Exception as error:  # an evaluation must not end the training
             self.control_capture.abandon()
             self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
             warn_once(
                 self._warnings,
-                f"LossTracker could not look at its controls ({type(error).__name__}: {error}). Training goes on, and "
+                f"LossTracker could not evaluate its controls ({type(error).__name__}: {error}). Training goes on, and "
                 "samples are judged by the evaluation before, if there was one. The controls' batches must be such as "
                 "training_step takes.",
             )
         self._close_evaluation(Ledger.of(trainer))
 
     def _flush(self) -> None:
-        """Reduce, then record: what all processes saw enters the table in the order of steps, then ranks."""
+        """Gathers the visits of all processes and records them in the order of steps, then ranks."""
         visits = sorted((visit for one in gather(self._visits) for visit in one), key=lambda visit: visit.step)
         with interrupts_deferred():
             self._visits = []

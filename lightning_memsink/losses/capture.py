@@ -46,13 +46,13 @@ class _Backward:
 
 
 class StepCapture:
-    """What one training step's loss calls say about its samples.
+    """Reads the per-sample losses of a training step from its loss calls.
 
     Args:
         module_name: the user's class, for messages.
         automatic: whether Lightning runs the optimizer. Then a second backward in a step is a closure run again
             (L-BFGS) and does not count; otherwise the losses of all backwards are added.
-        search: how loss calls are found; others may ask of the same loss.
+        search: finds the loss calls of a loss; a cached search can be shared with other callbacks.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class StepCapture:
             return _failed(f"{self.module_name}.training_step", error)
 
     def abandon(self) -> None:
-        """After an exception in the step: forget it."""
+        """Discards the step, after an exception in it."""
         self._watch.stop()
         self._backwards.clear()
 
@@ -169,7 +169,7 @@ class StepCapture:
 
 
 class EvaluationCapture:
-    """What one validation step's loss calls say about its samples, weighed as training weighed the same calls."""
+    """Reads the per-sample losses of a validation step from its loss calls, weighted as in training."""
 
     def __init__(self, training: StepCapture) -> None:
         self.training = training
@@ -201,7 +201,7 @@ class EvaluationCapture:
         return NotCaptured(remedy(step, f"calls {calls}, where training_step was seen to use {trained}."))
 
     def abandon(self) -> None:
-        """After an exception in the step: forget it."""
+        """Discards the step, after an exception in it."""
         self._watch.stop()
 
     def _terms(self, watched: Sequence[LossCall], batch_size: int) -> list[Term]:
@@ -248,7 +248,7 @@ def reported_ids(outputs: Any, ids: Tensor) -> Tensor:
 
 
 def remedy(step: str, found: str) -> str:
-    """One message: what was found in a step, and the line that ends the doubt."""
+    """One message: what was found in a step, and the line to end it with."""
     return f"{step} {found} End {step} with `return per_sample(losses, ids)`."
 
 
@@ -262,7 +262,7 @@ def _failed(step: str, error: Exception) -> NotCaptured:
 
 
 def _laid_out(call: LossCall, batch_size: int, time_major: bool) -> LossCall:
-    """A watched call, which has no graph to tell its layout, with the one that training's graph told."""
+    """A watched call, which has no graph, with the layout that was found in the graph of training."""
     if not time_major or not batch_size:
         return call
     steps = call.losses.shape[0] if call.losses.ndim > 1 else call.losses.numel() // batch_size

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossRows:
-    """Where the rows of a loss call come from, as its graph tells.
+    """Where the rows of a loss call come from, found in its graph.
 
     ``sizes`` are the leading sizes of tensors that were flattened into the rows, nearest first. ``index`` is the tensor
     that rows were picked with, ``picked_by`` the name of the node that picked them. ``buffer`` is (storage, offset,
@@ -67,6 +67,6 @@ class LossCall:
         return weights if self.weights is None else weights * self.weights, 1.0 / self.divisor
 
     def total(self) -> Tensor:
-        """What the call adds to the step's loss."""
+        """The call's contribution to the step's loss."""
         weights, scale = self.coefficients()
         return torch.where(weights == 0, 0.0, weights * self.losses).sum() * scale

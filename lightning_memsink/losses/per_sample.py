@@ -1,4 +1,4 @@
-"""What each sample's loss is, given what the loss calls of a step computed.
+"""Computes each sample's loss from the loss calls of a step.
 
 A loss call has elements (tokens, pixels, outputs). Element ``e`` has an unreduced loss ``l_e`` and a coefficient
 ``s_e``, the weight it has in the number that is differentiated: the sum of ``s_e * l_e`` is that number.
@@ -45,7 +45,7 @@ def per_sample(losses: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
         report[IDS_KEY] = ids.detach()
     node: Any = report["loss"].grad_fn
     if node is not None and not torch.compiler.is_compiling():
-        # Outputs are seen after the backward; what acts on it finds the report in the graph.
+        # Callbacks get the outputs after the backward; before it they find the report in the graph.
         node.metadata.update({key: value for key, value in report.items() if key != "loss"})
     return report
 
@@ -103,7 +103,7 @@ class SampleAxisLost(UnreadableLoss):
 
 def time_steps(call: LossCall, batch_size: int) -> int:
     """``T`` if the rows run ``[T, B]``, else 0. The nearest tensor with a ``B`` in its first two sizes decides; where
-    both are ``B`` nothing tells, and the rows are taken to run ``[B, T]``."""
+    both are ``B`` the layout is ambiguous, and ``[B, T]`` is assumed."""
     for sizes in (tuple(call.losses.shape), *call.rows.sizes):
         if sizes[:1] == (batch_size,):
             return 0
@@ -132,10 +132,10 @@ def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None
     there is one run for each sample, in order.
 
     Args:
-        samples: ``[N]`` the rows' samples, where the call's graph doesn't tell them.
+        samples: ``[N]`` the rows' samples, where the call's graph doesn't contain them.
 
     Raises:
-        SampleAxisLost: the elements can't be told apart by sample.
+        SampleAxisLost: the elements can't be assigned to samples.
     """
     if samples is None:
         samples = sample_of_row(call, batch_size)
@@ -148,7 +148,7 @@ def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None
 
 
 def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
-    """Sums a call's elements by sample: those that ``samples`` ``[N]`` names, or those the call's graph tells."""
+    """Sums a call's elements by sample: those that ``samples`` ``[N]`` names, or those found in the call's graph."""
     weights, scale = call.coefficients()
     shared = call.upstream is not None and call.upstream.ndim == 0 and samples is None
     by_sample = call.folded.get(batch_size) if shared else None

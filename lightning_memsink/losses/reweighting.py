@@ -55,7 +55,7 @@ class OpenLoss:
         loss: as it will be differentiated, scaled as it may be.
         batch_size: B.
         loss_scale: what accumulation and gradient scaling multiplied the loss with.
-        found: what `find_loss_nodes` says of this loss, where it was asked before.
+        found: what `find_loss_nodes` returned for this loss, if it was called before.
 
     Raises:
         UnreadableLoss: no loss call is found (compiled code, custom autograd functions), or none has a sample axis.
@@ -66,8 +66,8 @@ class OpenLoss:
         found = find_loss_nodes(loss) if found is None else found
         if not found:
             raise UnreadableLoss(
-                f"the loss comes from {', '.join(names_near(loss)) or 'no graph'}, where the part of a sample can't be "
-                "told. End training_step with `return per_sample(losses, ids)`"
+                f"the loss comes from {', '.join(names_near(loss)) or 'no graph'}, where samples can't be "
+                "separated. End training_step with `return per_sample(losses, ids)`"
             )
         found = [(node, copy(call)) for node, call in found]  # who found them waits for another upstream than we
         _note_upstreams(loss, found)

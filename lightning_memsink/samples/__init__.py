@@ -1,1 +1,1 @@
-"""Who is in a batch: ids, tokens, and the tables that remember every sample."""
+"""Samples: ids and tokens of a batch, and the tables of every sample's losses."""

@@ -1,4 +1,4 @@
-"""What a batch holds: its tensors, and how many samples."""
+"""The tensors of a batch and its number of samples."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ def batch_size(batch: Any) -> int | None:
 
 
 def is_index_of(index: Tensor, batch: Any, size: int | None) -> bool:
-    """Whether ``index`` holds one row for each sample. The batch's first tensor need not say: a batch of graphs begins
-    with the nodes of them all, and its targets have one row a graph."""
+    """Whether ``index`` holds one row for each sample, where ``size`` is the batch's `batch_size`.
+
+    Any tensor of the batch may have as many rows: a batch of graphs begins with the nodes of all graphs, and only its
+    targets have one row a graph.
+    """
     return size in (None, len(index)) or any(len(tensor) == len(index) for tensor in tensors_by_sample(batch))
 
 
 def tensors_by_sample(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch that have rows, so no scalars."""
     return (tensor for tensor in tensors_in(batch) if tensor.ndim)
 
 

@@ -1,4 +1,4 @@
-"""A few samples whose content is remembered, to notice that a data set changed under its ids."""
+"""Detects that a data set changed since a checkpoint, so that ids name other samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_memsink.samples.tokens import Tokens
 
 
 class ContentCheck:
-    """Content hashes of the first samples seen.
+    """Content hashes of the first ``many`` samples of a run, compared after a resume.
 
-    After a resume, most of them coming back with other content means that ids now name other samples. A sample
-    whose content changes within one run (masked language modelling, augmentation) is no witness.
+    If most of them have other content after a resume, ids now name other samples. A sample whose content changes within
+    one run (masked language modelling, augmentation) is not compared.
     """
 
     def __init__(self, many: int = 64) -> None:
@@ -24,7 +24,7 @@ class ContentCheck:
         self._changed = self._same = 0
 
     def check(self, ids: Tensor, tokens: Tokens) -> str | None:
-        """Returns the warning that is due, once most restored witnesses have turned out changed."""
+        """Compares a batch. Returns a warning once most restored samples that came again have changed, else None."""
         room = len(self._content) < self.many
         if not room and not self._restored:
             return None
@@ -45,7 +45,7 @@ class ContentCheck:
         self._restored = {}
         return (
             "The data set changed since the checkpoint: the same sample ids now name other samples "
-            f"({self._changed} of {self._changed + self._same} looked at). Their history in the ledger belongs to the "
+            f"({self._changed} of {self._changed + self._same} compared). Their history in the ledger belongs to the "
             "old ones. Resume with the old data set, use LossTracker(identity='content'), or start a new ledger."
         )
 

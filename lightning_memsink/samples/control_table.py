@@ -1,4 +1,4 @@
-"""Held-out samples: what the model makes of data it never trained on, evaluation by evaluation."""
+"""The losses of held-out samples (controls), which the model never trained on, at each evaluation."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class ControlTable:
         return self._open_step is not None
 
     def begin(self, step: int) -> None:
-        """An evaluation at ``step`` starts."""
+        """Begins an evaluation at ``step``."""
         self.collected, self._open_step = [], step
 
     def add(self, ids: Tensor, losses: Tensor, features: Tensor) -> None:
-        """A batch of it, in this process: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
+        """Adds a batch to the open evaluation: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
         self.collected.append((ids, losses, features))
 
     def close_evaluation(self, collected: Sequence[list[ControlBatch]]) -> None:
-        """It is over. ``collected``: the batches of every process, as their tables `collected` them.
+        """Ends the evaluation and records it. ``collected``: the attribute `collected` of every process's table.
 
         Raises:
             RuntimeError: if no evaluation was begun.
@@ -63,19 +63,19 @@ class ControlTable:
         if self._open_step is None:
             raise RuntimeError("ControlTable.close_evaluation() without begin(step).")
         step, self._open_step, self.collected = self._open_step, None, []
-        seen = [batch for process in collected for batch in process]
-        if seen:
-            ids, losses, features = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        batches = [batch for process in collected for batch in process]
+        if batches:
+            ids, losses, features = (torch.cat(parts) for parts in zip(*batches, strict=True))
             self.record(step, ids, losses, features)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def record(self, step: int, ids: Tensor, losses: Tensor, features: Tensor) -> None:
-        """One evaluation of all controls: ``ids``, ``losses`` ``[M]``, ``features`` ``[M, F]``.
+        """Records one evaluation of all controls: ``ids``, ``losses`` ``[M]``, ``features`` ``[M, F]``.
 
-        A control that came twice counts once. When other controls come than before, the history starts anew:
-        a gap against yesterday's controls would compare two populations.
+        A control that came twice counts once. If the controls are others than before, the history starts anew: a gap
+        to the earlier controls would compare two populations.
         """
         ids, first = first_of_each(ids)
         losses, features = losses.float()[first], features.float()[first]
@@ -92,7 +92,7 @@ class ControlTable:
         self._keep(step, losses)
 
     def _keep(self, step: int, losses: Tensor) -> None:
-        """Remembers an evaluation; when there is no room, the one whose neighbours are closest in log(step) goes."""
+        """Appends a snapshot. Beyond `SNAPSHOTS` it drops the one whose neighbours are closest in log(step)."""
         self.snapshots = torch.cat([self.snapshots, losses[None]])
         self.snapshot_steps = [*self.snapshot_steps, step]
         if len(self.snapshot_steps) > SNAPSHOTS:

@@ -1,4 +1,4 @@
-"""Controls split off the training set before training, for who has no validation set of the same kind."""
+"""Splits controls off the training set before training, where there is no validation set of the same kind."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class WithoutHeldOut(Sampler[int]):
 def holdout_split(loader: Any, fraction: float) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """A training loader without ``fraction`` of its samples, and a loader of just these.
 
-    Who is held out depends on the data set's length alone, so a resumed run holds out the same. The user's loader
-    is left as it is; neither loader draws more random numbers than it did.
+    The held-out samples depend on the data set's length alone, so a resumed run holds out the same ones. The user's
+    loader is unchanged, and neither loader draws more random numbers than it did.
 
     Raises:
         ValueError: for a loader that samples can't be taken out of without changing how it samples.

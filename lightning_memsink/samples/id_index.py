@@ -1,4 +1,4 @@
-"""From any 64-bit id to a dense row.
+"""An index from 64-bit ids to dense rows.
 
 N  ids known      V  ids looked up
 """
@@ -12,7 +12,7 @@ from lightning_memsink.samples.unique import first_of_each
 
 
 class IdIndex:
-    """From any 64-bit id to a dense row, rows in order of first sight.
+    """From any 64-bit id to a dense row, rows in order of first occurrence.
 
     Sorted runs, each at least twice as long as the next: new ids are a run, merged with the last ones while they are
     short. So a new id is moved a few dozen times in all, and a lookup is a binary search in each run; 12 bytes a row.
@@ -35,7 +35,7 @@ class IdIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of memory."""
         return sum(ids.nbytes + rows.nbytes for ids, rows in self._runs)
 
     def find(self, ids: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class IdIndex:
         return rows
 
     def intern(self, ids: Tensor) -> Tensor:
-        """Rows of ``ids``, giving new ids the next rows in order of first sight."""
+        """Rows of ``ids``, giving new ids the next rows in order of first occurrence."""
         rows = self.find(ids)
         unknown = (rows < 0).nonzero().flatten()
         if len(unknown):
             new, first = first_of_each(ids[unknown])
-            given = torch.empty_like(first)
-            given[first.argsort()] = len(self) + torch.arange(len(new))
-            rows[unknown] = given[torch.searchsorted(new, ids[unknown])]
-            self._append(new, given.int())
+            new_rows = torch.empty_like(first)
+            new_rows[first.argsort()] = len(self) + torch.arange(len(new))
+            rows[unknown] = new_rows[torch.searchsorted(new, ids[unknown])]
+            self._append(new, new_rows.int())
         return rows
 
     def ids(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which part of a batch is text."""
+"""The token ids of a batch, and which of them are padding."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ def tokens_of(batch: Any) -> Tokens | None:
     """The tokens of a batch, or None if it holds no text.
 
     Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or
-    one that comes first in a tuple or list, as in ``(x, y)``. Only a mapping can say what is padding, by an
-    ``attention_mask`` of the same shape; a mask of another shape (packed, 4-D) says nothing about it.
+    one that comes first in a tuple or list, as in ``(x, y)``. Padding is known only
+    from a mapping's ``attention_mask`` of the same shape; a mask of another shape (packed, 4-D) is ignored.
     """
     if isinstance(batch, Mapping):
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")

@@ -1,14 +1,9 @@
-"""Each value once, and where it stands."""
+"""Distinct values of a tensor, and their positions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def first_of_each(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +25,7 @@ def last_of_each(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distinct_rows(sequences: Tensor) -> Tensor:
-    """``[N, T]`` without repeated rows, in order of first sight."""
+    """``[N, T]`` without repeated rows, in order of first occurrence."""
     first = dict.fromkeys(map(tuple, sequences.tolist()))
     return torch.tensor(list(first), dtype=torch.int64).reshape(-1, sequences.shape[1])
 

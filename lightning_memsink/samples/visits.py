@@ -1,4 +1,4 @@
-"""Batches, as far as the ledger needs them, between the step that saw them and the table."""
+"""Batches between the training step and the loss table: ids, losses, text and features of their samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
 
 
 class DescribedBatch(NamedTuple):
-    """Who is in a batch: ``ids`` ``[B]``, and what they are matched on: their text, the user's features ``[B, F]``."""
+    """The samples of a batch: ``ids`` ``[B]``, and what they are matched on: text, features ``[B, F]``."""
 
     ids: Tensor
     tokens: Tokens | None
@@ -22,8 +22,8 @@ class DescribedBatch(NamedTuple):
     @classmethod
     def of(cls, batch: Any, ids: Tensor, features: Callable[[Any], Tensor] | None) -> DescribedBatch:
         """``features``: the user's, of a batch."""
-        found = tokens_of(batch)
-        tokens = None if found is None or len(found.ids) != len(ids) else Tokens(found.ids.cpu(), found.mask.cpu())
+        text = tokens_of(batch)
+        tokens = None if text is None or len(text.ids) != len(ids) else Tokens(text.ids.cpu(), text.mask.cpu())
         extra = None if features is None else features(batch).detach().float().cpu().reshape(len(ids), -1)
         return cls(ids, tokens, extra)
 

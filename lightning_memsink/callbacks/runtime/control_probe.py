@@ -1,4 +1,4 @@
-"""A look at samples outside the training loop that leaves no trace in the run."""
+"""Evaluates held-out samples outside the training loop, without side effects on the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ControlProbe:
     Args:
         loader: held-out samples, in batches that training_step understands.
         fraction: the share of the training set to hold out instead.
-        every: optimizer steps between two looks.
+        every: optimizer steps between two evaluations.
 
     Raises:
         ValueError: for both at once.
@@ -44,21 +44,21 @@ class ControlProbe:
         self._rows: Tensor | None = None  # of the batch that it gave last
 
     @property
-    def wanted(self) -> bool:
-        """Whether there are such controls, so that the validation set is not asked."""
+    def has_controls(self) -> bool:
+        """Whether there are such controls, so that the validation set is not used."""
         return self.loader is not None or self.fraction is not None
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether it is time for a look, the last one having been at step ``last``."""
-        return self.wanted and step % self.every == 0 and step > max(0, last)
+        """Whether an evaluation is due at ``step``, if the last one was at step ``last``."""
+        return self.has_controls and step % self.every == 0 and step > max(0, last)
 
     def attach(self, trainer: Trainer) -> None:
         """Splits the training loader when Lightning asks for it."""
-        if not self.wanted:
+        if not self.has_controls:
             return
         if not trainer.lightning_module.automatic_optimization:
             raise ValueError(
-                "LossTracker looks at its own controls by calling training_step, which trains under manual "
+                "LossTracker evaluates its own controls by calling training_step, which trains under manual "
                 "optimization. Pass the held-out samples as the validation loader instead."
             )
         if self.fraction is None or self._source is not None:
@@ -78,17 +78,17 @@ class ControlProbe:
         vars(source)["dataloader"] = without_controls
 
     def detach(self) -> None:
-        """Leaves the loaders as they were found."""
+        """Restores the loaders."""
         untag_loader(self._view)
         self._view = None
         if self._source is not None:
             vars(self._source).pop("dataloader", None)
             self._source = self.loader = None
 
-    def look(
+    def evaluate(
         self, trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture
     ) -> Generator[tuple[Any, Tensor, Any]]:
-        """Each batch of controls, its samples' rows ``[B]`` in the data set, and what training_step returned for it.
+        """Yields each batch of controls, its samples' rows ``[B]`` in the data set, and what training_step returned.
 
         Where the loader has no rows, samples are numbered as they come.
         """

@@ -65,7 +65,7 @@ class LoaderIds:
     def take(self, batch: Any, stage: Stage) -> Tensor | None:
         """The ids of a batch: ``[B]`` int64 on the CPU; of several loaders, one after the other.
 
-        Call it once for each batch that starts. None if a batch of strings, say, has neither key nor index.
+        Call it once for each batch that starts. None for a batch without key, index or tensors.
         """
         fetched, combined = self._fetched[stage], self._combined_loader(stage)
         if combined is None or combined._mode == "sequential":
