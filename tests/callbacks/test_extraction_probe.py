@@ -1,4 +1,4 @@
-"""Asking for texts in whole runs: nothing is disturbed, and what is told is what the model would say."""
+"""ExtractionProbe in whole runs: no side effects, and results that agree with generation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.small_runs import CANARIES, LENGTH, VOCABULARY, TinyLM, fit, 
 
 
 class SmallGPT(TinyLM):
-    """What transformers makes, with dropout: a look must not draw from its random state."""
+    """A model of transformers with dropout: a probe must not use its random state."""
 
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
@@ -45,32 +45,32 @@ def run():
     return fit([*watch(), probe()], SmallGPT(), max_epochs=6)
 
 
-def test_looking_changes_no_weight(run):
+def test_a_probe_changes_no_weight(run):
     plain = fit(watch(), SmallGPT(), max_epochs=6)[1].state_dict()
     assert all(torch.equal(weight, plain[name]) for name, weight in run[1].state_dict().items())
 
 
-def test_what_is_told_is_what_generate_says(run):
+def test_results_agree_with_generate(run):
     trainer, module = run
-    extracted = Ledger.of(trainer).extraction
-    last = extracted.rows[-1]
+    history = Ledger.of(trainer).extraction
+    last = history.rows[-1]
     module.eval()
     for group, tokens in TEXTS.items():
-        said = module.gpt.generate(
+        generated = module.gpt.generate(
             tokens[:, :4], attention_mask=torch.ones(len(tokens), 4, dtype=torch.int64), do_sample=False,
             min_new_tokens=LENGTH - 4, max_new_tokens=LENGTH - 4, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
-        # The last look was before the last steps, when no fewer came than never.
-        assert set(extracted.first[group][(said == tokens).all(1)].tolist()) - {-1} or group == "never trained"
+        # The last probe is before the last steps.
+        assert set(history.first[group][(generated == tokens).all(1)].tolist()) - {-1} or group == "never trained"
     assert last["canaries/exact"] == 1
     assert last["canaries/discoverable"] == 1
     assert last["never trained/exact"] == last["never trained/discoverable"] == 0
     assert last["never trained/longest_run"] < 0.5
-    assert extracted.rows[0]["canaries/exact"] == 0
-    assert len(extracted.rows) == len(Ledger.of(trainer).flags.evaluations)
+    assert history.rows[0]["canaries/exact"] == 0
+    assert len(history.rows) == len(Ledger.of(trainer).flags.evaluations)
 
 
-def test_curves_and_report_tell_it(tmp_path):
+def test_curves_and_report_show_the_results(tmp_path):
     callbacks = [*memsink(identity="content", k=4, path=tmp_path / "report.md"), probe()]
     trainer, _ = fit(callbacks, SmallGPT(), max_epochs=6)
     row = Ledger.of(trainer).history[-1]
@@ -82,7 +82,7 @@ def test_curves_and_report_tell_it(tmp_path):
     assert "never trained: 0 of 8 come word for word" in report
 
 
-def test_resuming_goes_on_with_what_was_found(tmp_path):
+def test_a_resumed_run_keeps_its_results(tmp_path):
     whole, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=3)
     first, _ = fit([*watch(), probe()], SmallGPT(0.0), max_epochs=2)
     first.save_checkpoint(tmp_path / "half.ckpt")
@@ -94,14 +94,14 @@ def test_resuming_goes_on_with_what_was_found(tmp_path):
 
 def tiny_logits(model):
     def logits(tokens, mask):
-        seen = model.embed(tokens)
-        after_two = model.mlp(torch.cat([seen[:, :-1], seen[:, 1:]], -1))
+        embedded = model.embed(tokens)
+        after_two = model.mlp(torch.cat([embedded[:, :-1], embedded[:, 1:]], -1))
         return F.pad(after_two, (0, 0, 1, 0))
 
     return logits
 
 
-def test_any_model_can_be_asked_by_saying_how():
+def test_any_model_can_be_probed_with_a_function_for_its_logits():
     model = TinyLM()
     trainer, _ = fit([*watch(), probe(logits=tiny_logits(model))], model, max_epochs=8)
     assert Ledger.of(trainer).extraction.rows[-1]["canaries/longest_run"] > 0.5
@@ -121,18 +121,18 @@ def test_a_model_without_logits_is_refused_at_the_start():
         ({"texts": {"one": torch.zeros(5, dtype=torch.int64)}}, r"token ids \[N, T\] of each group, and not {'one'"),
     ],
 )
-def test_nothing_to_ask_for_is_said_at_the_start(options, words):
+def test_missing_texts_are_refused_at_the_start(options, words):
     with pytest.raises(ValueError, match=words):
         fit([*watch(), probe(**options)], SmallGPT())
 
 
 @pytest.mark.parametrize("options", [{"prefix": 0}, {"n": 0}, {"p": 1.0}, {"temperature": 0.0}, {"top_p": 0.0}])
-def test_what_no_text_can_be_asked_with_is_refused(options):
+def test_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"not (prefix|temperature)="):
         probe(**options)
 
 
-def test_a_look_that_fails_does_not_end_the_run():
+def test_a_probe_that_fails_does_not_end_the_run():
     def broken(tokens, mask):
         raise RuntimeError("no memory left")
 
@@ -147,21 +147,19 @@ def test_shorter_texts_are_padded_and_those_without_suffix_are_not_counted():
     tokens[0, 4:], tokens[1, 6:] = -1, -1
     texts = {"canaries": tokens, "short": tokens[:1]}
 
-    def logits(seen, mask):
-        return F.one_hot(seen.roll(-1, 1).clamp(min=0), VOCABULARY) * 20.0
+    def logits(tokens, mask):
+        return F.one_hot(tokens.roll(-1, 1).clamp(min=0), VOCABULARY) * 20.0
 
-    told = probe_texts(logits, tokens, tokens != -1, ProbeConfig(prefix=4), batch_size=3)
-    assert told.suffix.tolist() == [0, 2, LENGTH - 4, LENGTH - 4]
-    assert told.exact.tolist() == [False, True, True, True]
-    extracted = ExtractionHistory(ProbeConfig(prefix=4))
-    extracted.add(
-        1, {name: probe_texts(logits, each, each != -1, ProbeConfig(prefix=4)) for name, each in texts.items()}
-    )
-    assert extracted.rows[-1]["canaries/exact"] == 1
-    assert extracted.words()[1] == "short: no text is longer than the prefix of 4 tokens."
+    results = probe_texts(logits, tokens, tokens != -1, ProbeConfig(prefix=4), batch_size=3)
+    assert results.suffix.tolist() == [0, 2, LENGTH - 4, LENGTH - 4]
+    assert results.exact.tolist() == [False, True, True, True]
+    history = ExtractionHistory(ProbeConfig(prefix=4))
+    history.add(1, {name: probe_texts(logits, each, each != -1, ProbeConfig(prefix=4)) for name, each in texts.items()})
+    assert history.rows[-1]["canaries/exact"] == 1
+    assert history.words()[1] == "short: no text is longer than the prefix of 4 tokens."
 
 
-def test_the_outermost_language_model_is_asked():
+def test_the_outermost_language_model_is_probed():
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
@@ -175,7 +173,7 @@ def test_the_outermost_language_model_is_asked():
         logits_of(nn.ModuleList([Wrapper(), Wrapper()]))
 
 
-def test_the_default_set_takes_it_and_asks_for_what_was_planted():
+def test_the_preset_adds_it_and_passes_its_options():
     assert [type(each).__name__ for each in memsink(extract=True, prefix=8)][-1] == "ExtractionProbe"
     with pytest.raises(TypeError, match="prefix"):
         memsink(prefix=8)

@@ -1,4 +1,4 @@
-"""Audits of a model that was trained elsewhere: what it finds, and what it does with bad input."""
+"""Audits of a finished model: results, and refusals of bad input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(path, texts, group):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that knows eight texts by heart and eight a little; suspected texts, controls."""
+    """A model that has memorized eight texts and saw eight others rarely; suspected texts, controls."""
     folder = tmp_path_factory.mktemp("audited")
     words = {f"w{word}": word for word in range(WORDS)} | {"[UNK]": WORDS}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -75,21 +75,21 @@ def command(folder, out, **changed):
 
 
 @pytest.fixture(scope="module")
-def told(folder):
+def report_folder(folder):
     main(command(folder, folder / "out"))
     return folder / "out"
 
 
-def test_what_was_planted_is_found(told):
-    numbers = json.loads((told / "report.json").read_text())["numbers"]
+def test_memorized_texts_are_found(report_folder):
+    numbers = json.loads((report_folder / "report.json").read_text())["numbers"]
     assert numbers["extraction"] == {"asked": 16, "exact": 8, "discoverable": 8}
     assert 8 <= numbers["flagged"] <= 16
     assert numbers["separation"]["loss"]["auroc"] > 0.9
     assert numbers["separation"]["min-k%++"]["auroc_low"] > 0.5
 
 
-def test_the_report_says_so_in_words(told):
-    page = (told / "report.md").read_text()
+def test_the_report_says_so_in_words(report_folder):
+    page = (report_folder / "report.md").read_text()
     assert "**Was memorization measured?** Yes. 16 suspected texts against 48 controls." in page
     assert "**Can any be extracted?** Yes. 8 of 16 come word for word" in page
     assert re.search(r"\| x150 \(suspected\) \| 8 \| 8 \| 8 \| 8 \| 100 % \|", page)
@@ -97,39 +97,39 @@ def test_the_report_says_so_in_words(told):
     assert not any(f"w{word} w" in page for word in range(WORDS))  # no raw text
 
 
-def test_an_interrupted_audit_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+def test_an_interrupted_audit_resumes_where_it_stopped(folder, tmp_path, monkeypatch):
     main(command(folder, tmp_path / "whole"))
-    asked = []
+    before = []
 
     class Killed(Exception):
         pass
 
-    def dies(self, answers):
-        if len(asked) > 2:
+    def killed(self, answers):
+        if len(before) > 2:
             raise Killed
-        asked.append(len(answers))
+        before.append(len(answers))
         add(self, answers)
 
     add = AnswersFile.add
-    monkeypatch.setattr(AnswersFile, "add", dies)
+    monkeypatch.setattr(AnswersFile, "add", killed)
     with pytest.raises(Killed):
         main(command(folder, tmp_path / "again"))
     monkeypatch.undo()
     with (tmp_path / "again" / "answers.jsonl").open("a") as file:
         file.write('{"text": "half a li')  # killed while it wrote
-    seen = []
-    monkeypatch.setattr(AnswersFile, "add", lambda self, answers: (seen.append(len(answers)), add(self, answers)))
+    after = []
+    monkeypatch.setattr(AnswersFile, "add", lambda self, answers: (after.append(len(answers)), add(self, answers)))
     main(command(folder, tmp_path / "again"))
-    assert sum(asked) + sum(seen) == 64
+    assert sum(before) + sum(after) == 64
     undated = [
         re.sub(r'"date": "[^"]*"', "", (tmp_path / name / "report.json").read_text()) for name in ("whole", "again")
     ]
     assert undated[0] == undated[1]
 
 
-def test_answers_to_other_questions_are_not_mixed(folder, told):
+def test_results_for_other_settings_are_not_mixed(folder, report_folder):
     with pytest.raises(SystemExit, match=r"answers of another audit \(it differs in prefix\).*--out"):
-        main(command(folder, told, **{"probe.prefix": 5}))
+        main(command(folder, report_folder, **{"probe.prefix": 5}))
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_answers_to_other_questions_are_not_mixed(folder, told):
         ('{"tokens": [1, 99]}\n', "Line 1 has token 99, and the last that this tokenizer knows is 40"),
     ],
 )
-def test_bad_texts_are_told_by_their_line(folder, tmp_path, content, words):
+def test_bad_texts_are_reported_with_their_line(folder, tmp_path, content, words):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(SystemExit, match=re.escape(words)):
         main(command(folder, tmp_path / "out", suspects=tmp_path / "bad.jsonl"))
 
 
-def test_bad_models_are_told(folder, tmp_path):
+def test_bad_models_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for model, words in (
         (tmp_path / "nowhere", "There is no model at"),
@@ -166,7 +166,7 @@ def test_bad_models_are_told(folder, tmp_path):
         main(command(folder, tmp_path / "out", controls=tmp_path / "nothing.jsonl"))
 
 
-def test_a_missing_tokenizer_and_one_of_another_model_are_told(folder, tmp_path):
+def test_a_missing_tokenizer_and_one_of_another_model_are_refused(folder, tmp_path):
     GPT2LMHeadModel.from_pretrained(folder / "model").save_pretrained(tmp_path / "bare")
     with pytest.raises(SystemExit, match=r"There is no tokenizer in .*bare.*--tokenizer DIR"):
         main(command(folder, tmp_path / "out", model=tmp_path / "bare"))
@@ -177,7 +177,7 @@ def test_a_missing_tokenizer_and_one_of_another_model_are_told(folder, tmp_path)
     assert main(command(folder, tmp_path / "out", model=tmp_path / "bare", tokenizer=folder / "model")) == 0
 
 
-def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(folder, tmp_path, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_memsink.extraction.audit.model_loading.available_memory", lambda: 1000.0)
     with pytest.raises(SystemExit, match=r"may need .* GiB are available"):
         main(command(folder, tmp_path / "out"))
@@ -186,21 +186,21 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(folder, tmp_path,
 def test_too_few_controls_give_no_verdict_on_single_texts(folder, tmp_path):
     write(tmp_path / "few.jsonl", some_texts(5, 2), "never")
     main(command(folder, tmp_path / "out", controls=tmp_path / "few.jsonl"))
-    told = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert told["numbers"]["flagged"] is None
-    assert told["answers"][0]["state"] == "partly"
-    assert "5 controls are too few for a verdict on single texts: at least 16 are needed" in told["plain"][0]
-    assert told["numbers"]["separation"]["loss"]["fpr"] == 0.2  # the least that five can tell
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["numbers"]["flagged"] is None
+    assert report["answers"][0]["state"] == "partly"
+    assert "5 controls are too few for a verdict on single texts: at least 16 are needed" in report["plain"][0]
+    assert report["numbers"]["separation"]["loss"]["fpr"] == 0.2  # the smallest that five controls can resolve
 
 
-def test_tokens_stand_for_a_text_as_it_was_cut(folder, tmp_path):
-    def spelled(name):
+def test_texts_may_be_given_as_tokens(folder, tmp_path):
+    def as_tokens(name):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         tokens = ({**row, "tokens": [int(word[1:]) for word in row.pop("text").split()]} for row in rows)
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in tokens))
         return tmp_path / f"{name}.jsonl"
 
-    main(command(folder, tmp_path / "out", suspects=spelled("suspects"), controls=spelled("controls")))
+    main(command(folder, tmp_path / "out", suspects=as_tokens("suspects"), controls=as_tokens("controls")))
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
     assert numbers["extraction"] == {"asked": 16, "exact": 8, "discoverable": 8}
 
@@ -213,7 +213,7 @@ def test_a_control_that_is_suspected_is_refused(folder):
         )
 
 
-def test_what_is_sampled_when_nothing_is_memorized_is_not_flagged(folder, tmp_path):
+def test_texts_that_were_not_trained_on_are_not_flagged(folder, tmp_path):
     write(tmp_path / "fresh.jsonl", some_texts(40, 3), "fresh")
     main(command(folder, tmp_path / "out", suspects=tmp_path / "fresh.jsonl"))
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
@@ -222,18 +222,18 @@ def test_what_is_sampled_when_nothing_is_memorized_is_not_flagged(folder, tmp_pa
     assert numbers["separation"]["loss"]["auroc_low"] < 0.5 < numbers["separation"]["loss"]["auroc_high"]
 
 
-def test_a_closer_look_at_the_texts_that_stand_out(told):
-    page = (told / "report.md").read_text()
+def test_top_texts_are_listed_with_their_generations(report_folder):
+    page = (report_folder / "report.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if re.match(r"\| \d+ \| x\d+ \|", line)]
     assert len(rows) == 16
     for row in rows[:8]:
         assert row[1:2] + row[6:9] == ["x150", "memorized", "yes", "1.00"]
-        assert float(row[9]) > 3  # bits that the rest owes to its own beginning
+        assert float(row[9]) > 3  # bits that the suffix owes to its own prefix
     assert all(float(row[8]) < 1 for row in rows[8:])
 
 
-def test_what_is_said_after_any_beginning_owes_nothing_to_its_own(folder):
-    """A model that says one thing only: likely, and not memorized."""
+def test_a_suffix_that_is_likely_after_any_prefix_owes_nothing_to_its_own(folder):
+    """A model trained on one suffix after many prefixes: the suffix is likely, and not memorized."""
     subject = load(folder / "model")
     common = some_texts(1, 5)[0].split()[PREFIX:]
     rows = torch.tensor([subject.tokenizer(" ".join(common))["input_ids"]])
@@ -248,12 +248,12 @@ def test_what_is_said_after_any_beginning_owes_nothing_to_its_own(folder):
     encoded, controls = (
         encode(each, subject.tokenizer, LENGTH) for each in (texts, [Text(some_texts(1, 2)[0], "", "", 1)])
     )
-    looked = examine_top_texts(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
-    assert looked.similarity.tolist() == [1.0, 1.0]
-    assert looked.prefix_bits.abs().max() < 3
+    top = examine_top_texts(subject, encoded, controls, [0, 1], PREFIX, lambda done: None)
+    assert top.similarity.tolist() == [1.0, 1.0]
+    assert top.prefix_bits.abs().max() < 3
 
 
-def test_the_old_name_of_the_options_still_works(folder, tmp_path, told):
+def test_the_old_name_of_the_options_still_works(folder, tmp_path, report_folder):
     """`--ask.*` and the key `ask:` of copied recipes mean `--probe.*` and `probe:`; `probe` wins over `ask`."""
     old = [word.replace("--probe.", "--ask.") for word in command(folder, tmp_path / "options")]
     assert main(old) == 0
@@ -268,7 +268,7 @@ def test_the_old_name_of_the_options_still_works(folder, tmp_path, told):
         assert main(["audit", *(["--config", str(config)] if name == "old" else [f"--config={config}"])]) == 0
     for name in ("options", "old", "both"):
         found = json.loads((tmp_path / name / "report.json").read_text())["numbers"]
-        assert found == json.loads((told / "report.json").read_text())["numbers"]
+        assert found == json.loads((report_folder / "report.json").read_text())["numbers"]
 
 
 def test_a_wrong_option_of_either_name_is_refused(folder, tmp_path):
@@ -279,7 +279,7 @@ def test_a_wrong_option_of_either_name_is_refused(folder, tmp_path):
         main([*command(folder, tmp_path / "out"), "--ask.closr=3"])
 
 
-def test_units_are_localized_on_request(folder, tmp_path, told):
+def test_units_are_localized_on_request(folder, tmp_path, report_folder):
     main(command(folder, tmp_path / "out", **{"probe.units": True, "probe.unit_fraction": 0.05}))
     sinks = Sinks.load(tmp_path / "out" / "sinks.safetensors")
     assert list(sinks.sizes) == ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]
@@ -287,5 +287,5 @@ def test_units_are_localized_on_request(folder, tmp_path, told):
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())["numbers"]
     assert sum(numbers["located"]["units"].values()) == len(sinks)
     assert f"{len(sinks)} of 384 hidden units" in (tmp_path / "out" / "report.md").read_text()
-    assert not (told / "sinks.safetensors").exists()
-    assert "Where it is" not in (told / "report.md").read_text()
+    assert not (report_folder / "sinks.safetensors").exists()
+    assert "Where it is" not in (report_folder / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""A pretrained model that was fine-tuned on made-up people's numbers: the audit shows how often it saw each."""
+"""A model fine-tuned on records of made-up people: the audit shows how often each was trained on."""
 
 import json
 
@@ -29,8 +29,8 @@ def test_the_dose_shows_in_the_audit(tmp_path):
     model.save_pretrained(folder)
     lines = [json.dumps({"tokens": row[row != 0].tolist(), "kind": "people"}) for row in people.tokens]
     groups = [f"x{times}" for times in TIMES for _ in range(EACH)]
-    told = [json.loads(line) | {"group": group} for line, group in zip(lines, groups, strict=False)]
-    (tmp_path / "suspects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    rows_by_group = [json.loads(line) | {"group": group} for line, group in zip(lines, groups, strict=False)]
+    (tmp_path / "suspects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_by_group))
     (tmp_path / "controls.jsonl").write_text("\n".join(lines[len(groups) :]))
     files = {name: f"--{name}={tmp_path / name}.jsonl" for name in ("suspects", "controls")}
     main(["audit", f"--model={folder}", *files.values(), f"--out={tmp_path / 'out'}", "--probe.prefix=12"])

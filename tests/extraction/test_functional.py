@@ -41,7 +41,7 @@ def llama():
 
 
 def generated(model, prompts, lengths, many, **options):
-    """What ``generate`` says, with prompts of their own ``lengths`` padded to the left and a cache."""
+    """The tokens that ``generate`` returns, with prompts of their own ``lengths`` padded to the left and a cache."""
     places = torch.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
     options = {"do_sample": False, "use_cache": True} | options
     end = model.generate(
@@ -53,31 +53,31 @@ def generated(model, prompts, lengths, many, **options):
 
 def some_texts(model, many):
     """Texts ``[many, LENGTH]``, their prefixes' lengths, and the prefixes to the right of ``[many, 8]``: half are what
-    the model says itself, a quarter have one token changed, a quarter are random."""
+    the model generates, a quarter have one token changed, a quarter are random."""
     lengths, widest = torch.randint(1, 9, (many,)), 8
     prompts = torch.randint(1, VOCABULARY, (many, widest))
-    said = generated(model, prompts, lengths, LENGTH - 1)
+    generations = generated(model, prompts, lengths, LENGTH - 1)
     texts = torch.randint(1, VOCABULARY, (many, LENGTH))
     for row, length in enumerate(lengths.tolist()):
         texts[row, :length] = prompts[row, widest - length :]
         if row < 3 * many // 4:
-            texts[row, length:] = said[row, : LENGTH - length]
+            texts[row, length:] = generations[row, : LENGTH - length]
         if many // 2 <= row < 3 * many // 4:
             place = int(torch.randint(length, LENGTH, (1,)))
             texts[row, place] = texts[row, place] % (VOCABULARY - 1) + 1
-    return texts, lengths, prompts, said
+    return texts, lengths, prompts, generations
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 @torch.no_grad()
-def test_one_forward_says_what_generate_would_on_200_prompts(make):
+def test_one_forward_pass_agrees_with_generate_on_200_prompts(make):
     torch.manual_seed(0)
     model = make().double().eval()
-    texts, lengths, _, said = some_texts(model, 200)
+    texts, lengths, _, generations = some_texts(model, 200)
     logits = model(input_ids=texts).logits
     right = [
         [bool(a == b) for a, b in zip(row[length:], out, strict=False)]
-        for row, length, out in zip(texts.tolist(), lengths.tolist(), said.tolist(), strict=True)
+        for row, length, out in zip(texts.tolist(), lengths.tolist(), generations.tolist(), strict=True)
     ]
     exact = exact_match(logits, texts, lengths)
     assert exact.tolist() == [all(hits) for hits in right]
@@ -86,22 +86,24 @@ def test_one_forward_says_what_generate_would_on_200_prompts(make):
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("scheme", [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.8}]
+)
 @torch.no_grad()
-def test_the_probability_of_a_suffix_is_how_often_it_is_drawn(make, scheme):
+def test_the_probability_of_a_suffix_is_how_often_it_is_drawn(make, options):
     torch.manual_seed(1)
     model, tries = make().eval(), 4000
     text = torch.randint(1, VOCABULARY, (1, 6))
     text = torch.cat([text[:, :4], generated(model, text[:, :4], torch.tensor([4]), 2)], 1)
-    p = float(suffix_log_prob(model(input_ids=text).logits, text, 4, **scheme).exp())
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | scheme
+    p = float(suffix_log_prob(model(input_ids=text).logits, text, 4, **options).exp())
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     drawn = generated(model, text[:, :4].expand(tries, -1), torch.full((tries,), 4), 2, do_sample=True, **options)
     frequency = float((drawn == text[:, 4:]).all(1).float().mean())
     assert abs(frequency - p) <= 4 * math.sqrt(p * (1 - p) / tries) + 1e-9
     assert p > 0.02
 
 
-def test_what_is_cut_off_is_never_drawn():
+def test_excluded_tokens_are_never_sampled():
     logits = torch.tensor([[[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]]])
     assert_close(sampled_log_probs(logits[:, :1], top_k=2).exp()[0, 0, 0], torch.tensor(0.0))
     assert suffix_log_prob(logits, torch.tensor([[1, 0]]), 1, top_k=2).tolist() == [-math.inf]
@@ -178,7 +180,7 @@ def test_exposure_is_bounded_by_its_references_and_ties_count_against():
     assert exposure(torch.tensor([0.5, 1.0, 4.5, 9.0]), references).tolist() == [3.0, 2.0, 3 - math.log2(5), 0.0]
 
 
-def test_a_suffix_that_any_prefix_brings_is_common():
+def test_a_suffix_that_is_likely_after_any_prefix_is_common():
     others = torch.log(torch.tensor([[0.5, 0.5], [0.01, 0.03]]))
     ratio = prior_log_ratio(torch.log(torch.tensor([0.5, 0.4])), others)
     assert_close(ratio, torch.tensor([0.0, math.log(20)]))

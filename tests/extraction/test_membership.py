@@ -44,7 +44,9 @@ def test_scores_against_their_definitions_token_by_token():
         assert_close(float(found["zlib"][row]), sum(own) / packed, rtol=1e-5, atol=1e-5)
         assert_close(float(found["min_k"][row]), sum(sorted(own)[:lowest]) / lowest, rtol=1e-5, atol=1e-5)
         assert_close(float(found["min_k++"][row]), sum(sorted(standard)[:lowest]) / lowest, rtol=1e-4, atol=1e-4)
-    assert all(found[name][2].isnan() for name in ("loss", "min_k", "min_k++"))  # one token foretells nothing
+    assert all(
+        found[name][2].isnan() for name in ("loss", "min_k", "min_k++")
+    )  # there is nothing to predict after one token
 
 
 def test_a_model_that_knows_a_text_scores_it_above_one_that_does_not():

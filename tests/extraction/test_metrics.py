@@ -41,7 +41,7 @@ def test_batches_add_up():
     assert 0.3 < float(metrics[0].compute()) < 1
 
 
-def test_what_is_no_number_is_left_out_and_counted():
+def test_values_that_are_not_finite_are_left_out_and_counted():
     metric = MeanOverTexts(lambda logits, tokens, mask: torch.tensor([1.0, torch.nan, torch.inf, 3.0]))
     assert metric.texts == 0
     metric.update(torch.zeros(4, 2, 3), torch.zeros(4, 2, dtype=torch.int64))
@@ -58,7 +58,7 @@ def test_edits():
     members=st.lists(st.integers(0, 6), min_size=2, max_size=30),
     controls=st.lists(st.integers(0, 6), min_size=2, max_size=30),
 )
-def test_the_area_is_that_of_scikit_learn_and_lies_in_its_interval(members, controls):
+def test_the_auroc_is_that_of_scikit_learn_and_lies_in_its_interval(members, controls):
     found = separation(torch.tensor(members).float(), torch.tensor(controls).float())
     truth = [1] * len(members) + [0] * len(controls)
     assert found.auroc == pytest.approx(roc_auc_score(truth, members + controls))
@@ -81,7 +81,7 @@ def test_all_apart_is_not_all_certain():
     assert found.auroc_low == pytest.approx(0.025**0.1)
 
 
-def test_as_many_controls_may_lie_above_as_was_asked():
+def test_the_requested_share_of_controls_may_lie_above():
     controls = torch.arange(200.0)
     members = torch.tensor([197.5, 198.5, 199.5, torch.nan])
     found = separation(members, controls, fpr=0.01)
@@ -90,6 +90,6 @@ def test_as_many_controls_may_lie_above_as_was_asked():
 
 
 @pytest.mark.parametrize("members", [[], [1.0], [1.0, float("nan")]])
-def test_too_few_are_said_to_be_too_few(members):
+def test_too_few_scores_are_refused(members):
     with pytest.raises(ValueError, match="At least 2 suspected texts and 2 controls"):
         separation(torch.tensor(members), torch.arange(5.0))
