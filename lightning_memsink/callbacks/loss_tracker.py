@@ -99,13 +99,10 @@ class LossTracker(Callback):
             self.loader_ids.attach(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).losses = self.table
-        Ledger.of(trainer).controls = self.controls
-        Ledger.of(trainer).batch = self.batch
-        Ledger.of(trainer).close_with(Ledger.controls, self._close_evaluation)
+        ledger = Ledger.of(trainer)
+        ledger.losses, ledger.controls, ledger.batch = self.table, self.controls, self.batch
+        ledger.close_with(Ledger.controls, self._close_evaluation)
         self.controls.has_own_source = self.probe.has_controls
-
-    # Training -------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._current = self._identify(batch, "train")
@@ -122,10 +119,10 @@ class LossTracker(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        found, self._current = self._current, None
+        current, self._current = self._current, None
         self.batch.forget_loss()
-        if found is not None:
-            ids, tokens, features = found
+        if current is not None:
+            ids, tokens, features = current
             ids = reported_ids(outputs, ids)
             captured = self.capture.finish(outputs, len(ids))
             if isinstance(captured, NotCaptured):
@@ -145,8 +142,6 @@ class LossTracker(Callback):
         self._flush()
         if self.probe.has_controls and self.controls.latest_step < trainer.global_step:
             self._evaluate_controls(trainer, pl_module)
-
-    # Controls -------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validation_counts(trainer):
@@ -170,16 +165,14 @@ class LossTracker(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        found, self._current = self._current, None
+        current, self._current = self._current, None
         if self._validation_counts(trainer):
-            self._add_controls(found, outputs)
+            self._add_controls(current, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("validate")
         if self._validation_counts(trainer):
             self._close_evaluation(Ledger.of(trainer))
-
-    # The end --------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush()
@@ -213,8 +206,6 @@ class LossTracker(Callback):
             self.matching.counts.load_state_dict(state_dict["counts"])
             self.content_check.load_state_dict(state_dict["witnesses"])
 
-    # Ours alone -----------------------------------------------------------------------------------------------
-
     def _identify(self, batch: Any, stage: Stage) -> DescribedBatch | None:
         """The samples of a batch; None if they can't be identified."""
         ids = self.loader_ids.take(batch, stage)
@@ -226,10 +217,10 @@ class LossTracker(Callback):
         """Whether the samples of the validation loop that runs now are controls."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.has_controls
 
-    def _add_controls(self, found: DescribedBatch | None, outputs: Any) -> None:
-        if found is None:
+    def _add_controls(self, batch: DescribedBatch | None, outputs: Any) -> None:
+        if batch is None:
             return
-        ids, tokens, features = found
+        ids, tokens, features = batch
         ids = reported_ids(outputs, ids)
         captured = self.control_capture.finish(outputs, len(ids))
         if isinstance(captured, NotCaptured):
