@@ -1,4 +1,4 @@
-"""One seed of the detection benchmark: train twice, learn the truth, note what was said.
+"""One seed of the detection benchmark: train twice, compute the true memorization, record the detector's verdicts.
 
 N  tested samples      M  controls      E  evaluations
 """
@@ -32,7 +32,7 @@ from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.tokens import Tokens
 
 POSITIVE, NEGATIVE = 1.0, 0.3
-"""A sample is memorized above the one and not memorized below the other, nats per token; in between nobody says."""
+"""Above the first a sample is memorized, below the second it is not, nats per token; others are left out."""
 
 FAMILIES = ("canary", "easy", "shuffled", "template")
 """Kinds whose controls are taken away, one at a time."""
@@ -40,7 +40,7 @@ FAMILIES = ("canary", "easy", "shuffled", "template")
 
 @dataclass(frozen=True)
 class Findings:
-    """One seed: what is true and what was said of it."""
+    """One seed: true memorization, scores and verdicts."""
 
     population: Population
     memorization: Tensor
@@ -48,17 +48,17 @@ class Findings:
     scores: dict[str, Tensor]
     """``[N]`` each, larger the more it looks memorized; ``knn gap, live`` is the detector's own."""
     flagged: Tensor
-    """Bool ``[N]``: stood as memorized when training ended, by losses that training itself had passed."""
+    """Bool ``[N]``: memorized when training ended, by losses recorded during training."""
     flagged_after: Tensor
-    """Bool ``[N]``: flagged when all losses were taken anew after training, as an auditor would."""
-    bereft: dict[str, tuple[Tensor, Measurement]]
-    """By kind whose controls were taken away: who of ``[N]`` had those, and what is said of all without them."""
+    """Bool ``[N]``: flagged by losses that were computed after training, as an auditor computes them."""
+    without_controls: dict[str, tuple[Tensor, Measurement]]
+    """By kind whose controls were removed: bool ``[N]`` of its samples, and a measurement without them."""
     twins: Tensor
     """Bool ``[M]``: flagged when half of the controls is measured against the other half."""
     flag_at: Tensor
-    """``[N]`` the evaluation from which on a sample stood as memorized; E if it never did."""
+    """``[N]`` the first evaluation at which a sample was memorized; E if it never was."""
     exact_at: Tensor
-    """``[N]`` the evaluation at which it could first be extracted, word for word; E if never."""
+    """``[N]`` the first evaluation at which it could be extracted verbatim; E if never."""
     evaluation_step: Tensor
     """``[E]``"""
 
@@ -71,19 +71,19 @@ class Findings:
         return self.memorization < NEGATIVE
 
     def auroc(self, score: str, *kinds: str) -> float:
-        """Against all unmemorized samples, or those of some kinds."""
+        """AUROC of a score: memorized samples against all samples that are not, or those of some kinds."""
         rivals = self.negative & self.population.of(*kinds) if kinds else self.negative
         return scores.auroc(self.scores[score], self.positive, rivals)
 
     def lead_steps(self) -> Tensor:
-        """Steps from flag to first extraction, of each sample ever extracted though it is not easy; -inf unflagged."""
+        """Steps from flag to first extraction, of each memorized sample ever extracted; -inf if never flagged."""
         extracted = (self.exact_at < len(self.evaluation_step)) & self.positive
         steps = torch.cat([self.evaluation_step.float(), torch.tensor([torch.inf])])
         return steps[self.exact_at[extracted]] - steps[self.flag_at[extracted]]
 
 
 class Verdicts(Callback):
-    """Notes after every evaluation who stands as memorized."""
+    """Records after every evaluation which samples are memorized."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
@@ -95,37 +95,37 @@ class Verdicts(Callback):
 
 
 def investigate(sizes: Sizes, schedule: Schedule, rule: DetectionRule, seed: int, save: Path | None = None) -> Findings:
-    """Trains both runs of one seed and holds what was said of the samples against what is true."""
+    """Trains both runs of one seed and compares the detector's verdicts with true memorization."""
     corpus = tokenized(python_docs(), seed=seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
-    people = populate(corpus, vocab_size, sizes, seed)
-    verdicts = Verdicts(people.tested)
-    texts = people.tokens[people.tested]
+    population = populate(corpus, vocab_size, sizes, seed)
+    verdicts = Verdicts(population.tested)
+    texts = population.tokens[population.tested]
     tracker = LossTracker(identity="key")
-    crew = [tracker, MemorizationDetector(**asdict(rule)), verdicts]
+    callbacks_of_main = [tracker, MemorizationDetector(**asdict(rule)), verdicts]
     main, twin = (
         train(
-            Sequences(people.tokens, rows, people.noise, vocab_size, seed),
-            people.controls, texts, callbacks, schedule, seed,
+            Sequences(population.tokens, rows, population.noise, vocab_size, seed),
+            population.controls, texts, callbacks, schedule, seed,
         )
-        for rows, callbacks in ((people.main, crew), (people.twin, []))
+        for rows, callbacks in ((population.main, callbacks_of_main), (population.twin, []))
     )  # fmt: skip
-    # An id without a text of its own is as good as its next text.
+    # A noise sample has new tokens at every visit: measure it on the next ones.
     drawn = torch.randint(vocab_size, texts.shape, generator=torch.Generator().manual_seed(seed))
-    texts = torch.where(people.of("noise")[:, None], drawn, texts)
+    texts = torch.where(population.of("noise")[:, None], drawn, texts)
     nll = token_nll(main.module, texts)
-    ends = [token_nll(run.module, people.controls).mean(1) for run in (main, twin)]
-    memorization = _truth(people, nll.mean(1), token_nll(twin.module, texts).mean(1), *ends)
-    _describe_again(tracker, people.tested, texts)
-    after = _measure_after(people, main.ledger, nll.mean(1), ends[0])
+    ends = [token_nll(run.module, population.controls).mean(1) for run in (main, twin)]
+    memorization = _truth(population, nll.mean(1), token_nll(twin.module, texts).mean(1), *ends)
+    _describe_again(tracker, population.tested, texts)
+    after = _measure_after(population, main.ledger, nll.mean(1), ends[0])
     found = Findings(
-        population=people,
+        population=population,
         memorization=memorization,
-        scores=_all_scores(people, main, texts, nll, after, rule, schedule),
+        scores=_all_scores(population, main, texts, nll, after, rule, schedule),
         flagged=verdicts.memorized[-1],
         flagged_after=measure_gaps(*after, rule).flagged,
-        bereft={kind: _without(kind, people, main.ledger, rule) for kind in FAMILIES},
-        twins=_judge_twins(main.ledger, rule),
+        without_controls={kind: _without(kind, population, main.ledger, rule) for kind in FAMILIES},
+        twins=_flag_twins(main.ledger, rule),
         flag_at=scores.first_time(torch.stack(verdicts.memorized)),
         exact_at=scores.first_time(main.exact),
         evaluation_step=main.evaluation_step,
@@ -136,33 +136,33 @@ def investigate(sizes: Sizes, schedule: Schedule, rule: DetectionRule, seed: int
     return found
 
 
-def _truth(people: Population, main: Tensor, twin: Tensor, main_controls: Tensor, twin_controls: Tensor) -> Tensor:
+def _truth(population: Population, main: Tensor, twin: Tensor, main_controls: Tensor, twin_controls: Tensor) -> Tensor:
     truth = torch.empty_like(main)
-    for kind in set(people.kind):
-        of, like = people.of(kind), people.controls_of(kind)
+    for kind in set(population.kind):
+        of, like = population.of(kind), population.controls_of(kind)
         truth[of] = scores.counterfactual(main[of], twin[of], main_controls[like], twin_controls[like])
     return truth
 
 
 def _describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
-    """Matching features as of now: of a sample last visited long ago they are as old as that visit."""
+    """Updates the matching features, which are as old as the last visit of each sample."""
     tokens = Tokens(texts, torch.ones_like(texts, dtype=torch.bool))
     rows = tracker.table.index.find(ids)
     tracker.matching.describe(tracker.table, rows, torch.ones_like(rows, dtype=torch.bool), tokens, None)
 
 
 def _measure_after(
-    people: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor
+    population: Population, ledger: Ledger, losses: Tensor, of_controls: Tensor
 ) -> tuple[SampleFeatures, Controls]:
-    """What there is to measure by losses ``[N]`` and ``[M]`` taken after training."""
-    rows = ledger.losses.index.find(people.tested)
+    """Samples and controls with losses ``[N]`` and ``[M]`` that were computed after training."""
+    rows = ledger.losses.index.find(population.tested)
     last = replace(samples_of(ledger.losses, ledger.controls, rows), losses=losses, weight=torch.ones(len(rows)))
     now = of_controls[ledger.controls.ids]
     return last, replace(known_controls(ledger.controls), before=now, after=now)
 
 
 def _all_scores(
-    people: Population,
+    population: Population,
     main: Run,
     texts: Tensor,
     nll: Tensor,
@@ -170,10 +170,10 @@ def _all_scores(
     rule: DetectionRule,
     schedule: Schedule,
 ) -> dict[str, Tensor]:
-    """Every rival is measured by a forward at the end of the run; the detector so, and live."""
+    """All other scores come from a forward at the end of the run; the detector's from that and from training."""
     ledger = main.ledger
-    rows = ledger.losses.index.find(people.tested)
-    confidence, variability = scores.cartography(main.visit_id, main.visit_probability, len(people.tokens))
+    rows = ledger.losses.index.find(population.tested)
+    confidence, variability = scores.cartography(main.visit_id, main.visit_probability, len(population.tokens))
     return {
         "knn gap": measure_gaps(*after, rule).gap,
         "knn gap, live": ledger.flags.gap[rows].float(),
@@ -183,28 +183,28 @@ def _all_scores(
         "compressed size": scores.compressed_ratio(nll, compressed_bits(texts, torch.ones_like(texts).bool())),
         "min-k %": scores.min_k(nll),
         "gradient norm": -gradient_norms(main.module, texts),
-        "exposures": people.repeats.float() * schedule.epochs,
-        "confidence": confidence[people.tested],
-        "variability": variability[people.tested],
+        "exposures": population.repeats.float() * schedule.epochs,
+        "confidence": confidence[population.tested],
+        "variability": variability[population.tested],
     }
 
 
 def _measure_again(ids: Tensor, keep: Tensor, ledger: Ledger, rule: DetectionRule) -> Measurement:
-    """What the end of the run says of samples ``ids``, by the controls in ``keep`` ``[M]``."""
+    """Measures the samples ``ids`` at the end of the run against the controls in ``keep`` ``[M]``."""
     rows = ledger.losses.index.find(ids)
     samples = samples_of(ledger.losses, ledger.controls, rows)
     return measure_gaps(samples, known_controls(ledger.controls).only(keep), rule)
 
 
-def _without(kind: str, people: Population, ledger: Ledger, rule: DetectionRule) -> tuple[Tensor, Measurement]:
-    """Takes a kind's controls away: who has lost them, bool ``[N]``, and a new measurement."""
-    gone = people.controls_of(kind)
-    losers = torch.tensor([bool(people.controls_of(each)[gone].any()) for each in people.kind])
-    return losers, _measure_again(people.tested, ~gone[ledger.controls.ids], ledger, rule)
+def _without(kind: str, population: Population, ledger: Ledger, rule: DetectionRule) -> tuple[Tensor, Measurement]:
+    """Removes the controls of a kind: bool ``[N]`` of the samples they belong to, and a new measurement."""
+    removed = population.controls_of(kind)
+    affected = torch.tensor([bool(population.controls_of(each)[removed].any()) for each in population.kind])
+    return affected, _measure_again(population.tested, ~removed[ledger.controls.ids], ledger, rule)
 
 
-def _judge_twins(ledger: Ledger, rule: DetectionRule) -> Tensor:
-    """Each half of the controls as if it were trained on, by the other half."""
+def _flag_twins(ledger: Ledger, rule: DetectionRule) -> Tensor:
+    """Measures each half of the controls as samples, against the other half."""
     known = known_controls(ledger.controls)
     even = torch.arange(len(known.after)) % 2 == 0
     flagged = torch.zeros_like(even)
@@ -219,8 +219,8 @@ def _judge_twins(ledger: Ledger, rule: DetectionRule) -> Tensor:
 
 
 def _plain(found: Findings, main: Run, twin: Run, texts: Tensor) -> dict[str, Any]:
-    """All that a detector can be tuned on, without training again: tensors and plain values."""
-    people, table, controls = found.population, main.ledger.losses, main.ledger.controls
+    """Everything to tune a detector without training again: tensors and plain values."""
+    population, table, controls = found.population, main.ledger.losses, main.ledger.controls
     runs = {
         name: {
             "visits": {"step": run.visit_step, "id": run.visit_id, "loss": run.visit_loss},
@@ -228,12 +228,12 @@ def _plain(found: Findings, main: Run, twin: Run, texts: Tensor) -> dict[str, An
             "control_losses": run.control_losses,
             "exact": run.exact,
             "tested_nll": token_nll(run.module, texts),
-            "control_nll": token_nll(run.module, people.controls),
+            "control_nll": token_nll(run.module, population.controls),
         }
         for name, run in (("main", main), ("twin", twin))
     }
     return runs | {
-        "population": vars(people),
+        "population": vars(population),
         "memorization": found.memorization,
         "scores": found.scores,
         "flagged": found.flagged,

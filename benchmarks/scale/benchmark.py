@@ -1,9 +1,9 @@
-"""Does it hold up with millions of samples: a step, memory, an evaluation, a checkpoint, from 10^4 samples to 10^7.
+"""Costs of a step, memory, an evaluation and a checkpoint, from 10^4 samples to 10^7.
 
-Every size has a process of its own, whose resident memory counts what it holds, whoever allocated it. Steps are
-measured in one process on all tables in turns. Samples are matched on four features and the early loss, with 2,000
+Every size is measured in a separate process, whose resident memory includes every allocation. Steps are measured in
+one process on all tables in turns. Samples are matched on four features and the early loss, with 2,000
 controls; ids lie anywhere among 64-bit numbers; at each evaluation every sample was visited since the last, which is
-the most there can be to do. Linux, for it tells a process its memory.
+the largest possible work. Linux only, because a process reads its memory from /proc.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process
 from benchmarks.common.memory import MEBIBYTE
-from benchmarks.scale.runs import CONTROLS, Sized, Stepped, measure_size, measure_steps
+from benchmarks.scale.runs import CONTROLS, SizeCosts, StepCosts, measure_size, measure_steps
 
 SIZES, QUICK = (10_000, 100_000, 1_000_000, 10_000_000), (10_000, 100_000, 1_000_000)
 STEPS = 80
@@ -31,12 +31,12 @@ PHASES = ("visits", "evaluation", "curves", "save", "load", "report")
 
 
 def alone(work: Any, *job: Any) -> Any:
-    """In a process of its own, while nothing else of ours runs."""
+    """Runs ``work(*job)`` in a separate process and waits for it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=configure_process) as pool:
         return pool.submit(work, *job).result()
 
 
-def report(sized: Sequence[Sized], stepped: Stepped, settings: dict[str, Any]) -> Report:
+def report(sized: Sequence[SizeCosts], stepped: StepCosts, settings: dict[str, Any]) -> Report:
     smallest, largest = sized[0].samples, sized[-1]
     more, noise = added(stepped, largest.samples) - added(stepped, smallest), noise_of(stepped)
     plain = statistics.median(stepped.plain)
@@ -60,34 +60,34 @@ def report(sized: Sequence[Sized], stepped: Stepped, settings: dict[str, Any]) -
     return Report("scale", _tables(sized, stepped), criteria, figure, settings | _numbers(sized, stepped))
 
 
-def added(stepped: Stepped, size: int) -> float:
+def added(stepped: StepCosts, size: int) -> float:
     """Seconds that LossTracker adds to a step, with a table of ``size``: the median over rounds, there and back."""
     pairs = [sum(stepped.watched[size][at : at + 2]) - sum(stepped.plain[at : at + 2]) for at in _rounds(stepped)]
     return statistics.median(pairs) / 2
 
 
-def noise_of(stepped: Stepped) -> float:
-    """What a difference of two fits can be off by: the median over rounds of plain against plain."""
+def noise_of(stepped: StepCosts) -> float:
+    """Noise of a difference of two fits: the median over rounds of plain against plain."""
     return statistics.median(abs(stepped.plain[at] - stepped.plain[at + 1]) for at in _rounds(stepped))
 
 
-def _rounds(stepped: Stepped) -> range:
+def _rounds(stepped: StepCosts) -> range:
     return range(0, len(stepped.plain), 2)
 
 
-def _tables(sized: Sequence[Sized], stepped: Stepped) -> list[Table]:
+def _tables(sized: Sequence[SizeCosts], stepped: StepCosts) -> list[Table]:
     steps = Table("samples", "added to a step, µs", "of it the table's, µs", title="A training step, plain: "
                   f"{1e6 * statistics.median(stepped.plain):,.0f} µs")  # fmt: skip
     memory = Table("samples", "tensors", "resident", "checkpoint", "memorized", title="Bytes a sample")
     times = Table("samples", *PHASES, title=f"Seconds, on {THREADS} threads; the slower of two evaluations")
-    busy = Table("samples", *PHASES, title="Processor seconds: they tell more where others compute at the same time")
+    busy = Table("samples", *PHASES, title="Processor seconds, which are more reliable on a shared machine")
     peaks = Table("samples", *PHASES, title="Largest resident memory meanwhile, MiB")
     for each in sized:
         name, size = f"{each.samples:,}", each.samples
         table = statistics.median(stepped.table[size])
         steps.add_row(name, f"{1e6 * added(stepped, size):.0f}", f"{1e6 * table:.0f}")
         memory.add_row(
-            name, *(f"{what / size:.1f}" for what in (each.tensors, each.resident, each.file)), f"{each.memorized:,}"
+            name, *(f"{total / size:.1f}" for total in (each.tensors, each.resident, each.file)), f"{each.memorized:,}"
         )
         times.add_row(name, *(f"{each.seconds[phase]:.2f}" for phase in PHASES))
         busy.add_row(name, *(f"{each.processor[phase]:.2f}" for phase in PHASES))
@@ -95,7 +95,7 @@ def _tables(sized: Sequence[Sized], stepped: Stepped) -> list[Table]:
     return [steps, memory, times, busy, peaks]
 
 
-def _numbers(sized: Sequence[Sized], stepped: Stepped) -> dict[str, Any]:
+def _numbers(sized: Sequence[SizeCosts], stepped: StepCosts) -> dict[str, Any]:
     return {
         f"{each.samples:.0e}": {
             "added_us": 1e6 * added(stepped, each.samples),

@@ -1,4 +1,4 @@
-"""What one table of many samples takes: each measurement in a process whose peak memory is its own."""
+"""Time and memory of one table of many samples; each measurement in a separate process with its own peak memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AT_A_TIME = 1 << 18
 
 
 @dataclass(frozen=True)
-class Sized:
+class SizeCosts:
     """One table of ``samples``; times in seconds, of the clock and (``processor``) of all threads; memory in bytes.
 
     ``peaks``: of the resident memory in each phase, beyond what the process had before the table.
@@ -54,7 +54,7 @@ class Sized:
 
 
 def ids_of(rows: Tensor) -> Tensor:
-    """Spread over all 64-bit numbers: neighbours in the table are no neighbours among ids."""
+    """Ids spread over all 64-bit numbers: rows that are neighbours in the table have distant ids."""
     return rows * -0x61C8864680B583EB
 
 
@@ -69,7 +69,7 @@ def _drawn(start: int, end: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def visit_all(tracker: LossTracker, samples: int, step: int) -> None:
-    """Every sample once, and described."""
+    """Records one visit and the features of every sample."""
     for part in blocks(samples, AT_A_TIME):
         features, losses = _drawn(part.start, part.stop, step)
         steps = torch.full(losses.shape, step, dtype=torch.int32)
@@ -78,7 +78,7 @@ def visit_all(tracker: LossTracker, samples: int, step: int) -> None:
         tracker.table.describe(rows, features)
 
 
-def look_at_controls(tracker: LossTracker, step: int) -> None:
+def record_controls(tracker: LossTracker, step: int) -> None:
     features, losses = _drawn(-CONTROLS, 0, 0)
     tracker.controls.record(step, torch.arange(CONTROLS), losses, features)
     if tracker.table.reference_step is None:
@@ -86,15 +86,15 @@ def look_at_controls(tracker: LossTracker, step: int) -> None:
 
 
 def filled(samples: int) -> LossTracker:
-    """A tracker that has seen all samples twice, and controls after each time."""
+    """A tracker that recorded two visits of every sample, and the controls after each."""
     tracker = LossTracker()
     for step in (STEPS["first"], STEPS["early"]):
         visit_all(tracker, samples, step)
-        look_at_controls(tracker, step + 10)
+        record_controls(tracker, step + 10)
     return tracker
 
 
-def measure_size(samples: int, threads: int) -> Sized:
+def measure_size(samples: int, threads: int) -> SizeCosts:
     """Table, evaluations, checkpoint and report, all by the callbacks themselves."""
     torch.set_num_threads(threads)
     _warm_up()
@@ -121,7 +121,7 @@ def measure_size(samples: int, threads: int) -> Sized:
         callback.on_fit_start(trainer, None)  # type: ignore[arg-type]
     for step in (STEPS["then"], STEPS["last"]):
         visit_all(tracker, samples, step)
-        look_at_controls(tracker, step + 10)
+        record_controls(tracker, step + 10)
         timed("evaluation", lambda: detector._evaluate(trainer, None))
         timed("curves", lambda: curves._show(trainer))
     trim_heap()
@@ -132,14 +132,14 @@ def measure_size(samples: int, threads: int) -> Sized:
         size = file.stat().st_size
         loaded = timed("load", lambda: _loaded(file))
         equal = all(
-            bits(mine.state_dict()) == bits(its.state_dict())
-            for mine, its in zip((tracker, detector), loaded, strict=True)
+            bits(saved.state_dict()) == bits(restored.state_dict())
+            for saved, restored in zip((tracker, detector), loaded, strict=True)
         )
         del loaded
         report = RunReport(Path(folder) / "report.md")
         timed("report", lambda: report.teardown(trainer, None, "fit"))  # type: ignore[arg-type]
     flags = detector.flags
-    return Sized(
+    return SizeCosts(
         samples,
         tracker.table.nbytes + flags.nbytes,
         held,
@@ -153,7 +153,7 @@ def measure_size(samples: int, threads: int) -> Sized:
 
 
 def _warm_up() -> None:
-    """What the first call of each part allocates or imports once is no part of a table."""
+    """Runs each part once: what the first call allocates or imports is not counted for a table."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         tracker, detector, curves = filled(1000), MemorizationDetector(), LiveCurves()
         trainer = _trainer([tracker, detector, curves])
@@ -176,7 +176,7 @@ def _loaded(file: Path) -> tuple[LossTracker, MemorizationDetector]:
 
 
 class Texts(Dataset[dict[str, Tensor]]):
-    """As many samples as a table has, of a thousand texts: what a sample costs is the same at every size."""
+    """As many samples as a table has, of 1,024 texts: a sample costs the same at every size."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -190,7 +190,7 @@ class Texts(Dataset[dict[str, Tensor]]):
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepCosts:
     """Processor seconds of a step, a fit each: ``plain``, and ``watched`` by size; and of the table's part alone."""
 
     plain: list[float]
@@ -198,11 +198,11 @@ class Stepped:
     table: dict[int, list[float]]
 
 
-def measure_steps(sizes: tuple[int, ...], rounds: int, steps: int) -> Stepped:
-    """Fits in turns, there and back, on tables that stand side by side: a drift of the machine hits all alike."""
+def measure_steps(sizes: tuple[int, ...], rounds: int, steps: int) -> StepCosts:
+    """Fits in turns, forth and back, on tables in the same process: a drift of the machine affects all alike."""
     torch.set_num_threads(1)
     trackers = {size: filled(size).table for size in sizes}
-    found = Stepped([], {size: [] for size in sizes}, {size: [] for size in sizes})
+    found = StepCosts([], {size: [] for size in sizes}, {size: [] for size in sizes})
     _fit(None, sizes[0], 2 * UNTIMED_STEPS, 0)
     for number in range(rounds):
         turns: list[int | None] = [None, *sizes]
@@ -232,7 +232,7 @@ def _module() -> LightningModule:
 
 
 def _flush(table: Any, samples: int) -> float:
-    """Seconds a step of what enters the table: a block of visits of known samples, anywhere in it."""
+    """Seconds a step to write to the table: a block of visits of known samples in random rows."""
     rows = torch.randint(samples, (BATCH * FLUSH,))
     ids, losses, many = ids_of(rows), torch.rand(len(rows)), torch.ones(len(rows))
     features, steps = torch.rand(len(rows), FEATURES), torch.full((len(rows),), STEPS["then"])
