@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,10 +24,11 @@ def block(path: str, number: int = 0) -> str:
 
 
 def run(*blocks: str) -> dict[str, Any]:
-    names: dict[str, Any] = {}
+    """Runs the blocks as one module, so that its classes can be pickled, and returns its names."""
+    module = sys.modules["contributed"] = ModuleType("contributed")
     for text in blocks:
-        exec(compile(text, "CONTRIBUTING.md", "exec"), names)
-    return names
+        exec(compile(text, "CONTRIBUTING.md", "exec"), vars(module))
+    return vars(module)
 
 
 def test_no_example_is_left_out():

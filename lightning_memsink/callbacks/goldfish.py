@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memsink.callbacks.mitigation import LossWeighing
+from lightning_memsink.callbacks.runtime.mitigation import LossWeighing
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.goldfish import drop_targets
 from lightning_memsink.mitigation.intervention_log import InterventionLog

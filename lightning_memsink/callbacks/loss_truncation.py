@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_memsink._distributed import gather
-from lightning_memsink.callbacks.mitigation import LossWeighing
+from lightning_memsink.callbacks.runtime.mitigation import LossWeighing
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.loss_truncation import above_quantile, extend_window

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
-from lightning_memsink.callbacks.mitigation import Mitigation
 from lightning_memsink.callbacks.runtime.certificate_losses import CertificateRecorder, shallow_copy
+from lightning_memsink.callbacks.runtime.mitigation import Mitigation
 from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.mitigation.certificate import Certificate
 from lightning_memsink.mitigation.certificate_samples import KeptBatch

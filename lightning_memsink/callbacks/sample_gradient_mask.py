@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
-from lightning_memsink.callbacks.mitigation import LossWeighing
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
+from lightning_memsink.callbacks.runtime.mitigation import LossWeighing
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.gradient_routing import reserved_units, routing_hook

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
-from lightning_memsink.callbacks.mitigation import Mitigation
+from lightning_memsink.callbacks.runtime.mitigation import Mitigation
 from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
-from lightning_memsink.callbacks.mitigation import Mitigation
+from lightning_memsink.callbacks.runtime.mitigation import Mitigation
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
 from lightning_memsink.localization.sinks import Sinks

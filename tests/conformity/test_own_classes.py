@@ -5,7 +5,7 @@ from lightning.pytorch import Callback
 
 import lightning_memsink
 from lightning_memsink import ExtractionProbe, LossTracker, LossTruncation, RunReport, SinkLocalizer
-from lightning_memsink.callbacks.mitigation import Mitigation
+from lightning_memsink.callbacks.runtime.mitigation import Mitigation
 from lightning_memsink.localization.localizers import METHODS
 from lightning_memsink.testing import callback_checks, localizer_checks
 from lightning_memsink.testing.small_run import CONTROLS, REPEATED
