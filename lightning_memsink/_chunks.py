@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -25,22 +25,21 @@ def in_blocks(rows: int, work: Callable[[slice], object], size: int = ROWS) -> N
 
     ``work`` writes its result into the rows of its block and into no others, so the order of the calls is irrelevant.
     """
-    for _ in map_in_threads(work, blocks(rows, size)):
-        pass
+    map_in_threads(work, blocks(rows, size))
 
 
-def map_in_threads(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:
-    """Yields ``work(part)`` for each of ``parts``, in their order, computed in as many threads as torch may use.
+def map_in_threads(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """Returns ``work(part)`` for each of ``parts``, in their order, computed in as many threads as torch may use.
 
-    Within such a thread torch computes with one thread: a part is too small to be split further.
+    Within such a thread torch computes with one thread: a part is too small to be split further. The
+    calling thread only waits: torch operations in it meanwhile would slow the others down.
     """
     allowed = torch.get_num_threads()
     threads = min(len(parts), allowed)
     if threads < 2:
-        yield from map(work, parts)
-        return
+        return list(map(work, parts))
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(work, parts)
+            return list(pool.map(work, parts))
     finally:
         torch.set_num_threads(allowed)

@@ -11,7 +11,6 @@ Losses and gaps are in nats (per token for token losses). Nothing here imports L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -185,8 +184,8 @@ class _Expectation:
         self.mean_null_size = self.null_size.mean()
         self.null_score = self.null / (self.null_size[others].mean(1) + self.mean_null_size)
 
-    def compare(self, samples: SampleFeatures, group: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yields rows, gaps, scores and mean distances to the k matched controls, of parts of the rows in ``group``."""
+    def compare(self, samples: SampleFeatures, group: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Rows, gaps, scores and mean distances to the k matched controls, of parts of the rows in ``group``."""
 
         def points_of(rows: Tensor) -> Tensor:
             static = _in_units(samples.features[rows], self.units)
@@ -207,7 +206,7 @@ class _Expectation:
 
         parts = partition(group, points_of)
         search = BoxPrunedSearch(self.search) if len(parts) > 1 else self.search  # few points have a large box
-        yield from map_in_threads(compare_part, parts)
+        return map_in_threads(compare_part, parts)
 
 
 def farthest(controls: Tensor, k: int, reach: float) -> Tensor:
