@@ -45,7 +45,7 @@ def as_model(path):
 
 
 def as_torch_model(path):
-    """What transformers would unpickle if nobody kept it from it."""
+    """A file that transformers unpickles unless it is prevented."""
     (path.parent / "config.json").write_text('{"model_type": "gpt2"}')
     (path.parent / "pytorch_model.bin").write_bytes(path.read_bytes())
     return path.parent

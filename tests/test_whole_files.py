@@ -1,4 +1,4 @@
-"""What is written is whole or not there: on a full disk, after a kill, and wherever this package writes."""
+"""A file is complete or absent: on a full disk, after a kill, and wherever this package writes."""
 
 import ast
 import os
@@ -90,12 +90,12 @@ def full_disk(tmp_path):
 
 def test_a_full_disk_costs_the_report_and_nothing_else(full_disk, tmp_path, capsys):
     """The first files fit. What does not is said once, the summary is printed, and no half of a file lies there."""
-    crew = memsink(identity="content", path=full_disk / "told.md")
+    callbacks = memsink(identity="content", path=full_disk / "run.md")
     with pytest.warns(UserWarning, match=r"RunReport can't write .*No space left on device.*summary below is all"):
-        run, full = fit(crew)
+        run, full = fit(callbacks)
     assert "memorized" in capsys.readouterr().out
     assert not list(full_disk.rglob("*.part"))
-    _, plain = fit(memsink(identity="content", path=tmp_path / "told.md"))
+    _, plain = fit(memsink(identity="content", path=tmp_path / "run.md"))
     assert all(torch.equal(one, other) for one, other in zip(full.parameters(), plain.parameters(), strict=True))
     assert run.global_step == 63
 
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_old_ledger_and_sinks(full_disk):
 
 
 def test_an_audit_stopped_by_a_full_disk_goes_on(full_disk):
-    """The line that was cut in two is asked for again."""
+    """The line that was cut in two is probed again."""
     from lightning_memsink.extraction.audit.answer_cache import AnswersFile
 
     path = full_disk / "answers.jsonl"
@@ -155,12 +155,12 @@ def test_nobody_who_reads_is_no_end_of_training(tmp_path, monkeypatch):
     os.close(reading)
     with open(writing, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        with pytest.warns(UserWarning, match=r"RunReport can't print its summary: .*Broken pipe.*told.md"):
-            run, _ = fit(memsink(identity="content", path=tmp_path / "told.md"))
+        with pytest.warns(UserWarning, match=r"RunReport can't print its summary: .*Broken pipe.*run.md"):
+            run, _ = fit(memsink(identity="content", path=tmp_path / "run.md"))
         monkeypatch.undo()
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), writing)  # takes what is left in the buffer
-    assert run.global_step == 63 and (tmp_path / "told.html").exists()
+    assert run.global_step == 63 and (tmp_path / "run.html").exists()
 
 
 def test_a_terminal_that_knows_no_dash_gets_the_summary_without_it(tmp_path, monkeypatch):

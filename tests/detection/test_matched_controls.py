@@ -154,7 +154,7 @@ def test_a_control_with_an_infinite_loss_is_left_out():
 def test_where_controls_scatter_more_a_gap_counts_less():
     """Two kinds of text, one with ten times the spread: the same gap has a larger p-value there.
 
-    Median over samples, and no two texts alike: which of many equally near controls are taken is nobody's choice.
+    Median over samples, and no two texts alike: which of many equally near controls are taken is arbitrary.
     """
     kind = torch.arange(300) % 2
     features = kind + 0.01 * normal(300, seed=1)
