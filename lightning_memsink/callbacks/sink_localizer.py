@@ -69,7 +69,7 @@ class SinkLocalizer(Callback):
         if not 0 < fraction < 1:
             raise ValueError(f"fraction is a share of all units between 0 and 1, but it is {fraction}.")
         self.modules, self.every, self.objective, self.fraction = modules, every, objective, fraction
-        self.with_norms, self.with_agreement = norms, agreement
+        self.norms, self.agreement = norms, agreement
         self.attribution = LocalizationHistory(fraction=fraction)
         self.layers: list[HiddenLayer] = []
         self.unit_recorder: UnitRecorder | None = None
@@ -85,7 +85,7 @@ class SinkLocalizer(Callback):
             return
         require_support(trainer.strategy, "SinkLocalizer")
         self._detach()
-        if self.with_agreement:
+        if self.agreement:
             require_support(trainer.strategy, "SinkLocalizer(agreement=True)", "gradients")
             if not pl_module.automatic_optimization:
                 raise ValueError(
@@ -108,9 +108,9 @@ class SinkLocalizer(Callback):
         self.attribution.set_model(self._units(), list(blocks))
         self.unit_recorder = UnitRecorder(self.layers)
         axis = self.layers[0].batch_axis
-        self.gradient_norms = GradientNorms(pl_module, axis) if self.with_norms else None
-        self.update_norms = UpdateNorms(pl_module) if self.with_norms else None
-        self.gradient_alignment = GradientAlignment(pl_module, axis) if self.with_agreement else None
+        self.gradient_norms = GradientNorms(pl_module, axis) if self.norms else None
+        self.update_norms = UpdateNorms(pl_module) if self.norms else None
+        self.gradient_alignment = GradientAlignment(pl_module, axis) if self.agreement else None
 
     def _units(self) -> dict[str, int]:
         return {layer.name: layer.units for layer in self.layers}

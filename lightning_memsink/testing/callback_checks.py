@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,15 @@ def check_missing_callbacks_are_named(factory: Factory) -> None:
             added.append(known[named[1]] if named[1] in known else getattr(lightning_memsink, named[1])())
 
 
+def _through_a_process(callback: Callback) -> Callback:
+    """What a launcher of processes does with a callback: its own bytes of this moment, never a file."""
+    received: Callback = ForkingPickler.loads(bytes(ForkingPickler.dumps(callback)))
+    return received
+
+
 def check_is_picklable(factory: Factory) -> None:
     """Before a fit it can be pickled and copied, as launchers of processes and searches over settings do."""
-    clones: Sequence[Callable[[Callback], Callback]] = (lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy)
+    clones: Sequence[Callable[[Callback], Callback]] = (_through_a_process, copy.deepcopy)
     for clone in clones:
         try:
             found = type(clone(factory()))

@@ -9,6 +9,7 @@ import torch
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.progress import describe_flags
+from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.detection.verdicts import WORDS, Flags
 from lightning_memsink.reporting.document import first_page, markdown
 from lightning_memsink.reporting.findings import Findings
@@ -21,6 +22,7 @@ from lightning_memsink.reporting.run_summary import summary
 from lightning_memsink.reporting.scalars import top_memorized
 from lightning_memsink.samples.loss_table import LossTable
 from tests.support.made_up import HASHED, ONSET, RUNGS, TOKENS, findings_with, made_up
+from tests.support.small_runs import fit, watch
 
 
 def test_a_row_holds_every_finite_number_of_the_evaluation():
@@ -191,3 +193,11 @@ def test_settings_are_the_arguments_and_nothing_found_in_training():
         "alpha": 0.01, "k": 4, "method": "knn", "min_gap": 1.0, "null_sds": 4.0, "consecutive": 2, "reach": 2.0,
     }  # fmt: skip
     assert found["LossTracker"]["flush_every"] == 50
+
+
+def test_the_settings_of_a_localizer_are_its_arguments_before_and_after_a_fit():
+    localizer = SinkLocalizer(every=2, agreement=False)
+    before = settings_of([localizer])["SinkLocalizer"]
+    assert (before["every"], before["norms"], before["agreement"]) == (2, True, False)
+    fit([*watch(), localizer], max_epochs=1)
+    assert settings_of([localizer])["SinkLocalizer"] == before
