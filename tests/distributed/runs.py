@@ -157,8 +157,7 @@ def facts_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         if ledger.get(getattr(Ledger, slot)) is not None:
             facts[slot] = getattr(ledger, slot).state_dict()
     for slot in ("onset", "history", "sinks", "certificate"):
-        if ledger.get(getattr(Ledger, slot)) is not None:
-            facts[slot] = repr(getattr(ledger, slot))
+        facts[slot] = repr(ledger.get(getattr(Ledger, slot)))
     return facts
 
 

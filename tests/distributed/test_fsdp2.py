@@ -133,7 +133,7 @@ def test_gradients_of_the_controls_are_refused_by_name(tmp_path):
         train(tmp_path, watching, model=Sharded(), strategy=strategy, devices=2, precision="32-true")
 
     with pytest.raises(
-        Failed, match=r"SinkLocalizer\(agreement=True\) can't work under ModelParallelStrategy: it puts"
+        Failed, match=r"SinkLocalizer\(agreement=True\) can't work under ModelParallelStrategy: its forward uses"
     ):
         together(work, tmp_path, 2)
 
