@@ -124,6 +124,7 @@ class MemSinks(Mitigation):
         Ledger.of(trainer).certificate = self.certificate
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._attach(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
