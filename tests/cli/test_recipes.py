@@ -92,9 +92,10 @@ def test_the_demo_is_kept_as_an_audit_takes_it(here, capsys):
     main([*fit, "--model.lr=0.01", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null"])
     files = {name: f"--{name}=demo_model/{name}.jsonl" for name in ("suspects", "controls")}
     assert main(["audit", "--model=demo_model", *files.values(), "--out=audit", "--probe.closer=0"]) == 0
-    told = json.loads(Path("audit/report.json").read_text())["numbers"]["bits_a_token"]
-    assert told["canary x64"]["low"] > 1 > told["canary x1"]["mean"]
-    assert told["natural x64"]["mean"] > told["natural x1"]["mean"]
+    bits = json.loads(Path("audit/report.json").read_text())["numbers"]["bits_a_token"]
+    # A canary shown once is about one bit, more or less with the text of this Python's documentation: 3.11.2 gives 1.1.
+    assert bits["canary x64"]["low"] > max(1, 2 * bits["canary x1"]["high"])
+    assert bits["natural x64"]["low"] > bits["natural x1"]["high"]
 
 
 def test_what_is_kept_for_an_audit_is_the_demo_alone(here):
