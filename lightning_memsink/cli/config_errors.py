@@ -1,6 +1,7 @@
 """Readable messages for errors in configs and options: what is wrong, where, and a suggestion.
 
-Some are parsed from the text of jsonargparse's messages, so pyproject.toml bounds its versions to those tested.
+Some are parsed from the text of jsonargparse's messages, so pyproject.toml bounds its versions. Messages of versions
+before 4.51, which other packages still require, can't be parsed: they are shown as they are.
 """
 
 from __future__ import annotations
