@@ -12,7 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # comes with jsonargparse
 from jsonargparse import ArgumentParser
 
-from lightning_memsink.cli.recipes import config_path
+from lightning_memsink.cli.recipes import config_path, map_configs
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
 from lightning_memsink.extraction.audit.audit import audit
 from lightning_memsink.extraction.audit.config import AuditConfig
@@ -69,17 +69,11 @@ def _parser() -> ArgumentParser:
 
 def _resolved(argv: Sequence[str]) -> list[str]:
     """The same command line with recipes replaced by their files, and the old name of the option group by its name."""
-    words = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        flag, equals, value = word.partition("=")
-        if before in ("-c", "--config"):
-            word = _config(word)
-        elif equals and flag in ("-c", "--config"):
-            word = f"{flag}={_config(value)}"
-        elif flag == f"--{OLD_GROUP}" or flag.startswith(f"--{OLD_GROUP}."):
-            word = f"--{GROUP}{word.removeprefix(f'--{OLD_GROUP}')}"
-        words.append(word)
-    return words
+    old = f"--{OLD_GROUP}"
+    return [
+        f"--{GROUP}{word.removeprefix(old)}" if word == old or word.startswith((f"{old}.", f"{old}=")) else word
+        for word in map_configs(argv, _config)
+    ]
 
 
 def _config(name: str) -> str:

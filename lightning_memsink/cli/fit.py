@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_memsink.callbacks.progress import MemSinkProgressBar
 from lightning_memsink.callbacks.registry import mitigations, preset_entries
 from lightning_memsink.cli.config_errors import explain
-from lightning_memsink.cli.recipes import config_path, is_overlay
+from lightning_memsink.cli.recipes import config_path, is_overlay, map_configs
 from lightning_memsink.reporting.loggers.wandb import offline_without_key
 
 GROUPS: dict[str, type[Callback]] = {str(entry.group): entry.load() for entry in preset_entries()}
@@ -92,18 +92,13 @@ def with_recipes(words: list[str]) -> list[str]:
     Raises:
         SystemExit: all configs are overlays, or one is neither a file nor a recipe.
     """
-    resolved, configs = [], []
-    expects_path = False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if expects_path:
-            configs.append(word)
-            word = config_path(word)
-        elif equals and flag in ("-c", "--config"):
-            configs.append(value)
-            word = f"{flag}={config_path(value)}"
-        expects_path = word in ("-c", "--config")
-        resolved.append(word)
+    configs: list[str] = []
+
+    def resolve(name: str) -> str:
+        configs.append(name)
+        return config_path(name)
+
+    resolved = map_configs(words, resolve)
     if configs and all(map(is_overlay, configs)):
         raise SystemExit(f"`{configs[0]}` is an overlay: put a base config before it, -c watch -c {configs[0]}")
     return resolved

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 _LIST_THEM = ". List them: memsink recipes ls"
+CONFIG_FLAGS = ("-c", "--config")
 
 
 def recipes_folder() -> Path:
@@ -46,6 +47,22 @@ def is_for_audit(name: str) -> bool:
     """Whether a name is that of a recipe for `memsink audit`, not for `memsink fit`."""
     recipe = None if Path(name).is_file() else find_recipe(name)
     return recipe is not None and recipe.stem.startswith("audit_")
+
+
+def map_configs(words: Sequence[str], replace: Callable[[str], str]) -> list[str]:
+    """The same command line with ``replace`` applied to the value of each ``-c`` and ``--config``."""
+    mapped: list[str] = []
+    expects_value = False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if expects_value:
+            mapped.append(replace(word))
+        elif equals and flag in CONFIG_FLAGS:
+            mapped.append(f"{flag}={replace(value)}")
+        else:
+            mapped.append(word)
+        expects_value = not expects_value and word in CONFIG_FLAGS
+    return mapped
 
 
 def config_path(name: str) -> str:

@@ -137,7 +137,7 @@ def measure_gaps(samples: SampleFeatures, controls: Controls, rule: DetectionRul
     gap, score, p = torch.zeros(count), torch.zeros(count), torch.ones(count)
     matched, beyond = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     units = standard_units(controls.features)
-    static = _in_units(controls.features, units)
+    static = in_units(controls.features, units)
     limit = float(farthest(static, rule.k, rule.reach))
     nulls = []
     for snapshot in torch.bincount(samples.snapshot).nonzero().flatten().tolist():
@@ -152,7 +152,7 @@ def measure_gaps(samples: SampleFeatures, controls: Controls, rule: DetectionRul
         beyond[group] = score[group] > expectation.null_score.max()
         nulls.append((len(group), expectation.null, expectation.null_score))
     far = (~matched).nonzero().flatten()
-    matched[far] = nearest(_in_units(samples.features[far], units), static, rule.k)[1] <= limit
+    matched[far] = nearest(in_units(samples.features[far], units), static, rule.k)[1] <= limit
     _, null, null_score = max(nulls, key=lambda entry: entry[0])
     threshold = max(rule.min_gap, rule.null_sds * robust_sd(null))
     tail, flagged = "conformal", torch.zeros_like(matched)
@@ -173,7 +173,7 @@ class _Expectation:
 
     def __init__(self, controls: Controls, snapshot: int, units: tuple[Tensor, Tensor], rule: DetectionRule) -> None:
         self.units, self.rule = units, rule
-        static = _in_units(controls.features, units)
+        static = in_units(controls.features, units)
         points = torch.cat([static, controls.early[snapshot, :, None].nan_to_num()], 1)
         others, _ = nearest(points, points, SCALE_NEIGHBOURS * rule.k, leave_one_out=True)
         self.search = NearestRows(points, SCALE_NEIGHBOURS * rule.k)
@@ -188,7 +188,7 @@ class _Expectation:
         """Rows, gaps, scores and mean distances to the k matched controls, of parts of the rows in ``group``."""
 
         def points_of(rows: Tensor) -> Tensor:
-            static = _in_units(samples.features[rows], self.units)
+            static = in_units(samples.features[rows], self.units)
             return torch.cat([static, samples.early[rows, None].nan_to_num()], 1)
 
         def compare_part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,10 +220,11 @@ def farthest(controls: Tensor, k: int, reach: float) -> Tensor:
 def standardize(features: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
     """Features ``[N, F]`` and ``[M, F]`` in standard deviations of the controls from their mean; unknown ones are 0."""
     units = standard_units(controls)
-    return _in_units(features, units), _in_units(controls, units)
+    return in_units(features, units), in_units(controls, units)
 
 
-def _in_units(features: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
+def in_units(features: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
+    """Features ``[N, F]`` in the `standard_units` of controls; unknown ones are 0, the mean."""
     mean, scale = units
     return torch.nan_to_num((features - mean) * scale)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.matched_controls import DetectionRule, farthest, standard_units
+from lightning_memsink.detection.matched_controls import DetectionRule, farthest, in_units, standard_units
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Reference:
                 f"{int(finite.sum())} controls have a finite loss, and {needed} are needed. Give the validation loader "
                 "more held-out samples of the same kind as the training data"
             )
-        mean, scale = standard_units(features[finite])
-        points = torch.nan_to_num((features[finite] - mean) * scale)
-        return cls(losses[finite], points, mean, scale, k, float(farthest(points, k, reach)))
+        units = standard_units(features[finite])
+        points = in_units(features[finite], units)
+        return cls(losses[finite], points, *units, k, float(farthest(points, k, reach)))
 
     def expected(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """For samples with ``features`` ``[B, F]``: the mean loss ``[B]``, in nats, of each sample's k nearest
         controls, and bool ``[B]`` whether these are near enough to be a match."""
-        points = torch.nan_to_num((features - self.mean) * self.scale)
+        points = in_units(features, (self.mean, self.scale))
         # All distances at once: with so few points, the time of a step depends on the number of operations.
         apart = torch.cdist(points, self.points, compute_mode="donot_use_mm_for_euclid_dist")
         distances, index = apart.topk(self.k, dim=1, largest=False)
