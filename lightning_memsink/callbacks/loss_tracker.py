@@ -15,14 +15,17 @@ from torch import Tensor
 from lightning_memsink._distributed import gather, is_first
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
+from lightning_memsink.callbacks.runtime.control_messages import not_evaluated
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
-from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds, Stage
+from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import require_support
+from lightning_memsink.callbacks.runtime.validation_weights import ValidationWeights
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.ledger import CurrentBatch, Ledger
-from lightning_memsink.losses.capture import EvaluationCapture, StepCapture, reported_ids
+from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reported_ids
+from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.losses.unreadable import InternalError
 from lightning_memsink.samples.content_check import ContentCheck
@@ -46,6 +49,8 @@ class LossTracker(Callback):
         depth: recent losses remembered per sample, for you to read in the ledger; 2 bytes each.
         features: ``features(batch) -> [B, F]``, what samples are matched on beside the early loss. For batches of
             tokens the default is n-gram likelihood and compressed size; for others there is none.
+        loss: ``loss(batch, outputs) -> [B]``, each sample's loss from what ``training_step`` (and ``validation_step``)
+            returned, where it can't be read from the step itself; it wins over what could be read.
         controls: a loader of held-out samples, if the validation set is not the one to compare with.
         control_fraction: split this share off the training set before training, and use it as controls.
         control_every: optimizer steps between two evaluations of such controls. Lightning evaluates a validation set.
@@ -65,6 +70,7 @@ class LossTracker(Callback):
         key: str = "sample_id",
         depth: int = 0,
         features: Callable[[Any], Tensor] | None = None,
+        loss: LossOfSamples | None = None,
         controls: Iterable[Any] | None = None,
         control_fraction: float | None = None,
         control_every: int = 100,
@@ -75,10 +81,12 @@ class LossTracker(Callback):
         self.sample_ids = SampleIds(identity, key)
         self.loader_ids = LoaderIds(self.sample_ids)
         self.features = features
+        self.loss = loss
         self.flush_every = flush_every
         self.new_ledger = new_ledger
         self.table = LossTable(depth)
         self.controls = ControlTable()
+        self.validation_weights = ValidationWeights()
         self.matching = Matching()
         self.content_check = ContentCheck()
         self.capture = StepCapture()
@@ -92,25 +100,28 @@ class LossTracker(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_support(trainer.strategy, "LossTracker")
-            name, automatic = type(pl_module).__name__, pl_module.automatic_optimization
-            self.capture = StepCapture(name, automatic, search=self.batch.loss_nodes)
+            self.capture = StepCapture(pl_module, self.loss)
+            self.batch.reader = self.capture.reader
             self.control_capture = EvaluationCapture(self.capture)
             self.probe.attach(trainer)
             self.loader_ids.attach(trainer)
+            if not self.probe.has_controls:
+                self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.losses, ledger.controls, ledger.batch = self.table, self.controls, self.batch
         ledger.close_with(Ledger.controls, self._close_evaluation)
         self.controls.has_own_source = self.probe.has_controls
+        self.validation_weights.watch_training(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._current = self._identify(batch, "train")
+        self._current = self._described(batch, self.loader_ids.take(batch, "train"))
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
         self.batch.ids = None
         if self._current is not None:
             self.batch.ids = self._current[0]
-            self.capture.begin()
+            self.capture.begin(batch, len(self.batch.ids), getattr(self.loader_ids, "axes", None))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._current is not None:
@@ -120,11 +131,10 @@ class LossTracker(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         current, self._current = self._current, None
-        self.batch.forget_loss()
         if current is not None:
             ids, tokens, features = current
-            ids = reported_ids(outputs, ids)
             captured = self.capture.finish(outputs, len(ids))
+            ids = reported_ids(outputs, ids)
             if isinstance(captured, NotCaptured):
                 self._warn(captured)
                 losses = torch.full((len(ids),), torch.nan)
@@ -152,9 +162,11 @@ class LossTracker(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         counts = self._validation_counts(trainer) or trainer.sanity_checking
-        self._current = self._identify(batch, "validate") if counts else None
+        self._current = self._described(batch, self.loader_ids.take(batch, "validate")) if counts else None
         if self._current is not None and not trainer.sanity_checking:
-            self.control_capture.begin()
+            axes = getattr(self.loader_ids, "axes", None)
+            self.control_capture.begin(batch, len(self._current[0]), axes)
+        self.validation_weights.watch(trainer, pl_module, batch_idx)
 
     def on_validation_batch_end(
         self,
@@ -191,6 +203,7 @@ class LossTracker(Callback):
             "controls": self.controls.state_dict(),
             "counts": self.matching.counts.state_dict(),
             "witnesses": self.content_check.state_dict(),
+            "validation_weights": self.validation_weights.state_dict(),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -205,24 +218,23 @@ class LossTracker(Callback):
             self.controls.load_state_dict(state_dict["controls"])
             self.matching.counts.load_state_dict(state_dict["counts"])
             self.content_check.load_state_dict(state_dict["witnesses"])
+            self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
 
-    def _identify(self, batch: Any, stage: Stage) -> DescribedBatch | None:
+    def _described(self, batch: Any, ids: Tensor | None) -> DescribedBatch | None:
         """The samples of a batch; None if they can't be identified."""
-        ids = self.loader_ids.take(batch, stage)
-        if ids is None or not len(ids):
-            return None
-        return DescribedBatch.of(batch, ids, self.features)
+        return DescribedBatch.of(batch, ids, self.features) if ids is not None and len(ids) else None
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""
-        return trainer.state.fn == "fit" and not trainer.sanity_checking and not self.probe.has_controls
+        fits = trainer.state.fn == "fit" and not trainer.sanity_checking
+        return fits and not self.probe.has_controls and self.validation_weights.records
 
     def _add_controls(self, batch: DescribedBatch | None, outputs: Any) -> None:
         if batch is None:
             return
         ids, tokens, features = batch
-        ids = reported_ids(outputs, ids)
         captured = self.control_capture.finish(outputs, len(ids))
+        ids = reported_ids(outputs, ids)
         if isinstance(captured, NotCaptured):
             self._warn(captured)
         else:
@@ -234,7 +246,7 @@ class LossTracker(Callback):
         numbers of batches. A second call does nothing."""
         if not self.controls.is_open:
             return
-        self.controls.close_evaluation(gather(self.controls.collected))
+        self.controls.close_evaluation(self.validation_weights.gather(self.controls.collected))
         if self.table.reference_step is None and len(self.controls):
             self.table.reference_step = self.controls.latest_step
 
@@ -245,18 +257,11 @@ class LossTracker(Callback):
         try:
             with closing(self.probe.evaluate(trainer, pl_module, self.control_capture)) as steps:
                 for batch, rows, outputs in steps:
-                    ids = self.sample_ids.of(batch, rows)
-                    if ids is not None and len(ids):
-                        self._add_controls(DescribedBatch.of(batch, ids, self.features), outputs)
+                    self._add_controls(self._described(batch, self.sample_ids.of(batch, rows)), outputs)
         except Exception as error:  # an evaluation must not end the training
             self.control_capture.abandon()
             self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
-            warn_once(
-                self._warnings,
-                f"LossTracker could not evaluate its controls ({type(error).__name__}: {error}). Training goes on, and "
-                "samples are judged by the evaluation before, if there was one. The controls' batches must be such as "
-                "training_step takes.",
-            )
+            warn_once(self._warnings, not_evaluated(error))
         self._close_evaluation(Ledger.of(trainer))
 
     def _flush(self) -> None:
@@ -289,9 +294,9 @@ class LossTracker(Callback):
             )
 
     def _detach(self) -> None:
+        self.validation_weights.detach()
         self.loader_ids.detach()
         self.probe.detach()
         self.capture.abandon()
         self.control_capture.abandon()
-        self.batch.forget_loss()
         self._current = None
