@@ -1,0 +1,110 @@
+"""A torch call as the rules of provenance see it: its arguments, its result, and the provenance of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows
+
+ProvenanceOf: TypeAlias = Callable[[Tensor], "Provenance | None"]
+Outcome: TypeAlias = "Provenance | list[Provenance | None] | None"
+"""What belongs to a result: a list for a result of several tensors."""
+
+
+class NotFollowed(Exception):
+    """This call's rows can't be followed."""
+
+
+class Call:
+    """One torch call. ``shape`` is that of its result, if that is a tensor."""
+
+    __slots__ = ("args", "func", "kwargs", "name", "of", "result")
+
+    def __init__(
+        self,
+        func: Any,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        provenance_of: ProvenanceOf,
+    ) -> None:
+        self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
+        self.result, self.of = result, provenance_of
+
+    @property
+    def shape(self) -> Sequence[int]:
+        shape: Sequence[int] = self.result.shape
+        return shape
+
+    def get(self, position: int, *names: str, default: Any = None) -> Any:
+        """The argument at ``position``, or by any of its names."""
+        if position < len(self.args):
+            return self.args[position]
+        for name in names:
+            if name in self.kwargs:
+                return self.kwargs[name]
+        return default
+
+    def tensor(self, position: int = 0, *names: str) -> Tensor:
+        """As `get`.
+
+        Raises:
+            NotFollowed: The argument is no tensor.
+        """
+        value = self.get(position, *(names or ("input", "self")))
+        if not isinstance(value, Tensor):
+            raise NotFollowed
+        return value
+
+    def part(self, value: Any) -> Part:
+        """Provenance and shape of an operand; a number is a constant."""
+        return (self.of(value), value.shape) if isinstance(value, Tensor) else (None, ())
+
+    def operands(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return [*tensors_in(self.args), *tensors_in(self.kwargs.values())]
+
+
+Rule: TypeAlias = Callable[[Call], Outcome]
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts, depth first."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
+
+
+def each(provenance: Provenance | None, change: Callable[[Tensor], Tensor]) -> Provenance | None:
+    """Every reading through ``change``, which keeps extents of 1 wherever owners are constant."""
+    if not isinstance(provenance, Rows):
+        return provenance
+    return Rows(tuple([change(owners) for owners in provenance.candidates]))
+
+
+def constant(call: Call) -> Outcome:
+    """The result does not depend on the batch: its values come from shapes and random numbers, or are overwritten."""
+    return [None] * len(list(tensors_in([call.result]))) if not isinstance(call.result, Tensor) else None
+
+
+def not_followed(call: Call) -> Outcome:
+    raise NotFollowed
+
+
+def lost_with(reason: str) -> Rule:
+    """A rule for functions that mix samples in a way for which there is a word."""
+
+    def rule(call: Call) -> Outcome:
+        if isinstance(call.result, Tensor):
+            return Lost(reason)
+        return [Lost(reason) for _ in tensors_in([call.result])]
+
+    return rule
