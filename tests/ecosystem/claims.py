@@ -94,6 +94,45 @@ CLAIMS = {
         "pytorch-tabular==1.2.0", "tabular", "pytorch_tabular", "CategoryEmbedding", lightning="pytorch_lightning"
     ),
     "litgpt": Claim("litgpt==0.5.13", "litgpt", "litgpt", "GPT"),
+    "timm-smoothing": Claim("timm==1.0.31", "vision", "timm", "smoothing"),
+    "timm-smoothing-vit": Claim("timm==1.0.31", "vision", "timm", "smoothing-vit"),
+    "timm-two-losses": Claim("timm==1.0.31", "vision", "timm", "two-losses"),
+    "timm-bce": Claim("timm==1.0.31", "vision", "timm", "bce"),
+    "timm-bce-classes": Claim("timm==1.0.31", "vision", "timm", "bce-classes"),
+    "timm-asymmetric": Claim("timm==1.0.31", "vision", "timm", "asymmetric"),
+    "timm-asymmetric-labels": Claim("timm==1.0.31", "vision", "timm", "asymmetric-labels"),
+    "timm-jsd": Claim("timm==1.0.31", "vision", "timm", "jsd"),
+    "timm-mixup": Claim("timm==1.0.31", "vision", "timm", "mixup"),
+    "timm-cutmix": Claim("timm==1.0.31", "vision", "timm", "cutmix"),
+    "timm-mixup-cutmix": Claim("timm==1.0.31", "vision", "timm", "mixup-cutmix"),
+    "timm-mixup-pairs": Claim("timm==1.0.31", "vision", "timm", "mixup-pairs"),
+    "timm-mixup-images": Claim("timm==1.0.31", "vision", "timm", "mixup-images"),
+    "timm-mixup-off": Claim("timm==1.0.31", "vision", "timm", "mixup-off"),
+    "timm-mixup-half": Claim("timm==1.0.31", "vision", "timm", "mixup-half"),
+    "torchvision-faster-rcnn": Claim("torchvision==0.28.0", "vision", "torchvision", "faster-rcnn"),
+    "torchvision-retinanet": Claim("torchvision==0.28.0", "vision", "torchvision", "retinanet"),
+    "torchvision-ssdlite": Claim("torchvision==0.28.0", "vision", "torchvision", "ssdlite"),
+    "torchvision-lraspp": Claim("torchvision==0.28.0", "vision", "torchvision", "lraspp"),
+    "torchvision-lraspp-focal": Claim("torchvision==0.28.0", "vision", "torchvision", "lraspp-focal"),
+    "torchvision-deeplab": Claim("torchvision==0.28.0", "vision", "torchvision", "deeplab"),
+    "lightly-simclr": Claim("lightly==1.6.0", "vision", "lightly", "SimCLR", lightning="pytorch_lightning"),
+    "metric-learning-ntxent": Claim(
+        "pytorch-metric-learning==2.9.0", "vision", "pytorch_metric_learning", "NTXentLoss"
+    ),
+    "metric-learning-triplets": Claim(
+        "pytorch-metric-learning==2.9.0", "vision", "pytorch_metric_learning", "TripletMarginLoss"
+    ),
+    "diffusers": Claim("diffusers==0.42.1", "vision", "diffusers", "UNet2DModel"),
+    "ctc-lstm": Claim("transformers==5.24.0", "language", "ctc", "LSTM"),
+    "ctc-wav2vec2": Claim("transformers==5.24.0", "language", "ctc", "Wav2Vec2ForCTC"),
+    "peft-gpt2": Claim("peft==0.21.2", "language", "peft", "GPT2"),
+    "peft-llama": Claim("peft==0.21.2", "language", "peft", "Llama"),
+    "peft-t5": Claim("peft==0.21.2", "language", "peft", "T5"),
+    "trl-dpo": Claim("trl==1.16.0", "language", "trl", "DPO"),
+    "trl-dpo-pairs": Claim("trl==1.16.0", "language", "trl", "DPO pairs"),
+    "geometric-graphs": Claim("torch-geometric==2.8.1", "language", "torch_geometric", "graphs"),
+    "geometric-nodes": Claim("torch-geometric==2.8.1", "language", "torch_geometric", "nodes"),
+    "geometric-masked-nodes": Claim("torch-geometric==2.8.1", "language", "torch_geometric", "masked nodes"),
 }
 
 

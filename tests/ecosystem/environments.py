@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.ecosystem.absent_cuda import stand_in
+
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / ".venv-ecosystem"
 TORCH = os.environ.get("TORCH", "2.13.0")
@@ -23,7 +25,7 @@ def environment(name: str, requirements: Sequence[str], torch: str = TORCH, extr
     torch goes in first and stays pinned: an open range would drag in gigabytes of CUDA packages.
 
     Raises:
-        NotInstalled: pip finds no set of versions, or one with CUDA in it.
+        NotInstalled: pip finds no set of versions, or one with CUDA in it; or torchvision's operators can't load.
     """
     folder = KEPT / name
     python, mark = folder / "bin" / "python", folder / "installed"
@@ -37,6 +39,10 @@ def environment(name: str, requirements: Sequence[str], torch: str = TORCH, extr
     _checked([*pip, "--editable", f"{ROOT}{extras}", *requirements])
     if any(folder.glob("lib/python*/site-packages/nvidia_*")):
         raise NotInstalled("pip brought CUDA packages along; take a torch without them")
+    try:
+        stand_in(next(folder.glob("lib/python*/site-packages")))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotInstalled(f"torchvision needs a C compiler where torch has no CUDA: {error}") from error
     mark.write_text(wanted)
     return python
 

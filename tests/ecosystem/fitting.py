@@ -18,9 +18,9 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +33,7 @@ from torch import Tensor
 
 from lightning_memsink import Ledger, memsink
 from tests.ecosystem.claims import CLAIMS, Finding
-
-MOST_CHECKED = 3  # batches of which every sample is recomputed alone
+from tests.ecosystem.loss_check import LossCheck
 
 
 @dataclass(frozen=True)
@@ -44,84 +43,14 @@ class Case:
     Args:
         fit: ``fit(callbacks, **trainer_options)`` the module, trained as the package's users train it.
         alone: ``alone(module, batch)`` the loss of each sample by itself ``[B]``; None where no such thing exists.
+        held_out: likewise of a validation batch; None where it is the same.
+        still: turns off what makes a sample's loss depend on chance or on the other samples.
     """
 
     fit: Callable[..., Any]
     alone: Callable[[Any, Any], Tensor] | None = None
-
-
-@dataclass
-class LossCheck:
-    """Compares the losses that our callbacks read with those of each sample alone, in either namespace of Lightning."""
-
-    alone: Callable[[Any, Any], Tensor] | None
-    expected: list[Tensor] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
-    mean_errors: list[float] = field(default_factory=list)
-    controls: list[Tensor] = field(default_factory=list)  # of the last validation, in the order of their rows
-    ledger: Ledger | None = None
-
-    def as_callback(self, base: type) -> Any:
-        check = self
-
-        class Watching(base):  # type: ignore[misc]
-            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-                pl_module.eval()
-                if check.alone is not None and len(check.errors) < MOST_CHECKED:
-                    with silent(pl_module), torch.enable_grad():
-                        check.expected = [check.alone(pl_module, batch).detach()]
-
-            def on_train_batch_end(
-                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-            ) -> None:
-                ledger = Ledger.of(trainer)
-                if ledger.batch.ids is None or len(check.mean_errors) >= MOST_CHECKED:
-                    return
-                found = ledger.losses.last_loss[ledger.losses.index.find(ledger.batch.ids)].float()
-                if not found.isfinite().all():
-                    return
-                loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-                check.mean_errors.append(relative(found.mean()[None], loss.detach().reshape(1)))
-                if check.expected:
-                    check.errors.append(relative(found, check.expected.pop()))
-
-            def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-                check.controls.clear()
-                check.ledger = Ledger.of(trainer)
-
-            def on_validation_batch_end(
-                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *place: int
-            ) -> None:
-                if check.alone is not None:
-                    with silent(pl_module), torch.no_grad():
-                        check.controls.append(check.alone(pl_module, batch))
-
-        return Watching()
-
-    def control_error(self) -> float | None:
-        """Of the controls at the last validation, if each is known by its row in a loader that does not shuffle."""
-        expected = torch.cat(self.controls) if self.controls else torch.zeros(0)
-        if self.ledger is None or not len(expected) or len(self.ledger.controls) == 0:
-            return None
-        found, rows = self.ledger.controls, self.ledger.controls.ids
-        return relative(found.latest.float(), expected[rows]) if int(rows.max()) < len(expected) else None
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the expected losses' mean size."""
-    return float((found - expected).abs().max() / expected.abs().mean().clamp(min=1e-12))
-
-
-@contextmanager
-def silent(module: Any) -> Iterator[None]:
-    """A training step outside its place must not log."""
-    quiet = {name: (lambda *args, **kwargs: None) for name in ("log", "log_dict")}
-    vars(module).update(quiet)
-    try:
-        yield
-    finally:
-        for name in quiet:
-            vars(module).pop(name)
+    held_out: Callable[[Any, Any], Tensor] | None = None
+    still: Callable[[Any], Any] = lambda module: module.eval()
 
 
 def one_by_one(split: Callable[[Any, int], Any], size: Callable[[Any], int]) -> Callable[[Any, Any], Tensor]:
@@ -137,8 +66,8 @@ def one_by_one(split: Callable[[Any, int], Any], size: Callable[[Any], int]) -> 
 def rows(batch: Any, sample: int) -> Any:
     """The batch of one, of any nest of tensors whose first axis is the sample's."""
     if isinstance(batch, Tensor):
-        return batch[sample : sample + 1]
-    if isinstance(batch, dict):
+        return batch[sample : sample + 1].clone()  # a step may mix its batch in place
+    if isinstance(batch, Mapping):
         return {key: rows(part, sample) for key, part in batch.items()}
     if isinstance(batch, (list, tuple)):
         return type(batch)(rows(part, sample) for part in batch)
@@ -216,8 +145,8 @@ def examine(name: str) -> Finding:
     ledger = Ledger.of(keeper.trainer)
     theirs = {message for _, message in before}
     ours = [(step, message) for step, message in messages if message not in theirs]
-    check = LossCheck(case.alone)
-    fit([*memsink(path=None, flush_every=1), check.as_callback(base)], Keeper())
+    check = LossCheck(case.alone, case.held_out or case.alone, case.still)
+    fit([check.before(base), *memsink(path=None, flush_every=1), check.after(base)], Keeper())
     return Finding(
         versions={package: version(package) for package in ("torch", "lightning", "transformers", "numpy")},
         steps=int(keeper.trainer.global_step),
