@@ -1,4 +1,4 @@
-"""Hashes: the ids of keys and of the content of samples, and mixers of 64-bit integers.
+"""Hashes: the ids of the content of samples, and mixers of 64-bit integers.
 
 The mixers return the same numbers on every device and in every version: ids, sinks and n-gram counts depend on them.
 
@@ -7,57 +7,69 @@ B  samples in a batch      T  tokens of a sample      W  words of 64 bits (or, o
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_memsink.samples.batch import batch_size, describe, tensors_by_sample
+from lightning_memsink.samples.batch import batch_size, describe, describe_tensors
+from lightning_memsink.samples.batch_rows import rows_of
 from lightning_memsink.samples.tokens import tokens_of
 
 GOLDEN_64 = -0x61C8864680B583EB  # 2^64 / the golden ratio, as int64
 GOLDEN_32 = 0x9E3779B1  # 2^32 / the golden ratio, as a prime
 
 
-def key_ids(keys: Iterable[Any]) -> array[int]:
-    """Keys as signed 64-bit numbers: an integer is its own id, any other key is hashed by its repr."""
-    try:
-        return array("q", keys)
-    except (TypeError, OverflowError):
-        return array("q", [_key_id(key) for key in keys])
-
-
-def _key_id(key: Any) -> int:
-    try:
-        return int(array("q", [key])[0])
-    except (TypeError, OverflowError):
-        return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def content_ids(batch: Any) -> Tensor:
+def content_ids(batch: Any, size: int | None = None, axes: Sequence[int] | None = None) -> Tensor:
     """``[B]`` int64: a hash of each sample, equal in every batch, process, memory layout and device.
 
     Of text, only the tokens that are not padding count, in their order: padding and labels don't. Of other batches the
     bits of every tensor with B rows count: equal values of another dtype hash differently, but -0.0 and 0.0 alike.
+
+    Args:
+        batch: anything that a data loader yields.
+        size: B, if the loader knows it.
+        axes: where the samples lie in each tensor, as `rows_of` takes them.
+
+    Raises:
+        ValueError: if B is unknown, or no tensor has a row for each sample.
     """
-    tokens = tokens_of(batch)
-    if tokens is not None:
+    tokens = tokens_of(batch, axes)
+    if tokens is not None and size in (None, len(tokens.ids)):
         rank = tokens.mask.cumsum(1) - 1
         weights = _weights(tokens.ids.shape[1], tokens.ids.device)[rank]
         return splitmix64(_folded(tokens.ids * tokens.mask, weights) + splitmix64(tokens.mask.sum(1)))
-    size = batch_size(batch)
-    if size is None:
-        raise ValueError(f"content_ids needs a batch with tensors in it, but found {describe(batch)}.")
-    ids = torch.zeros((), dtype=torch.int64)
-    for tensor in tensors_by_sample(batch):
-        if len(tensor) == size:
-            words = _words(tensor.detach())
-            weights = _weights(words.shape[1], words.device)
-            ids = splitmix64(ids.to(words.device) * 3 + _folded(words, weights) + words.shape[1])
+    size = batch_size(batch, size, axes) if size is None else size
+    rows = [] if size is None else rows_of(batch, size, axes, first_axis=True)
+    if size is None or not rows:
+        raise ValueError(
+            f"content_ids needs a batch with tensors in it, one row a sample, but found {describe(batch)} with "
+            f"{describe_tensors(batch)}."
+        )
+    ids = torch.zeros(size, dtype=torch.int64)
+    for tensor, owners in rows:
+        ids = _joined(ids, tensor.detach(), owners)
+    return ids
+
+
+def _joined(ids: Tensor, tensor: Tensor, owners: Tensor) -> Tensor:
+    """Hashes ``[B]`` that also depend on each sample's part of one tensor."""
+    axis = next((axis for axis, extent in enumerate(owners.shape) if extent > 1), 0)
+    by_row = tensor.movedim(axis, 0) if tensor.ndim else tensor[None]
+    flat = owners.reshape(-1)
+    if len(flat) == len(by_row) == len(ids) and torch.equal(flat, torch.arange(len(ids))):
+        words = _words(by_row)
+        folded = _folded(words, _weights(words.shape[1], words.device)) + words.shape[1]
+        return splitmix64(ids.to(words.device) * 3 + folded)
+    ids = ids.clone()
+    for sample in flat.unique().tolist():
+        if sample < 0:
+            continue
+        words = _words((by_row if len(flat) == 1 else by_row[(flat == sample).to(by_row.device)]).reshape(1, -1))
+        folded = _folded(words, _weights(words.shape[1], words.device)) + words.shape[1]
+        ids[sample] = splitmix64(ids[sample, None].to(words.device) * 3 + folded)[0]
     return ids
 
 

@@ -5,6 +5,7 @@ B  samples in a batch
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -13,8 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_memsink.samples.batch import batch_size, is_index_of
-from lightning_memsink.samples.hashing import content_ids, key_ids
+from lightning_memsink.samples.batch import batch_size, describe_tensors, is_index_of, is_surely_batched, tensors_in
+from lightning_memsink.samples.hashing import content_ids
+from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
+from lightning_memsink.samples.sample_names import SampleNames
+from lightning_memsink.samples.tagged_batch import Fetched
 
 Source = Literal["index", "content", "key"]
 _IDENTITIES = ("auto", "index", "content", "key")
@@ -27,9 +31,11 @@ class SampleIds:
         identity: ``"key"``: what the batch holds under `key`. ``"index"``: the sampler's key, the row of a map-style
             data set; it travels with the sample, so workers may deliver in any order. ``"content"``: a hash, so that
             equal samples share an id. ``"auto"``: the first of key, index and content that there is.
-        key: where a batch that is a mapping holds ids of the user's own: integers or strings.
+        key: where a batch that is a mapping holds ids of the user's own: integers, strings, tuples, or anything else
+            whose repr is the same in every run.
 
-    Ids are any 64-bit numbers, negative ones included, and a batch may hold one twice.
+    Ids are any 64-bit numbers, negative ones included, and a batch may hold one twice. `names` has the keys that are
+    no such numbers as they were.
     """
 
     def __init__(self, identity: Literal["auto", "index", "content", "key"] = "auto", key: str = "sample_id") -> None:
@@ -39,8 +45,10 @@ class SampleIds:
             raise ValueError(f"SampleIds knows no identity={identity!r}. {cure}")
         self.identity = identity
         self.key = key
+        self.names = SampleNames()
         self._source: Source | None = None
-        self._warned = False
+        self._warned: set[str] = set()
+        self._has_columns: bool | None = None  # whether own ids are tuples that default_collate has made columns of
 
     @property
     def source(self) -> str | None:
@@ -52,34 +60,48 @@ class SampleIds:
         """Whether ids may be rows of the data set, so that the loaders must deliver them."""
         return self.identity in ("auto", "index")
 
-    def of(self, batch: Any, index: Tensor | None) -> Tensor | None:
-        """``[B]`` int64 ids of a batch, on the CPU; None if it has neither key, index nor tensors.
+    def reads_key(self, batch: Any) -> bool:
+        """Whether the batch itself says its ids."""
+        return self.identity == "key" or (self.identity == "auto" and isinstance(batch, Mapping) and self.key in batch)
+
+    def of(self, batch: Any, index: Tensor | None, fetched: Fetched | None = None) -> Tensor | None:
+        """``[B]`` int64 ids of a batch, on the CPU; None if it has no key, no index and shows no samples.
 
         Args:
             batch: what training_step gets.
             index: ``[B]`` rows of the samples in their data set, None if unknown.
+            fetched: what else the loader says of the batch.
+
+        Raises:
+            RuntimeError: for ids that can't be ids, or not of this batch, with what to type.
         """
-        size = batch_size(batch)
-        has_key = isinstance(batch, Mapping) and self.key in batch
-        if self.identity == "key" or (self.identity == "auto" and has_key):
+        fetched = fetched or Fetched()
+        rows = len(index) if index is not None and not fetched.refusal else fetched.rows
+        size = batch_size(batch, rows, fetched.axes)
+        if self.reads_key(batch):
             self._source = "key"
             return self._key_ids(batch, size)
-        if self.identity != "content" and index is not None and is_index_of(index, batch, size):
+        usable = index is not None and is_index_of(index, batch, size, fetched.axes)
+        if self.identity != "content" and index is not None and usable:
             self._source = "index"
+            if fetched.names:
+                self.names.add(fetched.names)
             return index
+        found = fetched.refusal or _unmatched(size, index)
         if self.identity == "index":
-            raise self.index_error(_unmatched(size, index))
-        if self.identity != "content" and index is not None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{_unmatched(size, index)}, so collate_fn left some out or added some. Their ids are hashed from "
-                f"content instead of being row numbers. To choose them, put batch[{self.key!r}] into the batch.",
-                stacklevel=2,
+            raise self.index_error(found)
+        if fetched.refusal and not _shows_samples(batch, size, fetched):
+            self._warn_of(
+                f"{found}, so its samples have no ids, and no losses are recorded for them. Put "
+                f"batch[{self.key!r}] with one id for each sample into the batch."
             )
-        if size is None:
             return None
-        self._source = "content"
-        return content_ids(batch).cpu()
+        if self.identity != "content" and index is not None and not fetched.refusal:
+            self._warn_of(
+                f"{found}, so collate_fn left some out or added some. Their ids are hashed from "
+                f"content instead of being row numbers. To choose them, put batch[{self.key!r}] into the batch."
+            )
+        return self._content_ids(batch, size, fetched)
 
     def index_error(self, found: str) -> RuntimeError:
         """The error for ``identity="index"`` where rows of the data set are unknown. ``found``: what is in the way."""
@@ -87,6 +109,20 @@ class SampleIds:
             f"SampleIds(identity='index') needs DataLoaders that collate the rows of a map-style data set, "
             f"but {found}. Use identity='content', or put batch[{self.key!r}] into the batch and use identity='key'."
         )
+
+    def _content_ids(self, batch: Any, size: int | None, fetched: Fetched) -> Tensor | None:
+        if not any(True for _ in tensors_in(batch)):
+            return None
+        try:
+            ids = content_ids(batch, size, fetched.axes).cpu()
+        except ValueError:
+            self._warn_of(
+                f"The number of samples in a batch can't be read from its tensors, {describe_tensors(batch)}: no "
+                f"losses are recorded for them. Put batch[{self.key!r}] with one id for each sample into the batch."
+            )
+            return None
+        self._source = "content"
+        return ids
 
     def _key_ids(self, batch: Any, size: int | None) -> Tensor:
         if not isinstance(batch, Mapping) or self.key not in batch:
@@ -96,22 +132,47 @@ class SampleIds:
                 f"{keys}. Let the data set return {self.key!r} with every sample, or use identity='auto'."
             )
         value = batch[self.key]
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            raise RuntimeError(
-                f"SampleIds needs integers or strings in batch[{self.key!r}], but found {value.dtype}. "
-                f"Return them as torch.int64."
-            )
-        if isinstance(value, Tensor):
-            ids = value.detach().reshape(-1).to("cpu", torch.int64)
-        else:
-            ids = torch.tensor(key_ids(value), dtype=torch.int64)
-        if not is_index_of(ids, {name: part for name, part in batch.items() if name != self.key}, size):
+        others = {name: part for name, part in batch.items() if name != self.key}
+        found: list[Any] | str = self._joined(value, batch_size(others, size)) or plain_keys(value)
+        if isinstance(found, str):
+            raise RuntimeError(f"SampleIds needs integers or strings in batch[{self.key!r}], but found {found}.")
+        numbers = key_ids(found)
+        ids = torch.tensor(numbers, dtype=torch.int64)
+        if not is_index_of(ids, others, batch_size(others, size)):
             raise RuntimeError(
                 f"SampleIds needs one id for each sample, but batch[{self.key!r}] holds {len(ids)} ids for {size} "
                 f"samples. Return one {self.key!r} with every sample."
             )
+        self.names.add(named_keys(numbers, found))
         return ids
+
+    def _joined(self, value: Any, size: int | None) -> list[tuple[Any, ...]] | None:
+        """Tuples that `default_collate` has made columns of; None if the ids are no such columns."""
+        if self._has_columns is False:
+            return None
+        try:
+            columns = joined_columns(value, size, self._has_columns is True)
+        except ValueError as error:
+            raise RuntimeError(
+                f"SampleIds needs one id for each sample in batch[{self.key!r}], but found {error}. "
+                "Return one string for each sample."
+            ) from None
+        if size is not None and size > 1 and isinstance(value, (list, tuple)):
+            self._has_columns = columns is not None
+        return columns
+
+    def _warn_of(self, message: str) -> None:
+        """Warns once for each kind of message, whatever its numbers are."""
+        kind = re.sub(r"\d+", "", message)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=3)
 
 
 def _unmatched(size: int | None, index: Tensor | None) -> str:
     return "a batch came without row numbers" if index is None else f"{len(index)} rows were fetched for {size} samples"
+
+
+def _shows_samples(batch: Any, size: int | None, fetched: Fetched) -> bool:
+    """Whether the batch's rows are samples although the loader can't say which: their content can be hashed."""
+    return size is not None and (fetched.rows is not None or is_surely_batched(batch))

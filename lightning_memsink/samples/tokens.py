@@ -1,12 +1,14 @@
 """The token ids of a batch, and which of them are padding."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from lightning_memsink.samples.batch import tensors_in
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,13 @@ class Tokens:
     mask: Tensor
 
 
-def tokens_of(batch: Any) -> Tokens | None:
+def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
     """The tokens of a batch, or None if it holds no text.
 
     Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or
     one that comes first in a tuple or list, as in ``(x, y)``. Padding is known only
-    from a mapping's ``attention_mask`` of the same shape; a mask of another shape (packed, 4-D) is ignored.
+    from a mapping's ``attention_mask`` of the same shape; a mask of another shape (packed, 4-D) is ignored. A tensor
+    whose samples lie along its second axis, by ``axes`` (see `samples.batch_rows.rows_of`), is turned.
     """
     if isinstance(batch, Mapping):
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -32,7 +35,16 @@ def tokens_of(batch: Any) -> Tokens | None:
         return None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         mask = torch.ones_like(ids, dtype=torch.bool)
+    if axes is not None and 1 in axes and _axis_of(ids, batch, axes) == 1:
+        ids, mask = ids.T, mask.T
     return Tokens(ids.long(), mask != 0)
+
+
+def _axis_of(tensor: Tensor, batch: Any, axes: Sequence[int]) -> int | None:
+    """The entry of ``axes`` of a tensor of the batch."""
+    tensors = list(tensors_in(batch))
+    place = next((n for n, other in enumerate(tensors) if other is tensor), None)
+    return axes[place] if place is not None and len(tensors) == len(axes) else None
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

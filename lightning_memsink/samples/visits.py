@@ -20,9 +20,15 @@ class DescribedBatch(NamedTuple):
     features: Tensor | None
 
     @classmethod
-    def of(cls, batch: Any, ids: Tensor, features: Callable[[Any], Tensor] | None) -> DescribedBatch:
-        """``features``: the user's, of a batch."""
-        text = tokens_of(batch)
+    def of(
+        cls,
+        batch: Any,
+        ids: Tensor,
+        features: Callable[[Any], Tensor] | None,
+        axes: Sequence[int] | None = None,
+    ) -> DescribedBatch:
+        """``features``: the user's, of a batch. ``axes``: where samples lie, as `samples.batch_rows.rows_of` takes."""
+        text = tokens_of(batch, axes)
         tokens = None if text is None or len(text.ids) != len(ids) else Tokens(text.ids.cpu(), text.mask.cpu())
         extra = None if features is None else features(batch).detach().float().cpu().reshape(len(ids), -1)
         return cls(ids, tokens, extra)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
-from lightning_memsink.samples.batch import batch_size
-from lightning_memsink.samples.hashing import content_ids, key_ids
+from lightning_memsink.samples.hashing import content_ids
 from lightning_memsink.samples.sample_ids import SampleIds
+from lightning_memsink.samples.sample_keys import key_ids
 from tests.support.loaders import LOADERS, QUIET, Model, Rows, Stream, fit, rows_of
 
 pytestmark = QUIET
@@ -243,23 +243,7 @@ def test_ids_use_all_their_bits():
     assert (share - 0.5).abs().max() < 0.02
 
 
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        ({"n": torch.ones(5), "input_ids": torch.ones(3, 4, dtype=torch.long)}, 3),
-        ((torch.tensor(1), torch.ones(2, 2)), 2),
-        (["a", "b"], None),
-        (torch.ones(0, 3), 0),
-        ({"x": [torch.ones(4)]}, 4),
-        (None, None),
-    ],
-    ids=str,
-)
-def test_a_batch_is_as_large_as_its_first_tensor(batch, size):
-    assert batch_size(batch) == size
-
-
 def test_a_batch_without_tensors_has_no_content():
     assert SampleIds("content").of(["a", "b"], None) is None
-    with pytest.raises(ValueError, match="needs a batch with tensors in it, but found a list"):
+    with pytest.raises(ValueError, match="tensors in it, one row a sample, but found a list with no tensors"):
         content_ids(["a", "b"])

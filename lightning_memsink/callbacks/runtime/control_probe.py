@@ -10,10 +10,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_memsink._evaluation import run_training_step, without_trace
-from lightning_memsink.losses.capture import EvaluationCapture
+from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.samples.batch import batch_size
+from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.dataloader_ids import is_taggable, tag_loader, untag_loader
 from lightning_memsink.samples.holdout import holdout_split
+from lightning_memsink.samples.tagged_batch import Fetched
 
 
 class ControlProbe:
@@ -41,7 +43,9 @@ class ControlProbe:
         self.every = every
         self._source: Any = None
         self._view: Any = None  # of the loader, kept as long as its workers may be
-        self._rows: Tensor | None = None  # of the batch that it gave last
+        self._fetched: Fetched | None = None  # what is known of the samples of the batch that it gave last
+        self.axes: Axes | None = None
+        """Of the batch yielded last, where its samples lie in each tensor, for `samples.batch_rows.rows_of`."""
 
     @property
     def has_controls(self) -> bool:
@@ -87,10 +91,11 @@ class ControlProbe:
 
     def evaluate(
         self, trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture
-    ) -> Generator[tuple[Any, Tensor, Any]]:
+    ) -> Generator[tuple[Any, Tensor | None, Any]]:
         """Yields each batch of controls, its samples' rows ``[B]`` in the data set, and what training_step returned.
 
-        Where the loader has no rows, samples are numbered as they come.
+        Where the loader has no rows, samples are numbered as they come; None where the batch doesn't show how many
+        there are.
         """
         if self._view is None:
             self._view = tag_loader(self.loader, self._on_fetch) if is_taggable(self.loader) else self.loader
@@ -99,14 +104,16 @@ class ControlProbe:
             for n, batch in enumerate(() if self._view is None else self._view):  # a loader of a stream has no length
                 if batch is None:  # no step to Lightning either
                     continue
-                size = batch_size(batch) or 0
-                rows, self._rows = self._rows, None
-                rows = torch.arange(start, start + size) if rows is None else rows
+                fetched, self._fetched = self._fetched or Fetched(), None
+                self.axes, rows = fetched.axes, fetched.ids
+                size = batch_size(batch, fetched.rows if rows is None else len(rows), self.axes)
+                if rows is None and size is not None and not fetched.refusal:
+                    rows = torch.arange(start, start + size)
                 batch = trainer.strategy.batch_to_device(batch)
-                capture.begin()
+                capture.begin(batch, size or 0, self.axes)
                 outputs = run_training_step(trainer, pl_module, batch, n)
                 yield batch, rows, outputs
-                start += size
+                start += size or 0
 
-    def _on_fetch(self, batches: object, rows: Tensor | None) -> None:
-        self._rows = rows
+    def _on_fetch(self, batches: object, batch: Any, fetched: Fetched | None) -> None:
+        self._fetched = fetched

@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
-from lightning_memsink.samples.batch import describe
-from lightning_memsink.samples.dataloader_ids import is_taggable, tag_loader, untag_loader
+from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.fetched_batches import (
+    FetchedBatch,
+    FetchedBatches,
+    concatenated,
+    fetched_parts,
+)
+from lightning_memsink.samples.batch import describe, tensors_in
+from lightning_memsink.samples.batch_rows import Axes, Entry, rows_of
+from lightning_memsink.samples.dataloader_ids import fetches_by_key, is_taggable, tag_loader, untag_loader
+from lightning_memsink.samples.id_contents import Contents, IdContents
 from lightning_memsink.samples.sample_ids import SampleIds
+from lightning_memsink.samples.tagged_batch import Fetched
 
 Stage = Literal["train", "validate"]
-_LOADER_BITS = 48  # a row of loader n has the id (n << 48) + row: loaders stay apart, the first one's ids are its rows
+
+REORDERED = (
+    "Rows of a batch were changed between the loader and the step, so that it can't be told which sample each of them "
+    "is: no losses are recorded for such a batch. Put batch[{key!r}] with one id for each sample into the batch, and "
+    "let it be shuffled with the rest."
+)
+ANEW = (
+    "A row number of this data set doesn't name one sample (are documents packed anew, or samples drawn at random?), "
+    "so its losses are those of several. Use LossTracker(identity='content'), or put batch[{key!r}] into the batch "
+    "with an id that stays with its content."
+)
+NOT_UNIQUE = (
+    "batch[{key!r}] doesn't name one sample (are rows numbered within shards, or documents packed anew?), so its "
+    "losses are those of several. Make it unique, as in f'{{shard}}-{{row}}', or use LossTracker(identity='content')."
+)
 
 
 class LoaderIds:
     """The ids of each batch of a `Trainer`, read from its data loaders where `sample_ids` identifies samples by row.
 
-    Rows of a second, third, ... data loader of the same step are offset by a multiple of 2^48. Train and validation ids
-    are not kept apart.
+    Where the samples lie in the batch's tensors is read from the loaders for any identity. Rows of a second, third, ...
+    data loader of the same step are offset by a multiple of 2^48. Train and validation ids are not kept apart.
     """
 
     def __init__(self, sample_ids: SampleIds) -> None:
         self.sample_ids = sample_ids
+        self.axes: Axes | None = None
+        """Of the batch taken last, where its samples lie in each tensor, for `samples.batch_rows.rows_of`."""
         self._trainer: Trainer | None = None
-        self._fetched: dict[Stage, _FetchedIds] = {"train": _FetchedIds(), "validate": _FetchedIds()}
+        self._fetched: dict[Stage, FetchedBatches] = {"train": FetchedBatches(), "validate": FetchedBatches()}
+        self._contents = IdContents()
+        self._warnings = WarningCache()
         self._overridden: dict[str, Any] = {}
 
     def attach(self, trainer: Trainer) -> None:
@@ -38,8 +65,6 @@ class LoaderIds:
         if self._trainer is not None:
             return
         self._trainer = trainer
-        if not self.sample_ids.uses_index:
-            return
         strategy = trainer.strategy
         self._overridden = {name: value for name, value in vars(strategy).items() if name == "process_dataloader"}
         process_dataloader = strategy.process_dataloader
@@ -53,9 +78,8 @@ class LoaderIds:
         """Restores the strategy and the loaders; for `teardown` and `on_exception`."""
         if self._trainer is None:
             return
-        if self.sample_ids.uses_index:
-            vars(self._trainer.strategy).pop("process_dataloader", None)
-            vars(self._trainer.strategy).update(self._overridden)
+        vars(self._trainer.strategy).pop("process_dataloader", None)
+        vars(self._trainer.strategy).update(self._overridden)
         for combined in self._combined_loaders():
             combined.flattened = [untag_loader(loader) for loader in combined.flattened]
         self._trainer = None
@@ -65,42 +89,83 @@ class LoaderIds:
     def take(self, batch: Any, stage: Stage) -> Tensor | None:
         """The ids of a batch: ``[B]`` int64 on the CPU; of several loaders, one after the other.
 
-        Call it once for each batch that starts. None for a batch without key, index or tensors.
+        Call it once for each batch that starts. None for a batch without key, index or tensors, and for one whose rows
+        are no longer in the order in which they were fetched, if that order can't be identified. `axes` is then known.
         """
         fetched, combined = self._fetched[stage], self._combined_loader(stage)
+        self.axes = None
         if combined is None or combined._mode == "sequential":
-            return self.sample_ids.of(batch, fetched.take())
+            return self._ids_of(batch, fetched.take(), stage)
         try:
-            parts = combined._spec.flatten_up_to(batch)
-        except ValueError:  # a hook of the user's has made one batch of what the loaders gave
-            index = _concatenated([fetched.take(loader) for loader in range(len(combined.flattened))])
-            return self.sample_ids.of(batch, index)
-        # a part is None where its loader is exhausted
-        return _concatenated(
-            [self.sample_ids.of(part, fetched.take(n)) for n, part in enumerate(parts) if part is not None]
-        )
+            parts = list(fetched_parts(combined, batch))
+        except ValueError:
+            return self._merged_ids(batch, [fetched.take(loader) for loader in range(len(combined.flattened))])
+        if len(combined.flattened) == 1:
+            return self._ids_of(parts[0][1], fetched.take(0), stage) if parts else None
+        ids: list[Tensor | None] = []
+        entries: dict[int, Entry] = {}
+        first = 0
+        for loader, part in parts:
+            ids.append(self._ids_of(part, fetched.take(loader), stage))
+            size = 0 if ids[-1] is None else len(ids[-1])
+            for tensor, owners in rows_of(part, size, self.axes):
+                entries[id(tensor)] = torch.where(owners < 0, owners, owners + first)
+            first += size
+        self.axes = [entries.get(id(tensor)) for tensor in tensors_in(batch)]
+        return concatenated(ids)
 
     def clear(self, stage: Stage) -> None:
         """Forgets batches that were fetched and not taken. A new pass over the loaders does so by itself."""
         self._fetched[stage].clear()
 
-    def _tag(self, loader: Any) -> object:
-        if is_taggable(loader):
-            return tag_loader(loader, self._on_fetch)
-        if self.sample_ids.identity == "index":
-            raise self.sample_ids.index_error(f"got {describe(loader)}")
-        return loader
+    def _ids_of(self, batch: Any, taken: FetchedBatch | None, stage: Stage) -> Tensor | None:
+        """The ids of one loader's batch, in the order of its rows."""
+        fetched = Fetched() if taken is None else taken.fetched
+        self.axes = fetched.axes
+        index = fetched.ids if self.sample_ids.uses_index else None
+        if taken is not None and index is not None and not self.sample_ids.reads_key(batch):
+            order = taken.order_in(batch)
+            self._fetched[stage].reorders |= order.kind != "kept"
+            if order.kind == "lost":
+                warn_once(self._warnings, REORDERED.format(key=self.sample_ids.key))
+                return None
+            index = index if order.rows is None else index[order.rows]
+        ids = self.sample_ids.of(batch, index, fetched)
+        if taken is not None and ids is not None and taken.contents is not None:
+            self._check_contents(ids, taken.contents)
+        return ids
 
-    def _on_fetch(self, batches: object, ids: Tensor | None) -> None:
-        """Notes the ids of a batch that a loop fetched; the user may iterate over the same loader in between."""
-        for stage, fetched in self._fetched.items():
+    def _merged_ids(self, batch: Any, taken: list[FetchedBatch | None]) -> Tensor | None:
+        """The ids of a batch that a hook of the user's has made of those of several loaders."""
+        index = concatenated([None if one is None else one.fetched.ids for one in taken])
+        names = [one.fetched.names for one in taken if one is not None and one.fetched.names]
+        merged = {id: key for some in names for id, key in some.items()}
+        return self.sample_ids.of(batch, index, Fetched(names=merged or None))
+
+    def _check_contents(self, ids: Tensor, contents: Contents) -> None:
+        if len(ids) != len(contents.rows) or self.sample_ids.source == "content":
+            return
+        found = self._contents.check(ids, contents)
+        if found is not None:
+            cure = ANEW if self.sample_ids.source == "index" else NOT_UNIQUE
+            warn_once(self._warnings, f"{found}. {cure.format(key=self.sample_ids.key)}")
+
+    def _tag(self, loader: Any) -> object:
+        if self.sample_ids.identity == "index" and not fetches_by_key(loader):
+            raise self.sample_ids.index_error(f"got {describe(loader)}")
+        return tag_loader(loader, self._on_fetch) if is_taggable(loader) else loader
+
+    def _on_fetch(self, batches: object, batch: Any, fetched: Fetched | None) -> None:
+        """Notes a batch that a loop fetched; the user may iterate over the same loader in between."""
+        for stage, waiting in self._fetched.items():
             combined = self._combined_loader(stage)
             combined_pass = None if combined is None else combined._iterator
             for position, iterator in enumerate([] if combined_pass is None else combined_pass.iterators):
                 if iterator is batches:
                     loader = getattr(combined_pass, "_iterator_idx", position)  # sequential mode: one at a time
-                    offset = ids + (loader << _LOADER_BITS) if ids is not None and loader else ids
-                    fetched.put(combined_pass, loader, offset)
+                    waiting.is_on_host = self._trainer is None or self._trainer.strategy.root_device.type == "cpu"
+                    with_contents = stage == "train" and self.sample_ids.identity != "content"
+                    waiting.put(combined_pass, loader, batch, fetched, with_contents)
 
     def _combined_loaders(self) -> Iterator[CombinedLoader]:
         assert self._trainer is not None
@@ -117,37 +182,3 @@ class LoaderIds:
             return fit._combined_loader
         is_validate = self._trainer.state.fn == "validate"
         return (self._trainer.validate_loop if is_validate else fit.epoch_loop.val_loop)._combined_loader
-
-
-class _FetchedIds:
-    """Ids of the batches that a loop has fetched and not started yet, oldest first."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self._pass: weakref.ref[Any] | None = None
-        self._ids: deque[tuple[int, Tensor | None]] = deque()
-
-    def put(self, combined_pass: object, loader: int, ids: Tensor | None) -> None:
-        """Appends ``ids`` of a batch of ``loader``. A new pass drops the batches that the last one prefetched."""
-        if self._pass is None or self._pass() is not combined_pass:
-            self.clear()
-            self._pass = weakref.ref(combined_pass)
-        self._ids.append((loader, ids))
-
-    def take(self, loader: int | None = None) -> Tensor | None:
-        """Removes and returns the oldest ids of one loader, or of any."""
-        position = next((i for i, (owner, _) in enumerate(self._ids) if loader in (None, owner)), None)
-        if position is None:
-            return None
-        _, ids = self._ids[position]
-        del self._ids[position]
-        return ids
-
-
-def _concatenated(ids: list[Tensor | None]) -> Tensor | None:
-    if len(ids) == 1:
-        return ids[0]
-    known = [part for part in ids if part is not None]
-    return torch.cat(known) if known and len(known) == len(ids) else None
