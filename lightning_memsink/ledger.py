@@ -9,14 +9,14 @@ the writer finish first (`Ledger.close`). So callbacks may be listed in any orde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakMethod
 
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_memsink._lightning import is_a
-from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes
+from lightning_memsink.losses.step_reader import StepReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,17 +72,8 @@ class CurrentBatch:
 
     ids: Tensor | None = None
     """``[B]`` int64; None where its samples can't be identified."""
-    _searched: tuple[Tensor, LossNodes] | None = None
-
-    def loss_nodes(self, loss: Tensor) -> LossNodes:
-        """`find_loss_nodes` of ``loss``, before its backward; searched once for all callers."""
-        if self._searched is None or self._searched[0] is not loss:
-            self._searched = loss, find_loss_nodes(loss)
-        return self._searched[1]
-
-    def forget_loss(self) -> None:
-        """Frees the graph of the loss, which holds memory and is not needed after the step."""
-        self._searched = None
+    reader: StepReader = field(default_factory=StepReader)
+    """Reads the loss calls of a loss before its backward, once for all callbacks."""
 
 
 class Ledger:

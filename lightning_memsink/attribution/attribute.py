@@ -15,6 +15,7 @@ from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.attribution.unit_effects import margins, sample_weights
 from lightning_memsink.attribution.unit_recorder import UnitRecorder
 from lightning_memsink.losses.autograd_graph import find_loss_calls
+from lightning_memsink.losses.per_sample import in_batch_order
 
 
 def attribute(
@@ -26,7 +27,8 @@ def attribute(
     """Signed unit effects ``[B, U]`` by layer of one batch, outside of training. No parameter's ``.grad`` is written.
 
     Args:
-        model_loss: runs the forward and returns the scalar loss. Frozen parameters are fine.
+        model_loss: runs the forward and returns the scalar loss, whose rows are those of the samples one after the
+            other. Frozen parameters are fine.
         objective: ``"loss"``: by how many nats a sample's own mean loss would rise without the unit. ``"margin"``: how
             much lower its `margins` would be. Either way a unit with a positive effect helps the sample.
 
@@ -51,7 +53,7 @@ def attribute(
             loss = model_loss()
             if not loss.requires_grad or not hidden:
                 raise ValueError("attribute needs a loss with its graph: drop no_grad and detach from model_loss.")
-            calls = find_loss_calls(loss) if objective == "loss" else []
+            calls = in_batch_order(find_loss_calls(loss), batch_size) if objective == "loss" else []
             torch.autograd.grad(loss if objective == "loss" else -margins(loss), hidden, allow_unused=True)
         effects = recorder.finish(batch_size, sample_weights(calls, batch_size))
     finally:

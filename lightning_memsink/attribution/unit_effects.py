@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_memsink.losses.autograd_graph import walk
 from lightning_memsink.losses.loss_call import LossCall
-from lightning_memsink.losses.per_sample import SampleAxisLost, terms_of
+from lightning_memsink.losses.per_sample import terms_of
+from lightning_memsink.losses.sample_rows import SampleAxisLost
 from lightning_memsink.losses.readers import is_likelihood, saved_value
 
 

@@ -24,7 +24,7 @@ from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.callbacks.runtime.validation_weights import ValidationWeights
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.ledger import CurrentBatch, Ledger
-from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reported_ids
+from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reported
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.losses.unreadable import InternalError
@@ -130,11 +130,10 @@ class LossTracker(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        current, self._current = self._current, None
+        current, self._current = reported(outputs, self._current), None
         if current is not None:
             ids, tokens, features = current
             captured = self.capture.finish(outputs, len(ids))
-            ids = reported_ids(outputs, ids)
             if isinstance(captured, NotCaptured):
                 self._warn(captured)
                 losses = torch.full((len(ids),), torch.nan)
@@ -230,11 +229,11 @@ class LossTracker(Callback):
         return fits and not self.probe.has_controls and self.validation_weights.records
 
     def _add_controls(self, batch: DescribedBatch | None, outputs: Any) -> None:
+        batch = reported(outputs, batch)
         if batch is None:
             return
         ids, tokens, features = batch
         captured = self.control_capture.finish(outputs, len(ids))
-        ids = reported_ids(outputs, ids)
         if isinstance(captured, NotCaptured):
             self._warn(captured)
         else:

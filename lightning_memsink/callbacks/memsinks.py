@@ -28,6 +28,7 @@ from lightning_memsink.mitigation.designed_sinks import (
     register_input_hook,
 )
 from lightning_memsink.mitigation.intervention_log import InterventionLog
+from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.tokens import tokens_of
 
 MAX_SAFE_POOL = 0.9
@@ -147,7 +148,7 @@ class MemSinks(Mitigation):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._step = _Step(batch, shallow_copy(batch))
-        self._recorder.begin_step()
+        self._recorder.begin_step(batch, batch_size(batch) or 0)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._recorder.before_backward(loss, trainer)

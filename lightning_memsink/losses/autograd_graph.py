@@ -7,6 +7,7 @@ A pre-hook on each call's node then reads, in the user's own backward, the weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from lightning_memsink.losses.loss_call import LossCall, LossRows
+from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.readers import (
     is_likelihood,
     is_log_softmax,
@@ -25,11 +26,22 @@ from lightning_memsink.losses.readers import (
     saved_values,
 )
 
-LossNodes = Sequence[tuple[Node, LossCall]]
-"""Loss calls, each with its node of the graph."""
+
+@dataclass(frozen=True)
+class FoundCall:
+    """A loss call and its node of the graph."""
+
+    node: Node
+    """What is differentiated with respect to its output gives the call's ``upstream``."""
+    call: LossCall
+    weigh_at: Node
+    """The node whose gradients can be weighed by sample: ``node``, or one below it."""
+
+
+LossNodes = Sequence[FoundCall]
 
 MOST_NODES = 4096
-DEEPEST = 16  # nodes between a loss call and the tensor that was flattened into its rows
+MOST_PENALTY_NODES = 32
 
 # The model begins at such a node: nothing below it is a loss.
 MODEL = frozenset(
@@ -42,8 +54,14 @@ LINEAR = frozenset(
     "Slice Narrow Split View UnsafeView ReshapeAlias Alias Squeeze Unsqueeze Expand Transpose T Permute Clone ToCopy "
     "Cat Stack Unbind".split()
 )
+PRODUCTS = frozenset(("Mul", "Div", "Dot", "Mv"))
 VIEWS = frozenset(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"))
-REARRANGES = frozenset(("TransposeBackward0", "PermuteBackward0", "TBackward0", "AccumulateGrad"))
+# Made of these and parameters only, a part of a loss is a penalty on the weights. A product with a constant tensor is
+# not among them: the constant may be the batch.
+TAKE_CONSTANTS = frozenset("Mul Div Mm Sub Rsub Dot Mv".split())
+OF_PARAMETERS = LINEAR | frozenset(
+    "Pow Abs LinalgVectorNorm Norm Sqrt Square Exp Log Relu Clamp ClampMin Sign Mm".split()
+)
 
 
 class _NoForward(TorchFunctionMode):
@@ -71,9 +89,10 @@ def find_loss_calls(loss: Tensor) -> list[LossCall]:
 
 def awaiting_upstream(loss_nodes: LossNodes) -> list[LossCall]:
     """The calls, with hooks by which the backward that must follow fills in their ``upstream``."""
-    for node, call in loss_nodes:
-        node.register_prehook(note_upstream(node, call))
-    return [call for _, call in loss_nodes]
+    for found in loss_nodes:
+        if found.call.upstream is None:
+            found.node.register_prehook(note_upstream(found.node, found.call))
+    return [found.call for found in loss_nodes]
 
 
 def find_loss_nodes(loss: Tensor) -> LossNodes:
@@ -83,23 +102,65 @@ def find_loss_nodes(loss: Tensor) -> LossNodes:
         with _NoForward():
             nodes = _loss_nodes(root)
             saved = [saved_values(node) for node in nodes]
-            rows = [_rows(node) for node in nodes]
     except _ForwardNeeded:
         return []
     with torch.no_grad():
-        calls = [read_loss_call(*parts) for parts in zip(nodes, saved, rows, strict=True)]
-    return list(zip(nodes, calls, strict=True))
+        calls = [read_loss_call(*parts) for parts in zip(nodes, saved, strict=True)]
+    return [FoundCall(node, call, node) for node, call in zip(nodes, calls, strict=True)]
 
 
 def names_near(loss: Tensor, most: int = 4) -> list[str]:
     """Names of the graph nodes nearest ``loss``, each once; those of linear nodes only if there are no others."""
     names = dict.fromkeys(node.name() for node, _ in walk(loss.grad_fn, 64))
-    nonlinear = [name for name in names if _stem(name) not in LINEAR and name != "torch::autograd::AccumulateGrad"]
+    nonlinear = [name for name in names if stem(name) not in LINEAR and name != "torch::autograd::AccumulateGrad"]
     return (nonlinear or list(names))[:most]
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """A node's name without ``Backward0``."""
     return name.rpartition("Backward")[0]
+
+
+def linear_children(node: Node) -> list[Node] | None:
+    """The nodes below ``node``, if it is linear in all of them together; None if it is not.
+
+    Of a product or a quotient these are its one factor that depends on more than parameters.
+    """
+    name = stem(node.name())
+    if name not in LINEAR:
+        return None
+    below = [child for child, _ in node.next_functions if child is not None]
+    if name in PRODUCTS and len(below) > 1:
+        below = [child for child in below if not is_penalty(child)]
+        if len(below) > 1 or (name == "Div" and below and below[0] is not node.next_functions[0][0]):
+            return None
+    return below
+
+
+def is_penalty(node: Node) -> bool:
+    """Whether nothing but parameters, and arithmetic on them, is below ``node``: a penalty on the weights."""
+    front, visited = [node], set[Node]()
+    while front:
+        node = front.pop()
+        if node.name() == "torch::autograd::AccumulateGrad" or node in visited:
+            continue
+        visited.add(node)
+        name, below = stem(node.name()), [child for child, _ in node.next_functions]
+        takes_constant = name in TAKE_CONSTANTS and None in below
+        if name not in OF_PARAMETERS or len(visited) > MOST_PENALTY_NODES or (takes_constant and _has_tensor(node)):
+            return False
+        front += [child for child in below if child is not None]
+    return True
+
+
+def _has_tensor(node: Node) -> bool:
+    """Whether a product saved a tensor, not a number, as the factor that has no gradient."""
+    try:
+        with _NoForward():
+            saved = [getattr(node, f"_saved_{name}", None) for name in ("other", "self", "mat2")]
+    except (_ForwardNeeded, RuntimeError):
+        return True
+    return any(isinstance(each, Tensor) and each.ndim for each in saved)
 
 
 def walk(
@@ -121,8 +182,9 @@ def walk(
             name = node.name()
             if name in MODEL or stop(node):
                 continue
-            linear = linear and _stem(name) in LINEAR
-            front += [(child, linear) for child, _ in node.next_functions if child is not None]
+            below = [child for child, _ in node.next_functions if child is not None]
+            linear_below = linear_children(node) if linear else None
+            front += [(child, linear_below is not None and child in linear_below) for child in below]
 
 
 def _loss_nodes(root: Node | None) -> list[Node]:
@@ -156,39 +218,9 @@ def _log_softmax_below(node: Node) -> Node | None:
         if below is None or is_log_softmax(below):
             return below
         node = below
-        if node.name() not in VIEWS and _stem(node.name()) not in ("Squeeze", "Unsqueeze", "ToCopy"):
+        if node.name() not in VIEWS and stem(node.name()) not in ("Squeeze", "Unsqueeze", "ToCopy"):
             return None
     return None
-
-
-def _rows(node: Node) -> LossRows:
-    """Follows the first input down to the tensor that was flattened into the call's rows."""
-    reader = None if is_report(node) else reader_of(node)
-    if reader is None:
-        return LossRows()
-    sizes: list[tuple[int, ...]] = []
-    index, picked_by = None, ""
-    for _ in range(DEEPEST):
-        below = node.next_functions[int(node.name() == "AddmmBackward0")][0] if node.next_functions else None
-        if below is None or below.name() in REARRANGES or not below.next_functions:
-            break
-        node, name = below, below.name()
-        if name in VIEWS:
-            shape = tuple(saved_value(node, "self_sym_sizes"))
-            sizes.append(shape[: len(shape) - int(reader.has_classes)])
-            if len(shape) > 2:
-                break
-        elif name == "MaskedSelectBackward0":
-            picked_by = name
-            break
-        elif name == "IndexBackward0":
-            first = saved_value(node, "indices")[0]
-            if first is not None:
-                index, picked_by = first, name
-                break
-        elif name in MODEL and name not in ("AddmmBackward0", "MmBackward0", "NativeLayerNormBackward0"):
-            break
-    return LossRows(tuple(sizes), index, picked_by)
 
 
 def note_upstream(node: Node, call: LossCall) -> Callable[[tuple[Tensor | None, ...]], None]:
@@ -209,5 +241,6 @@ def note_upstream(node: Node, call: LossCall) -> Callable[[tuple[Tensor | None, 
         call.upstream = -gradient.sum(dim)
         weighted = torch.where(gradient == 0, 0.0, gradient * log_probs).sum(dim)
         call.losses = torch.where(call.upstream == 0, 0.0, weighted / call.upstream)
+        call.class_axis = None
 
     return note

@@ -11,28 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LossRows:
-    """Where the rows of a loss call come from, found in its graph.
-
-    ``sizes`` are the leading sizes of tensors that were flattened into the rows, nearest first. ``index`` is the tensor
-    that rows were picked with, ``picked_by`` the name of the node that picked them. ``buffer`` is (storage, offset,
-    length of the storage) of flat targets.
-    """
-
-    sizes: tuple[tuple[int, ...], ...] = ()
-    index: Tensor | None = None
-    picked_by: str = ""
-    buffer: tuple[int, int, int] | None = None
-
-
-def target_buffer(target: Tensor) -> tuple[int, int, int] | None:
-    """Where flat targets lie: (storage, offset, length of the storage); None for others."""
-    if target.ndim != 1 or not target.is_contiguous():
-        return None
-    storage = target.untyped_storage()
-    return storage.data_ptr(), int(target.storage_offset()), storage.nbytes() // target.element_size()
+from lightning_memsink.losses.sample_rows import SampleRows
 
 
 @dataclass
@@ -41,7 +20,7 @@ class LossCall:
 
     ``losses`` are unreduced, ``weights`` (same shape) the class weights and masks inside the call, ``divisor`` what a
     mean divided by, ``upstream`` the gradient of the step's loss with respect to the call's result (None: not reached).
-    ``classes`` is 0 where there is no class axis.
+    ``classes`` is 0 where there is no class axis. ``rows`` says whose the elements are, or why that is unknown.
     """
 
     kind: str
@@ -50,10 +29,23 @@ class LossCall:
     weights: Tensor | None = None
     divisor: Tensor | float = 1.0
     upstream: Tensor | None = None
-    rows: LossRows = field(default_factory=LossRows)
+    rows: SampleRows | str = "nothing says which samples its rows are"
+    target: Tensor | None = None
+    """As many elements as ``losses``, or None: what the call compared with."""
+    class_axis: int | None = None
+    """Of ``losses``, until the ``upstream`` of a log-softmax says what they are."""
     folded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     """Sums and weights by sample, by B, where the upstream is one number: the same whatever the number is. A
     `copy.copy` shares them, for each callback waits for an upstream of its own; what `replace` makes begins anew."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the losses, without a class axis."""
+        if self.class_axis is None:
+            return self.losses.shape
+        extents = list(self.losses.shape)
+        del extents[self.class_axis]
+        return torch.Size(extents)
 
     def coefficients(self) -> tuple[Tensor, Tensor | float]:
         """Weights, same shape as ``losses`` and 0 where an element does not count, and a scale: ``s_e`` is their

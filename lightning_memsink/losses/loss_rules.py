@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows, merge, reduce
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, with_shared, within
 
 MEAN = "a mean over the samples"
+ACROSS = "a loss over the samples"
 
 
 def _reduced(call: Call, provenance: Provenance | None, shape: Sequence[int]) -> Provenance | None:
@@ -43,17 +44,20 @@ def over_classes(call: Call) -> Outcome:
     scores, target = call.tensor(), call.tensor(1, "target")
     axis = min(1, scores.ndim - 1)
     shape = [extent for place, extent in enumerate(scores.shape) if place != axis]
-    return _reduced(call, merge([_without(call, scores, axis), _classes(call, target, axis, shape)], shape), shape)
+    whole = merge([_without(call, scores, axis), _classes(call, target, axis, shape)], shape)
+    return _reduced(call, with_shared(call, whole, [scores, target], shape), shape)
 
 
 def _without(call: Call, operand: Tensor, axis: int) -> Part:
     shape = [extent for place, extent in enumerate(operand.shape) if place != axis % operand.ndim]
-    return reduce(call.of(operand), operand.shape, [axis], False, "a loss over the samples"), shape
+    return _squeezed(within(call, operand, [axis], ACROSS), [axis]), shape
+
+
+def _squeezed(provenance: Provenance | None, axes: Sequence[int]) -> Provenance | None:
+    return each(provenance, lambda owners: owners.squeeze(tuple(axes)))
 
 
 def _classes(call: Call, target: Tensor, axis: int, shape: Sequence[int]) -> Part:
-    if call.of(call.get(2, "weight")) is not None if isinstance(call.get(2, "weight"), Tensor) else False:
-        raise NotFollowed
     return call.part(target) if list(target.shape) == list(shape) else _without(call, target, axis)
 
 
@@ -81,9 +85,8 @@ def triplet_with_distance(call: Call) -> Outcome:
 
 def multilabel_soft_margin(call: Call) -> Outcome:
     operands = call.operands()
-    shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
-    whole = merge([call.part(operand) for operand in operands], shape)
-    return _reduced(call, reduce(whole, shape, [-1], False, MEAN), shape[:-1])
+    shape = torch.broadcast_shapes(*[operand.shape for operand in operands])[:-1]
+    return _reduced(call, merge([_without(call, operand, -1) for operand in operands], shape), shape)
 
 
 def ctc(call: Call) -> Outcome:
@@ -92,14 +95,14 @@ def ctc(call: Call) -> Outcome:
     batched = scores.ndim == 3
     shape = [scores.shape[1]] if batched else []
     summed = [0, 2] if batched else [0, 1]
-    parts: list[Part] = [(reduce(call.of(scores), scores.shape, summed, False, "a loss over the samples"), shape)]
+    parts: list[Part] = [(_squeezed(within(call, scores, summed, ACROSS), summed), shape)]
     lengths = call.get(3, "target_lengths")
     labels = call.of(targets)
     if batched and targets.ndim == 1:
         if labels is not None:
             parts.append((_of_runs(labels, lengths, shape[0]), shape))
     else:
-        parts.append((reduce(labels, targets.shape, [targets.ndim - 1], False, "a loss over the samples"), shape))
+        parts.append((_squeezed(within(call, targets, [-1], ACROSS), [-1]), shape))
     for extents in (call.get(2, "input_lengths"), lengths):
         if isinstance(extents, Tensor):
             parts.append((call.of(extents), extents.shape))

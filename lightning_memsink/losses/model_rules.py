@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from lightning_memsink.losses.layout_rules import unchanged
 from lightning_memsink.losses.provenance import Part, Provenance, Rows, aligned, merge, reduce, rows
 from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in
-
-
-def within(call: Call, operand: Tensor, axes: Sequence[int]) -> Provenance | None:
-    """Provenance of a function that mixes ``axes`` of an operand; extents of 1 are left there."""
-    return reduce(call.of(operand), operand.shape, axes, True, f"{call.name} across samples")
-
-
-def _shared(call: Call, provenance: Provenance | None, weights: Sequence[Any], shape: Sequence[int]) -> Outcome:
-    """With weights that every element shares, if they depend on the batch too."""
-    parts: list[Part] = [(provenance, shape)]
-    for weight in weights:
-        if isinstance(weight, Tensor) and call.of(weight) is not None:
-            parts.append((reduce(call.of(weight), weight.shape, range(weight.ndim)), ()))
-    return provenance if len(parts) == 1 else merge(parts, shape)
 
 
 def _spatial(call: Call) -> int:
@@ -38,8 +22,7 @@ def _spatial(call: Call) -> int:
 def convolution(call: Call) -> Outcome:
     source = call.tensor()
     mixed = range(source.ndim - _spatial(call) - 1, source.ndim)
-    weights = [call.get(1, "weight"), call.get(2, "bias")]
-    return _shared(call, within(call, source, mixed), weights, call.shape)
+    return with_shared(call, within(call, source, mixed), [source], call.shape)
 
 
 def pool(call: Call) -> Outcome:
@@ -109,40 +92,35 @@ def layer_norm(call: Call) -> Outcome:
 
 def group_norm(call: Call) -> Outcome:
     source = call.tensor()
-    weights = [call.get(2, "weight"), call.get(3, "bias")]
-    return _shared(call, within(call, source, range(1, source.ndim)), weights, source.shape)
+    return with_shared(call, within(call, source, range(1, source.ndim)), [source], source.shape)
 
 
 def instance_norm(call: Call) -> Outcome:
     source = call.tensor()
-    weights = [call.get(position) for position in range(1, 5)] + list(call.kwargs.values())
-    return _shared(call, within(call, source, range(2, source.ndim)), weights, source.shape)
+    return with_shared(call, within(call, source, range(2, source.ndim)), [source], source.shape)
 
 
 def batch_norm(call: Call) -> Outcome:
     """Statistics of the batch aside, a row stays its sample's. In evaluation it is pointwise."""
     source, training = call.tensor(), call.get(5, "training", default=False)
-    weights = [call.get(position) for position in range(1, 5)] + [
-        call.kwargs.get(name) for name in ("running_mean", "running_var", "weight", "bias")
-    ]
     provenance = within(call, source, range(1, source.ndim)) if training else call.of(source)
-    return _shared(call, provenance, weights, source.shape)
+    return with_shared(call, provenance, [source], source.shape)
 
 
 def prelu(call: Call) -> Outcome:
-    return _shared(call, call.of(call.tensor()), [call.get(1, "weight")], call.shape)
+    return with_shared(call, call.of(call.tensor()), [call.tensor()], call.shape)
 
 
 def embedding_bag(call: Call) -> Outcome:
     """``F.embedding_bag(input, weight)`` of bags ``[N, L]``."""
-    source, weight = call.tensor(), call.tensor(1, "weight")
-    if source.ndim != 2 or call.of(weight) is not None:
+    source = call.tensor()
+    if source.ndim != 2:
         raise NotFollowed
-    given = call.get(99, "per_sample_weights")
+    given = call.kwargs.get("per_sample_weights")
     parts: list[Part] = [(within(call, source, [1]), call.shape)]
     if isinstance(given, Tensor):
         parts.append((within(call, given, [1]), call.shape))
-    return merge(parts, call.shape)
+    return with_shared(call, merge(parts, call.shape), [source, given], call.shape)
 
 
 def regions(call: Call) -> Outcome:

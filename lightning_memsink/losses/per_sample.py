@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.losses.loss_call import LossCall
+from lightning_memsink.losses.sample_rows import Runs, SampleAxisLost, SampleRows
 from lightning_memsink.losses.unreadable import UnreadableLoss
 
 LOSSES_KEY = "memsink/losses"
@@ -85,7 +85,6 @@ class Term:
     sums: Tensor  # [B]
     weights: Tensor  # [B]
     scale: Tensor | float
-    time_major: bool
     factor: float = 1.0
     calls: int = 1
 
@@ -97,80 +96,34 @@ class Term:
         return self.weights.sum() * self.scale
 
 
-class SampleAxisLost(UnreadableLoss):
-    """The rows of a loss call can't be assigned to samples."""
-
-
-def time_steps(call: LossCall, batch_size: int) -> int:
-    """``T`` if the rows run ``[T, B]``, else 0. The nearest tensor with a ``B`` in its first two sizes decides; where
-    both are ``B`` the layout is ambiguous, and ``[B, T]`` is assumed."""
-    for sizes in (tuple(call.losses.shape), *call.rows.sizes):
-        if sizes[:1] == (batch_size,):
-            return 0
-        if sizes[1:2] == (batch_size,):
-            return sizes[0]
-    return 0
-
-
-def sample_of_row(call: LossCall, batch_size: int) -> Tensor | None:
-    """``[N]`` sample numbers, where rows are not simply ``B`` equal runs."""
-    count, index = (call.losses.shape or (1,))[0], call.rows.index
-    if index is not None and index.dtype == torch.bool and index.shape[0] % batch_size == 0:
-        samples = index.nonzero()[:, 0] // (index.shape[0] // batch_size)
-        if samples.numel() == count:
-            return samples
-    if count != batch_size and call.rows.picked_by:
-        raise SampleAxisLost(
-            f"{call.kind} was computed on {count} rows that {call.rows.picked_by} picked out of the batch, "
-            "so a row's sample is no longer known"
-        )
-    return None
-
-
-def sample_of_run(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Tensor | None:
-    """``[R]`` sample numbers of the R equal runs, one after the other, that the call's elements fall into; None where
-    there is one run for each sample, in order.
-
-    Args:
-        samples: ``[N]`` the rows' samples, where the call's graph doesn't contain them.
+def fold(call: LossCall, batch_size: int) -> Term:
+    """Sums a call's elements by sample.
 
     Raises:
-        SampleAxisLost: the elements can't be assigned to samples.
+        SampleAxisLost: nothing says which samples the elements belong to.
     """
-    if samples is None:
-        samples = sample_of_row(call, batch_size)
-    if samples is not None:
-        return samples
-    shape, steps = call.losses.shape, time_steps(call, batch_size)
-    if call.losses.numel() % (batch_size * max(steps, 1)) or (not steps and (shape or (1,))[0] % batch_size):
-        raise SampleAxisLost(f"{call.kind} was computed on {list(shape)} elements, not on {batch_size} samples")
-    return torch.arange(batch_size, device=call.losses.device).repeat(steps) if steps > 1 else None
-
-
-def fold(call: LossCall, batch_size: int, samples: Tensor | None = None) -> Term:
-    """Sums a call's elements by sample: those that ``samples`` ``[N]`` names, or those found in the call's graph."""
+    if isinstance(call.rows, str):
+        raise SampleAxisLost(f"{call.kind}: {call.rows}")
     weights, scale = call.coefficients()
-    shared = call.upstream is not None and call.upstream.ndim == 0 and samples is None
+    shared = call.upstream is not None and call.upstream.ndim == 0
     by_sample = call.folded.get(batch_size) if shared else None
     if by_sample is None:
-        by_sample = _by_sample(call, weights, batch_size, samples)
+        sums = call.losses * weights
+        if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
+            sums = torch.where(weights == 0, 0.0, sums)
+        by_sample = call.rows.fold(sums, batch_size), call.rows.fold(weights, batch_size)
     if shared:
         call.folded[batch_size] = by_sample
-    return Term(call.kind, call.classes, *by_sample, scale, time_steps(call, batch_size) > 0)
+    return Term(call.kind, call.classes, *by_sample, scale)
 
 
-def _by_sample(call: LossCall, weights: Tensor, batch_size: int, samples: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``[B]`` weighted sums, and the weights."""
-    sums = call.losses * weights
-    if weights is not call.weights:  # 0 * inf, at an element the user masks, would be NaN
-        sums = torch.where(weights == 0, 0.0, sums)
-    owners = sample_of_run(call, batch_size, samples)
-    runs = batch_size if owners is None else len(owners)
-    sums, weights = (each.reshape(runs, each.numel() // max(1, runs)).sum(1) for each in (sums, weights))
-    if owners is None:
-        return sums, weights
-    sums, weights = (each.new_zeros(batch_size).index_add(0, owners, each) for each in (sums, weights))
-    return sums, weights
+def in_batch_order(calls: Sequence[LossCall], batch_size: int) -> Sequence[LossCall]:
+    """The calls of a step whose writer vouches that their rows are those of the samples, one after the other."""
+    for call in calls:
+        rows, left = divmod(call.shape.numel(), max(1, batch_size))
+        if not left and isinstance(call.rows, str):
+            call.rows = SampleRows(Runs(1, 0, batch_size, rows).owners().reshape(call.shape))
+    return calls
 
 
 def merge(terms: Sequence[Term]) -> Term:
@@ -189,50 +142,29 @@ def alike(calls: Sequence[LossCall]) -> list[list[LossCall]]:
     return list(kinds.values())
 
 
-def samples_by_offset(calls: Sequence[LossCall], batch_size: int) -> list[Tensor] | None:
-    """``[N]`` sample numbers of each call, if the calls' flat targets are pieces that tile one ``[B, T]`` buffer."""
-    buffers = [call.rows.buffer for call in calls]
-    if len(calls) < 2 or None in buffers or len({buffer[0] for buffer in buffers if buffer}) > 1:
-        return None
-    pieces = [(buffer, call.losses) for buffer, call in zip(buffers, calls, strict=True) if buffer]
-    length = pieces[0][0][2]
-    starts = {buffer[1] for buffer, _ in pieces}
-    if len(starts) < len(pieces) or sum(losses.numel() for _, losses in pieces) != length or length % batch_size:
-        return None
-    return [
-        torch.arange(offset, offset + losses.numel(), device=losses.device) // (length // batch_size)
-        for (_, offset, _), losses in pieces
-    ]
-
-
 def terms_of(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0) -> list[Term]:
     """The losses that a step's calls amount to: chunks merged, one weight each.
 
-    Calls are chunks of one loss if their targets tile one buffer, or if their elements weigh the same and all together
-    at most 1. A sole loss has weight 1, whatever it is multiplied with.
+    Calls are chunks of one loss if they are alike, weigh at most 1 together, and either their elements weigh the same
+    or no sample is in two of them. A sole loss has weight 1, whatever it is multiplied with.
 
     Raises:
-        UnreadableLoss: no call has a sample axis (`SampleAxisLost`), or calls are on several devices.
+        UnreadableLoss: a call has no sample axis (`SampleAxisLost`), or calls are on several devices.
     """
     devices = dict.fromkeys(str(call.losses.device) for call in calls)
     if len(devices) > 1:
         raise UnreadableLoss(f"its loss calls are on several devices, {', '.join(devices)}")
     terms: list[Term] = []
-    lost: list[SampleAxisLost] = []
     for same in alike(calls):
-        tiles = samples_by_offset(same, batch_size)
-        folded: list[Term] = []
-        kept: list[LossCall] = []
-        for call, samples in zip(same, tiles or repeat(None), strict=False):
-            try:
-                folded.append(fold(call, batch_size, samples))
-                kept.append(call)
-            except SampleAxisLost as error:
-                lost.append(error)
-        chunks = len(folded) > 1 and (tiles is not None or are_chunks(kept, folded, loss_scale))
-        terms += [merge(folded)] if chunks else folded
-    if not terms:
-        raise lost[0]
+        folded = [fold(call, batch_size) for call in same]
+        if len(folded) < 2:
+            terms += folded
+        elif are_chunks(same, folded, loss_scale):
+            terms.append(merge(folded))
+        elif are_disjoint(folded, loss_scale):
+            terms.append(merge([replace(term, sums=term.means(), weights=_is_in(term), scale=1.0) for term in folded]))
+        else:
+            terms += folded
     if len(terms) == 1:
         return terms
     factors = torch.stack([term.total_weight() for term in terms]).tolist()
@@ -249,6 +181,19 @@ def are_chunks(calls: Sequence[LossCall], terms: Sequence[Term], loss_scale: flo
         return False
     *units, total = torch.cat([torch.stack(heaviest).float(), totals.sum()[None]]).tolist()
     return bool(total <= 1 + 1e-3 and max(units) - min(units) <= 1e-3 * max(units))
+
+
+def are_disjoint(terms: Sequence[Term], loss_scale: float) -> bool:
+    """True if no sample is in two terms, and they weigh at most 1 together: parts of a batch, each with its mean. Waits
+    for the device."""
+    shared = torch.stack([_is_in(term) for term in terms]).sum(0).max() if len(terms[0].weights) else torch.zeros(())
+    total = torch.stack([term.total_weight() for term in terms]).sum() / loss_scale
+    return bool(shared <= 1) and bool(total <= 1 + 1e-3)
+
+
+def _is_in(term: Term) -> Tensor:
+    """``[B]`` 1 where a sample has elements that count, 0 where it has none."""
+    return (term.weights != 0).float()
 
 
 def weigh(terms: Sequence[Term]) -> Tensor:

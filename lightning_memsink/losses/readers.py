@@ -8,22 +8,20 @@ the user's arguments. `find_loss_calls` (in `autograd_graph`) looks each node of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional
 
-from lightning_memsink._chunks import blocks
-from lightning_memsink.losses.loss_call import LossCall, LossRows, target_buffer
+from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import LOSSES_KEY
+from lightning_memsink.losses.sample_rows import SampleRows
 from lightning_memsink.losses.unreadable import UnreadableLoss
-
-Record: TypeAlias = tuple[str, int, Tensor, Tensor | None, Tensor | float]
-"""Kind, classes, losses, weights and divisor of a `LossCall`: plain values, because Dynamo traces what makes them."""
+from lightning_memsink.losses.unreduced import Record, gather_likelihood, record_cross_entropy, record_nll_loss
 
 MEAN = 1  # of a saved reduction: 0 is none, 2 is sum
 
@@ -32,14 +30,12 @@ MEAN = 1  # of a saved reduction: 0 is none, 2 is sum
 class NodeReader:
     """How an autograd node is read as a call of a loss function."""
 
-    read: Callable[[dict[str, Any], LossRows], LossCall]
-    """From the saved values and the rows to the call, whose ``upstream`` is left open."""
+    read: Callable[[dict[str, Any]], LossCall]
+    """From the saved values to the call, whose ``upstream`` and ``rows`` are left open."""
     saved: tuple[str, ...]
     """What the node saved in the forward, without ``_saved_``."""
     is_call: Callable[[Node, bool], bool]
     """Whether such a node is a call, given whether the loss is linear in it."""
-    has_classes: bool = False
-    """Whether the rows of its input have a class axis."""
 
 
 @dataclass(frozen=True)
@@ -56,85 +52,18 @@ class LossFunction:
 # Negative log-likelihood and cross entropy -------------------------------------------------------------------
 
 
-def gather_likelihood(
-    log_probs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each target, and its weight: the class's, or 1; 0 where ignored.
-
-    Args:
-        log_probs: ``[N, C, ...]``, or ``[C]``.
-        target: ``[N, ...]`` class numbers, or ``[]``.
-    """
-    losses = functional.nll_loss(log_probs, target, ignore_index=ignore_index, reduction="none").float()
-    counted = target != ignore_index
-    if weight is None:
-        return losses, counted.float()
-    return losses, weight.detach().float()[torch.where(counted, target, 0).long()] * counted
-
-
-def _read_likelihood(saved: dict[str, Any], rows: LossRows) -> LossCall:
+def _read_likelihood(saved: dict[str, Any]) -> LossCall:
     log_probs, target = saved["self"].detach(), saved["target"]
     losses, weights = gather_likelihood(log_probs, target, saved["weight"], saved["ignore_index"])
     divisor = saved["total_weight"].detach() if saved["reduction"] == MEAN else 1.0
     classes = log_probs.shape[min(1, target.ndim)]
-    return LossCall(
-        "cross_entropy", classes, losses, weights, divisor, rows=replace(rows, buffer=target_buffer(target))
-    )
+    return LossCall("cross_entropy", classes, losses, weights, divisor, target=target)
 
 
-def _read_log_softmax(saved: dict[str, Any], rows: LossRows) -> LossCall:
+def _read_log_softmax(saved: dict[str, Any]) -> LossCall:
     """Losses are filled in by the backward: they depend on the (smoothed, soft) targets that multiply the result."""
     result = saved["result"].detach()
-    return LossCall("cross_entropy", result.shape[saved["dim"]], result, rows=rows)
-
-
-def _record_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Record:
-    if input.ndim == 1:
-        input, target = input[None], target[None]
-    if label_smoothing == 0.0 and not target.is_floating_point():
-        losses, weights = _likelihood_of_logits(input.detach(), target, weight, ignore_index)
-        return "cross_entropy", input.shape[1], losses, weights, weights.sum() if reduction == "mean" else 1.0
-    losses = functional.cross_entropy(
-        input.detach().float(), target.detach(), weight, None, ignore_index, None, "none", label_smoothing
-    )
-    counted = torch.ones_like(losses) if target.is_floating_point() else (target != ignore_index).float()
-    return "cross_entropy", input.shape[1], losses, counted, counted.sum() if reduction == "mean" else 1.0
-
-
-def _likelihood_of_logits(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Losses and weights, computed in blocks of rows: a second tensor as large as the logits costs memory and time."""
-    whole = [slice(None)]
-    parts = whole if torch.compiler.is_compiling() else blocks(len(logits)) or whole
-    pairs = [
-        gather_likelihood(functional.log_softmax(logits[part].float(), 1), target[part], weight, ignore_index)
-        for part in parts
-    ]
-    return torch.cat([losses for losses, _ in pairs]), torch.cat([weights for _, weights in pairs])
-
-
-def _record_nll_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Record:
-    losses, weights = gather_likelihood(input.detach(), target, weight, ignore_index)
-    classes = input.shape[min(1, target.ndim)]
-    return "cross_entropy", classes, losses, weights, weights.sum() if reduction == "mean" else 1.0
+    return LossCall("cross_entropy", result.shape[saved["dim"]], result, class_axis=saved["dim"])
 
 
 # Elementwise losses ------------------------------------------------------------------------------------------
@@ -156,7 +85,7 @@ def elementwise(
     parameters = tuple(signature(function).parameters)
     kind = function.__name__
 
-    def unreduced(arguments: Mapping[str, Any], input: str) -> tuple[Tensor, Tensor | None]:
+    def elements(arguments: Mapping[str, Any], input: str) -> tuple[Tensor, Tensor | None]:
         chosen = {key: arguments[key] for key in options if key != "weight" and key in arguments}
         losses = function(
             arguments[input].detach().float(), arguments["target"].detach().float(), reduction="none", **chosen
@@ -166,21 +95,24 @@ def elementwise(
 
     def record(*args: Any, **kwargs: Any) -> Record:
         arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        losses, weights = unreduced(arguments, "input")
+        losses, weights = elements(arguments, "input")
         return kind, 0, losses, weights, losses.numel() if arguments.get("reduction", "mean") == "mean" else 1.0
 
-    def read(saved: dict[str, Any], rows: LossRows) -> LossCall:
-        losses, weights = unreduced(saved, "self")
-        return LossCall(kind, 0, losses, weights, losses.numel() if saved["reduction"] == MEAN else 1.0, rows=rows)
+    def read(saved: dict[str, Any]) -> LossCall:
+        losses, weights = elements(saved, "self")
+        divisor = losses.numel() if saved["reduction"] == MEAN else 1.0
+        return LossCall(kind, 0, losses, weights, divisor, target=saved["target"])
 
-    reader = NodeReader(read, ("self", "target", "reduction", *options), lambda node, linear: not _on_parameters(node))
+    reader = NodeReader(
+        read, ("self", "target", "reduction", *options), lambda node, linear: linear and not _on_parameters(node)
+    )
     return LossFunction(function, record, {**({} if node is None else {node: reader}), **(others or {})})
 
 
 def _difference(kind: str, loss: Callable[[Tensor], Tensor]) -> NodeReader:
     """Reads a loss that the user wrote out as a function of ``a - b``."""
     return NodeReader(
-        lambda saved, rows: LossCall(kind, 0, loss(saved["self"].detach()), rows=rows),
+        lambda saved: LossCall(kind, 0, loss(saved["self"].detach())),
         ("self",),
         lambda node, linear: linear and _is_difference(node),
     )
@@ -203,15 +135,14 @@ def _is_difference(node: Node) -> bool:
 LIKELIHOOD = NodeReader(
     _read_likelihood,
     ("self", "target", "weight", "total_weight", "ignore_index", "reduction"),
-    lambda node, linear: True,
-    has_classes=True,
+    lambda node, linear: linear,
 )
-LOG_SOFTMAX = NodeReader(_read_log_softmax, ("result", "dim"), lambda node, linear: linear, has_classes=True)
+LOG_SOFTMAX = NodeReader(_read_log_softmax, ("result", "dim"), lambda node, linear: linear)
 
 LOSS_FUNCTIONS = (
-    LossFunction(functional.cross_entropy, _record_cross_entropy, {"LogSoftmaxBackward0": LOG_SOFTMAX}),
+    LossFunction(functional.cross_entropy, record_cross_entropy, {"LogSoftmaxBackward0": LOG_SOFTMAX}),
     LossFunction(
-        functional.nll_loss, _record_nll_loss, {"NllLossBackward0": LIKELIHOOD, "NllLoss2DBackward0": LIKELIHOOD}
+        functional.nll_loss, record_nll_loss, {"NllLossBackward0": LIKELIHOOD, "NllLoss2DBackward0": LIKELIHOOD}
     ),
     elementwise(
         functional.mse_loss,
@@ -229,12 +160,14 @@ LOSS_FUNCTIONS = (
     ),
 )
 
+
 RECORDERS: dict[Callable[..., Tensor], Callable[..., Record]] = {each.function: each.record for each in LOSS_FUNCTIONS}
 _NODE_READERS = {name: reader for each in LOSS_FUNCTIONS for name, reader in each.nodes.items()}
 
 
 def _read_report(losses: Tensor) -> LossCall:
-    return LossCall("reported", 0, losses.float(), divisor=max(1, losses.numel()))
+    rows = SampleRows.batch_major(len(losses), 1)
+    return LossCall("reported", 0, losses.float(), divisor=max(1, losses.numel()), rows=rows)
 
 
 def reader_of(node: Node) -> NodeReader | None:
@@ -284,8 +217,8 @@ def saved_values(node: Node) -> dict[str, Any]:
     return {name: saved_value(node, name) for name in (() if reader is None else reader.saved)}
 
 
-def read_loss_call(node: Node, saved: dict[str, Any], rows: LossRows) -> LossCall:
-    """The call of ``node``, from what it ``saved`` and the ``rows`` found in the graph; ``upstream`` is left open.
+def read_loss_call(node: Node, saved: dict[str, Any]) -> LossCall:
+    """The call of ``node``, from what it ``saved``; ``upstream`` is left open, and so are ``rows`` but of a report.
 
     Raises:
         UnreadableLoss: a saved tensor is sparse or nested.
@@ -296,4 +229,4 @@ def read_loss_call(node: Node, saved: dict[str, Any], rows: LossRows) -> LossCal
     layouts = [value.layout for value in saved.values() if isinstance(value, Tensor)]
     if any(layout is not torch.strided for layout in layouts):
         raise UnreadableLoss(f"{node.name()} was computed on tensors of layout {', '.join(map(str, layouts))}")
-    return reader.read(saved, rows)
+    return reader.read(saved)

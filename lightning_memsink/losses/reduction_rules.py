@@ -12,7 +12,7 @@ from lightning_memsink.losses.pick_rules import ordered
 from lightning_memsink.losses.pointwise_rules import pointwise
 from lightning_memsink.losses.product_rules import contract
 from lightning_memsink.losses.provenance import Lost, Provenance, merge, reduce
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, narrowed, tensors_in, within
 
 REASONS = {
     "mean": "a mean over the samples",
@@ -111,33 +111,35 @@ def renorm(call: Call) -> Outcome:
     return reduce(call.of(source), source.shape, axes, True, _reason(call))
 
 
+def _pairs(call: Call, axes_of_result: Sequence[int] | None, shape: Sequence[int]) -> Provenance | None:
+    """Two tensors that broadcast to ``shape``, combined elementwise and mixed along some axes, or along all."""
+    operands = [call.tensor(0, "x1", "input"), call.tensor(1, "x2", "other")]
+    ndim = len(shape)
+    mixed = range(ndim) if axes_of_result is None else [axis % ndim for axis in axes_of_result]
+    parts = []
+    for operand in operands:
+        own = [axis - ndim + operand.ndim for axis in mixed if axis >= ndim - operand.ndim]
+        parts.append((within(call, operand, own), narrowed(operand, own)))
+    return merge(parts, shape)
+
+
 def of_pairs(position: int, default: int | None) -> Rule:
     """A rule for two tensors that are compared elementwise and reduced along an axis, or along all."""
 
     def rule(call: Call) -> Outcome:
         first, second = call.tensor(0, "x1", "input"), call.tensor(1, "x2", "other")
         shape = torch.broadcast_shapes(first.shape, second.shape)
-        both = merge([call.part(first), call.part(second)], shape)
-        axes = range(len(shape)) if default is None else [call.get(position, "dim", default=default)]
-        keepdim = call.result.ndim == len(shape)
-        return reduce(both, shape, axes, keepdim, _reason(call))
+        axes = list(range(len(shape))) if default is None else [call.get(position, "dim", default=default)]
+        return reduce(_pairs(call, axes, shape), shape, axes, call.result.ndim == len(shape))
 
     return rule
-
-
-def pairwise_distance(call: Call) -> Outcome:
-    first, second = call.tensor(0, "x1"), call.tensor(1, "x2")
-    shape = torch.broadcast_shapes(first.shape, second.shape)
-    both = merge([call.part(first), call.part(second)], shape)
-    return reduce(both, shape, [-1], call.result.ndim == len(shape), _reason(call))
 
 
 def cross(call: Call) -> Outcome:
     dim = call.get(2, "dim", default=-1 if call.name == "linalg_cross" else None)
     if dim is None:
         dim = next(axis for axis, extent in enumerate(call.tensor().shape) if extent == 3)
-    both = merge([call.part(call.tensor()), call.part(call.tensor(1, "other"))], call.shape)
-    return reduce(both, call.shape, [dim], True, _reason(call))
+    return _pairs(call, [dim], call.shape)
 
 
 def cdist(call: Call) -> Outcome:
@@ -174,10 +176,11 @@ def matrices(call: Call) -> Outcome:
         if call.of(operand) is not None:
             if operand.ndim < 2:
                 raise NotFollowed
-            parts.append((reduce(call.of(operand), operand.shape, [-1, -2], False, _reason(call)), operand.shape[:-2]))
+            whole = each(within(call, operand, [-1, -2]), lambda owners: owners[..., 0, 0])
+            parts.append((whole, operand.shape[:-2]))
     batch = torch.broadcast_shapes(*[shape for _, shape in parts])
-    whole = merge(parts, batch)
-    found = [_with_axes(whole, result.ndim - len(batch)) for result in results]
+    merged = merge(parts, batch)
+    found = [_with_axes(merged, result.ndim - len(batch)) for result in results]
     return found[0] if isinstance(call.result, Tensor) else list(found)
 
 
@@ -210,7 +213,7 @@ RULES: dict[str, Rule] = {
     "gumbel_softmax": gumbel_softmax,
     "renorm": renorm,
     "cosine_similarity": of_pairs(2, 1),
-    "pairwise_distance": pairwise_distance,
+    "pairwise_distance": of_pairs(99, -1),
     "dist": of_pairs(99, None),
     "linalg_vecdot": of_pairs(99, -1),
     "cross": cross,

@@ -24,7 +24,7 @@ from lightning_memsink.losses import (
 )
 from lightning_memsink.losses.pointwise_rules import is_pointwise, pointwise
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
-from lightning_memsink.losses.rule_call import Call, ProvenanceOf, Rule, constant, tensors_in
+from lightning_memsink.losses.rule_call import Call, ProvenanceOf, Rule, SamplesMixed, constant, tensors_in
 
 RULES: dict[str, Rule] = {
     **pointwise_rules.RULES,
@@ -91,9 +91,12 @@ def follow(
         outcomes = [outcome] if single else outcome
         if all(_fits(provenance, tensor) for provenance, tensor in zip(outcomes, results, strict=True)):
             return outcome
+        reason = f"{label}, whose rows can't be followed"
+    except SamplesMixed as mixed:
+        reason = str(mixed)
     except Exception:  # whatever it is, the user's step must go on
-        pass
-    lost = Lost(f"{label}, whose rows can't be followed")
+        reason = f"{label}, whose rows can't be followed"
+    lost = Lost(reason)
     return lost if single else [lost] * len(results)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows
+from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows, merge, reduce
 
 ProvenanceOf: TypeAlias = Callable[[Tensor], "Provenance | None"]
 Outcome: TypeAlias = "Provenance | list[Provenance | None] | None"
@@ -16,6 +16,10 @@ Outcome: TypeAlias = "Provenance | list[Provenance | None] | None"
 
 class NotFollowed(Exception):
     """This call's rows can't be followed."""
+
+
+class SamplesMixed(Exception):
+    """The call mixes samples, in a way for which there are words."""
 
 
 class Call:
@@ -67,6 +71,41 @@ class Call:
     def operands(self) -> list[Tensor]:
         """Every tensor among the arguments, in order."""
         return [*tensors_in(self.args), *tensors_in(self.kwargs.values())]
+
+
+def within(call: Call, operand: Tensor, axes: Iterable[int], reason: str = "") -> Provenance | None:
+    """Provenance of an operand whose elements along ``axes`` are mixed; extents of 1 are left there.
+
+    Raises:
+        SamplesMixed: These elements are not one sample's.
+    """
+    before = call.of(operand)
+    after = reduce(before, operand.shape, axes, True, reason or f"{call.name} over the samples")
+    if isinstance(after, Lost) and after is not before:
+        raise SamplesMixed(after.reason)
+    return after
+
+
+def narrowed(operand: Tensor, axes: Iterable[int]) -> list[int]:
+    """The shape of ``operand`` with extent 1 along ``axes``."""
+    mixed = {axis % operand.ndim for axis in axes} if operand.ndim else set()
+    return [1 if axis in mixed else extent for axis, extent in enumerate(operand.shape)]
+
+
+def with_shared(
+    call: Call, provenance: Provenance | None, own: Sequence[Any], shape: Sequence[int]
+) -> Provenance | None:
+    """Provenance after whatever else the call was given, beside the tensors ``own``: weights that all elements share.
+
+    Raises:
+        SamplesMixed: The weights are not one sample's, nor constants.
+    """
+    for operand in call.operands():
+        if call.of(operand) is not None and not any(operand is mine for mine in own):
+            shared = within(call, operand, range(operand.ndim), "weights that are made of several samples")
+            shared = each(shared, lambda owners: owners.reshape(()))
+            provenance = merge([(provenance, shape), (shared, ())], shape)
+    return provenance
 
 
 Rule: TypeAlias = Callable[[Call], Outcome]

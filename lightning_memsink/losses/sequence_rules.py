@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.losses.model_rules import within
-from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows, merge, rows
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in
+from lightning_memsink.losses.provenance import Part, Provenance, Rows, merge, rows
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in, with_shared, within
 
 
 def attention(call: Call) -> Outcome:
@@ -23,9 +22,6 @@ def attention(call: Call) -> Outcome:
     parts.append((within(call, value, [-2]), [*value.shape[:-2], 1, value.shape[-1]]))
     if isinstance(mask, Tensor):
         parts.append((within(call, mask, [-1]), [*mask.shape[:-1], 1]))
-    for provenance, _ in parts[1:]:
-        if isinstance(provenance, Lost):
-            return provenance
     if len(query.shape) > 2 and query.shape[-3] != key.shape[-3]:  # grouped heads
         if any(isinstance(p, Rows) and any(o.shape[-3] != 1 for o in p.candidates) for p, _ in parts):
             raise NotFollowed
@@ -35,7 +31,7 @@ def attention(call: Call) -> Outcome:
 def multi_head_attention(call: Call) -> Outcome:
     """``F.multi_head_attention_forward``: ``[L, N, E]`` or ``[L, E]``; weights ``[N, L, S]`` are the second result."""
     query, key, value = call.tensor(0, "query"), call.tensor(1, "key"), call.tensor(2, "value")
-    mask, padding = call.kwargs.get("attn_mask"), call.kwargs.get("key_padding_mask")
+    padding = call.kwargs.get("key_padding_mask")
     output = next(tensors_in([call.result]))
     parts: list[Part] = [(within(call, query, [-1]), query.shape)]
     for operand in (key, value):
@@ -45,12 +41,7 @@ def multi_head_attention(call: Call) -> Outcome:
         parts.append(
             (each(ones, lambda o: o.reshape(1, -1, 1) if padding.ndim == 2 else o.reshape(1, 1)), output.shape)
         )
-    if isinstance(mask, Tensor) and call.of(mask) is not None:
-        raise NotFollowed
-    for provenance, _ in parts:
-        if isinstance(provenance, Lost):
-            return [provenance] * len(list(tensors_in([call.result])))
-    merged = merge(parts, output.shape)
+    merged = with_shared(call, merge(parts, output.shape), [query, key, value, padding], output.shape)
     results = list(tensors_in([call.result]))
     if len(results) == 1:
         return [merged]
@@ -67,13 +58,14 @@ def multi_head_attention(call: Call) -> Outcome:
 def encoder_layer(call: Call) -> Outcome:
     """``torch._transformer_encoder_layer_fwd``: ``[N, L, E]``."""
     source = call.tensor(0, "src")
-    return within(call, source, [1, 2])
+    return with_shared(call, within(call, source, [1, 2]), [source], call.shape)
 
 
 def native_attention(call: Call) -> Outcome:
     operands = [call.tensor(position, name) for position, name in enumerate(("query", "key", "value"))]
     results = list(tensors_in([call.result]))
     provenance = merge([(within(call, o, [1, 2]), [o.shape[0], 1, 1]) for o in operands], operands[0].shape)
+    provenance = with_shared(call, provenance, operands, operands[0].shape)
     return [each(provenance, lambda o, n=result.ndim: o.reshape([-1] + [1] * (n - 1))) for result in results]  # type: ignore[misc]
 
 
@@ -88,7 +80,8 @@ def recurrent(call: Call) -> Outcome:
     batch = 0 if batch_first else 1
     parts: list[Part] = [(_batch_axis(within(call, source, [1 - batch, 2]), batch), (1, source.shape[batch], 1))]
     parts += [(within(call, state, [0, 2]), (1, state.shape[1], 1)) for state in states]
-    state = merge(parts, (1, source.shape[batch], 1))
+    shape = (1, source.shape[batch], 1)
+    state = with_shared(call, merge(parts, shape), [source, *states], shape)
     output = each(state, lambda owners: owners.transpose(0, 1)) if batch_first else state
     return [output, *[state] * (len(results) - 1)]
 
@@ -111,6 +104,7 @@ def _packed(call: Call, source: Tensor, batch_sizes: Tensor, states: Any, result
     shape = (1, sizes[0], 1)
     parts = [(within(call, s, [0, 2]), shape) for s in tensors_in([states])]
     merged = merge([(state, shape), *parts], shape)
+    merged = with_shared(call, merged, [source, *tensors_in([states])], shape)
     if not isinstance(merged, Rows) or not torch.equal(merged.candidates[0], state.candidates[0]):  # type: ignore[union-attr]
         raise NotFollowed
     return [provenance, *[merged] * (len(results) - 1)]
@@ -122,6 +116,7 @@ def cell(call: Call) -> Outcome:
     states = list(tensors_in([call.get(1, "hx")]))
     shape = (*source.shape[:-1], 1)
     provenance = merge([(within(call, operand, [-1]), shape) for operand in (source, *states)], shape)
+    provenance = with_shared(call, provenance, [source, *states], shape)
     return provenance if isinstance(call.result, Tensor) else [provenance] * len(call.result)
 
 

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_memsink.losses.per_sample import samples_by_offset
+from lightning_memsink.losses.autograd_graph import FoundCall
+from lightning_memsink.losses.per_sample import terms_of
 from lightning_memsink.losses.readers import is_likelihood, saved_value
-from lightning_memsink.losses.reweighting import OpenCall, OpenLoss
+from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.losses.sample_rows import SampleRows
 from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.samples.hashing import GOLDEN_64, logical_shift, splitmix64
 
@@ -69,14 +71,14 @@ def drop_targets(opened: OpenLoss, k: int, context: int, seed: int = 0) -> Tenso
         UnreadableLoss: the loss is no cross entropy of tokens.
     """
     size = opened.batch_size
-    token_losses = [each for each in opened.calls if is_likelihood(each.node) and each.call.losses.numel() != size]
+    token_losses = [each for each in opened.calls if is_likelihood(each.weigh_at) and each.call.losses.numel() != size]
     if not token_losses:
         kinds = ", ".join(dict.fromkeys(each.call.kind for each in opened.calls))
         raise UnreadableLoss(
             f"the loss is {kinds}, which has no targets [B, T]. Use it where a cross entropy of tokens, without label "
             "smoothing, is trained"
         )
-    drops = [drop for text in _texts(token_losses, size) for drop in _dropped_in_text(text, size, k, context, seed)]
+    drops = [drop for text in _texts(token_losses, size) for drop in _dropped_in_text(text, k, context, seed)]
     coefficients = []
     for each in token_losses:
         weights, scale = each.call.coefficients()
@@ -86,28 +88,32 @@ def drop_targets(opened: OpenLoss, k: int, context: int, seed: int = 0) -> Tenso
     factor = torch.where(lost < total, total / (total - lost), 0.0)
     affected = torch.zeros(size, dtype=torch.bool, device=total.device)
     for each, drop in zip(token_losses, drops, strict=True):
-        opened.weigh_runs(each, torch.where(drop, 0.0, factor))
-        affected[_sample_of_target(each, size)[drop]] = True
+        opened.weigh_elements(each, torch.where(drop, 0.0, factor))
+        affected[_sample_of_target(each)[drop]] = True
     return torch.stack([affected.sum().float(), (lost / total).nan_to_num().float()])
 
 
-def _texts(calls: list[OpenCall], size: int) -> list[list[OpenCall]]:
+def _texts(calls: list[FoundCall], size: int) -> list[list[FoundCall]]:
     """Groups of loss calls: the chunks of one text, in the order they were made, or each call by itself."""
-    return [calls] if samples_by_offset([each.call for each in calls], size) else [[each] for each in calls]
+    chunks = terms_of([each.call for each in calls], size)
+    return [calls] if len(chunks) == 1 else [[each] for each in calls]
 
 
-def _dropped_in_text(text: Sequence[OpenCall], size: int, k: int, context: int, seed: int) -> list[Tensor]:
+def _dropped_in_text(text: Sequence[FoundCall], k: int, context: int, seed: int) -> list[Tensor]:
     """A bool mask of the dropped targets for each call of ``text``."""
-    targets = torch.cat([saved_value(each.node, "target").reshape(-1) for each in text])
+    targets = torch.cat([saved_value(each.weigh_at, "target").reshape(-1) for each in text])
     counted = torch.cat(
-        [(saved_value(each.node, "target") != saved_value(each.node, "ignore_index")).reshape(-1) for each in text]
+        [
+            (saved_value(each.weigh_at, "target") != saved_value(each.weigh_at, "ignore_index")).reshape(-1)
+            for each in text
+        ]
     )
-    samples = torch.cat([_sample_of_target(each, size) for each in text])
+    samples = torch.cat([_sample_of_target(each) for each in text])
     drop = dropped_targets(targets, samples, counted, k, context, seed)
     return list(torch.split(drop, [each.call.losses.numel() for each in text]))
 
 
-def _sample_of_target(each: OpenCall, size: int) -> Tensor:
+def _sample_of_target(each: FoundCall) -> Tensor:
     """``[R]``: the number of the sample that each target of a call belongs to."""
-    owners = torch.arange(size, device=each.call.losses.device) if each.owners is None else each.owners
-    return owners.repeat_interleave(each.call.losses.numel() // max(1, len(owners)))
+    assert isinstance(each.call.rows, SampleRows)  # an `OpenLoss` has no others
+    return each.call.rows.flat(each.call.losses.shape, each.call.losses.device)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memsink.losses.capture import EvaluationCapture, StepCapture
+from lightning_memsink.losses.capture import StepCapture
+from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import Captured
 
 B, T, C, D = 4, 6, 7, 8
@@ -86,13 +87,13 @@ class Watch(Callback):
         self.validation_expected: list[Tensor] = []
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        self.training = StepCapture(type(pl_module).__name__, pl_module.automatic_optimization)
+        self.training = StepCapture(pl_module)
         self.validation = EvaluationCapture(self.training)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self.oracle:
             self.expected.append(alone(self.oracle, pl_module, batch))
-        self.training.begin()
+        self.training.begin(batch, len(batch["x"]))
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         self.training.before_backward(loss, 1.0 / trainer.accumulate_grad_batches)
@@ -103,7 +104,7 @@ class Watch(Callback):
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
         if self.oracle:
             self.validation_expected.append(alone(self.oracle, pl_module, batch))
-        self.validation.begin()
+        self.validation.begin(batch, len(batch["x"]))
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self.validated.append(self.validation.finish(outputs, len(batch["x"])))

@@ -22,7 +22,8 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.losses.capture import EvaluationCapture, StepCapture
+from lightning_memsink.losses.capture import StepCapture
+from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.mitigation.certificate import Certificate, certify
 from lightning_memsink.mitigation.certificate_samples import (
@@ -56,13 +57,13 @@ class CertificateRecorder:
 
     def start(self, module: LightningModule) -> None:
         """When training starts."""
-        self._capture = StepCapture(type(module).__name__, module.automatic_optimization)
+        self._capture = StepCapture(module)
         self.is_active = self._is_capturing = self.samples > 0 and module.automatic_optimization
 
-    def begin_step(self) -> None:
+    def begin_step(self, batch: Any, visits: int) -> None:
         """Before the forward of a training step."""
         if self._is_capturing:
-            self._capture.begin()
+            self._capture.begin(batch, visits)
 
     def before_backward(self, loss: Tensor, trainer: Trainer) -> None:
         """Reads how the losses of the first step are laid out."""
@@ -149,7 +150,7 @@ class MaskedLosses:
     def _step(self, kept: KeptBatch) -> Tensor:
         """float32 ``[B]`` on the CPU: the losses of one batch."""
         batch = shallow_copy(kept.batch)
-        self.capture.begin()
+        self.capture.begin(batch, len(kept.ids))
         try:
             outputs = run_training_step(self.trainer, self.module, batch)
             captured = self.capture.finish(outputs, len(kept.ids))

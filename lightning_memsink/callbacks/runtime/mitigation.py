@@ -14,6 +14,8 @@ from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import Reads, require_support
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.losses.row_orders import NotWatched
+from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.losses.unreadable import InternalError, UnreadableLoss, internal_error
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.samples.batch import batch_size
@@ -74,6 +76,7 @@ class LossWeighing(Mitigation):
 
     def __init__(self) -> None:
         self._size: int | None = None
+        self._own_reader: StepReader | None = None  # where there is no LossTracker, whose reader serves all
         self._open: OpenLoss | None = None
         self._warnings = WarningCache()
 
@@ -88,9 +91,14 @@ class LossWeighing(Mitigation):
         """Number of samples in the current batch; 0 leaves the step unchanged."""
         return ledger.current_batch_size(self._size)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._own_reader = StepReader(pl_module) if Ledger.of(trainer).get(Ledger.batch) is None else None
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._size = batch_size(batch)
+        if self._own_reader is not None and self._size:
+            self._own_reader.begin(batch, self._size)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         ledger = Ledger.of(trainer)
@@ -98,20 +106,26 @@ class LossWeighing(Mitigation):
         if not size:
             return
         try:
-            batch = ledger.get(Ledger.batch)
-            nodes = None if batch is None else batch.loss_nodes(loss)
-            self._open = OpenLoss(loss, size, loss_scale(trainer), nodes)
+            reader = ledger.batch.reader if self._own_reader is None else self._own_reader
+            scale = loss_scale(trainer)
+            self._open = OpenLoss(loss, size, reader.read(loss, scale), scale)
             self._weigh(self._open)
+        except NotWatched:
+            pass
         except UnreadableLoss as error:
-            self._warn("every sample of such a step", str(error))
+            self._warn("every sample of such a step", f"the loss can't be split, {error}")
         except Exception as error:  # it must not end the training
             warn_once(self._warnings, f"{internal_error(type(self).__name__, error)}.", category=InternalError)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
+        if self._own_reader is not None:
+            self._own_reader.end()
 
     def _detach(self) -> None:
         self._close()
+        if self._own_reader is not None:
+            self._own_reader.end()
 
     def _warn(self, samples: str, reason: str) -> None:
         """Warns once for each group of ``samples`` that trains without weights."""

@@ -1,0 +1,117 @@
+"""Per-sample losses of a validation step, read as those of training are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.losses.capture import (
+    StepCapture,
+    calls_of_compiled,
+    failed,
+    losses_of,
+    losses_upstream,
+    read_report,
+    remedy,
+)
+from lightning_memsink.losses.loss_call import LossCall
+from lightning_memsink.losses.per_sample import Captured, NotCaptured, Term, merge, terms_of, weigh
+from lightning_memsink.losses.reductions import read_reductions
+from lightning_memsink.losses.sample_rows import SampleAxisLost
+from lightning_memsink.losses.shadow_graph import ShadowGraph
+from lightning_memsink.losses.step_watch import StepWatch
+from lightning_memsink.samples.batch_rows import rows_of
+
+
+class EvaluationCapture:
+    """Reads the per-sample losses of a validation step from its loss calls, weighted as in training.
+
+    Args:
+        training: what read the training steps. A validation step whose losses are of other kinds is refused: they
+            could not be compared.
+    """
+
+    def __init__(self, training: StepCapture) -> None:
+        self.training = training
+        self.watch = StepWatch()
+        self._shadows = ShadowGraph()
+        self._batch: Any = None
+        self._leaves: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
+        """At the start of a validation step on ``batch``."""
+        self._batch, self._shadows = batch, ShadowGraph()
+        self._leaves = rows_of(batch, batch_size, axes)
+        if self.training.loss is None:
+            self.watch.start(self._leaves, self._shadows)
+
+    def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
+        """At the end of a validation step; ``outputs`` and ``batch_size`` as in training."""
+        self.watch.stop()
+        batch, self._batch = self._batch, None
+        step = f"{self.training.module_name}.validation_step"
+        try:
+            reported = read_report(outputs, batch_size, step)
+            if reported is not None:
+                return reported
+            if self.training.loss is not None:
+                return losses_of(self.training.loss, batch, outputs, batch_size)
+            if batch_size == 0:
+                return Captured(torch.zeros(0))
+            if self.watch.error is not None:
+                raise self.watch.error
+            return self._captured(step, outputs, batch_size)
+        except Exception as error:
+            return failed(step, error)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Discards the step, after an exception in it."""
+        self.watch.stop()
+        self.watch.clear()
+        self._batch, self._leaves, self._shadows = None, [], ShadowGraph()
+
+    def _captured(self, step: str, outputs: Any, batch_size: int) -> Captured | NotCaptured:
+        calls = calls_of_compiled(self.watch, self._leaves, batch_size) or self._calls(outputs, batch_size)
+        terms = self._as_in_training(calls, batch_size)
+        if terms:
+            return Captured(weigh(terms))
+        found = ", ".join(dict.fromkeys(call.kind for call in calls)) or "no loss that could be read"
+        trained = ", ".join(dict.fromkeys(term.kind for term in self.training.terms)) or "nothing that could be read"
+        return NotCaptured(remedy(step, f"calls {found}, where training_step was seen to use {trained}."))
+
+    def _calls(self, outputs: Any, batch_size: int) -> list[LossCall]:
+        """The calls of the loss that the step returned; if it returned none, of all that it computed.
+
+        Raises:
+            SampleAxisLost: there are none.
+        """
+        returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = self._shadows.of(returned)
+        losses = self._shadows.ends() if loss is None else [loss]
+        parts = [read_reductions(each, self.watch, batch_size) for each in losses]
+        found = [each.call for part in parts for each in part.found]
+        if not found:
+            reasons = dict.fromkeys(reason for part in parts for reason in part.lost)
+            raise SampleAxisLost("; ".join(reasons) or "it takes no mean or sum over samples that could be seen")
+        return found
+
+    def _as_in_training(self, calls: Sequence[LossCall], batch_size: int) -> list[Term]:
+        """Training's terms with this step's samples; none if training has a term that is missing here."""
+        left = list(calls)
+        terms = []
+        for term in self.training.terms:
+            same = [call for call in left if (call.kind, call.classes) == (term.kind, term.classes)]
+            same = same if term.calls > 1 else same[:1]
+            if not same:
+                return []
+            left = [call for call in left if all(call is not used for used in same)]
+            whole = terms_of([replace(call, upstream=losses_upstream(call.losses)) for call in same], batch_size)
+            merged = whole[0] if len(whole) == 1 else merge(whole)
+            terms.append(replace(merged, factor=term.factor))
+        return terms

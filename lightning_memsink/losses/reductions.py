@@ -1,0 +1,210 @@
+"""Reads the loss calls of a watched step: the reductions that the step's loss is a linear combination of.
+
+B  samples in a batch      N  rows of a loss call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_memsink.losses.autograd_graph import MOST_NODES, FoundCall, is_penalty, linear_children, note_upstream
+from lightning_memsink.losses.row_rules import follow
+from lightning_memsink.losses.loss_call import LossCall
+from lightning_memsink.losses.provenance import MIXED, Lost, Provenance, Rows
+from lightning_memsink.losses.readers import RECORDERS, is_report, read_loss_call
+from lightning_memsink.losses.sample_rows import SampleRows
+from lightning_memsink.losses.step_watch import Reduced, StepWatch
+from lightning_memsink.losses.unreadable import UnreadableLoss
+from lightning_memsink.losses.unreduced import unreduced
+
+
+@dataclass
+class LossParts:
+    """What a loss is made of."""
+
+    found: list[FoundCall] = field(default_factory=list)
+    """Reductions over samples, in the order they were made."""
+    lost: list[str] = field(default_factory=list)
+    """Why other parts belong to no sample."""
+    has_penalty: bool = False
+    """Whether parts depend on parameters alone."""
+    is_dynamic: bool = False
+    """Whether a reduction's rows were picked or ordered by values."""
+
+
+def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossParts:
+    """The loss calls of a step that was watched, with their ``upstream``.
+
+    Args:
+        loss: the step's loss, or its shadow, before its backward.
+        batch_size: B.
+    """
+    parts, seen = LossParts(), watch.seen.reductions
+    for result, of_result in watch.seen.without_graph:
+        late = result()
+        if late is not None and late.grad_fn is not None:
+            seen[late.grad_fn] = of_result
+    front, visited = ([loss.grad_fn] if loss.grad_fn is not None else []), set[Node]()
+    while front and len(visited) < MOST_NODES:
+        node = front.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        if is_report(node):
+            return LossParts([FoundCall(node, read_loss_call(node, {}), node)])
+        reduced = seen.get(node)
+        if reduced is not None:
+            call = read_reduced(reduced, watch, batch_size)
+            if isinstance(call, LossCall):
+                parts.found.append(FoundCall(node, call, _reducing_node(node)))
+                parts.is_dynamic |= any(
+                    known.is_dynamic for each in reduced.args if (known := watch.known(each)) is not None
+                )
+                continue
+            if call is None:
+                parts.has_penalty = True
+                continue
+            parts.lost.append(call.reason)
+        if node.name() == "torch::autograd::AccumulateGrad" or is_penalty(node):
+            parts.has_penalty = True
+            continue
+        below = linear_children(node)
+        if below is None:
+            parts.lost.append(f"{node.name()}, which is not linear")
+        else:
+            front += below
+    parts.found.sort(key=lambda each: each.node._sequence_nr())
+    set_upstreams(loss, parts.found)
+    parts.found = [replace(each, call=_weighted(each.call, seen[each.node])) for each in parts.found]
+    return parts
+
+
+def read_reduced(reduced: Reduced, watch: StepWatch, batch_size: int) -> LossCall | Lost | None:
+    """The loss call of one reduction, whose ``upstream`` is left open; why it is not of samples; None if it depends on
+    no sample at all."""
+    if not reduced.is_intact:
+        return Lost(f"{reduced.name} of a tensor that was changed in place since")
+    if not reduced.is_loss_function:
+        operand = reduced.args[0]
+        provenance = watch.provenance_of(operand)
+        if not isinstance(provenance, Rows) and not (batch_size == 1 and provenance is not None):
+            return provenance
+        losses = operand.detach().float()
+        weights = None
+        if reduced.function.__name__.startswith("nan"):
+            weights, losses = (~losses.isnan()).float(), losses.nan_to_num()
+        divisor = 1.0 if "sum" in reduced.function.__name__ else losses.numel()
+        call = LossCall(reduced.name, 0, losses, weights, divisor)
+    else:
+        with torch.no_grad():
+            call = _call_of_function(reduced)
+        provenance = _provenance(reduced, call.losses, watch)
+    if provenance is None:
+        return None
+    rows = _sample_rows(provenance, call.losses, batch_size)
+    return rows if isinstance(rows, Lost) else replace(call, rows=rows)
+
+
+def _call_of_function(reduced: Reduced) -> LossCall:
+    record = RECORDERS.get(reduced.function)
+    if record is not None:
+        kind, classes, losses, weights, divisor = record(*reduced.args, **reduced.kwargs)
+        return LossCall(kind, classes, losses, weights, divisor)
+    losses, divisor = unreduced(reduced.function, reduced.args, reduced.kwargs)
+    return LossCall(reduced.name, 0, losses, None, divisor)
+
+
+def _provenance(reduced: Reduced, losses: Tensor, watch: StepWatch) -> Provenance | None:
+    """Whose elements the unreduced losses are. Where the prediction can't be followed, the target says it."""
+    kwargs = {**reduced.kwargs, "reduction": "none"}
+
+    def found(provenance_of: Callable[[Tensor], Provenance | None]) -> Provenance | None:
+        result: Any = follow(reduced.function, reduced.args, kwargs, losses, provenance_of)
+        return result  # type: ignore[no-any-return]
+
+    provenance = found(watch.provenance_of)
+    if isinstance(provenance, Lost) and MIXED not in provenance.reason:
+        opaque = provenance
+
+        def of_target(tensor: Tensor) -> Provenance | None:
+            own = watch.provenance_of(tensor)
+            return None if isinstance(own, Lost) and MIXED not in own.reason else own
+
+        by_target = found(of_target)
+        return by_target if isinstance(by_target, Rows) else opaque
+    return provenance
+
+
+def _sample_rows(provenance: Provenance, losses: Tensor, batch_size: int) -> SampleRows | Lost:
+    if batch_size == 1:
+        return SampleRows(torch.zeros([1] * losses.ndim, dtype=torch.int64))
+    if isinstance(provenance, Lost):
+        return provenance
+    if len(provenance.candidates) != 1:
+        return Lost("each element belongs to a pair of samples")
+    owners = provenance.candidates[0]
+    if owners.ndim != losses.ndim or any(a not in (1, b) for a, b in zip(owners.shape, losses.shape, strict=True)):
+        if owners.numel() != losses.numel():
+            return Lost(f"{list(losses.shape)} losses of {list(owners.shape)} rows")
+        owners = owners.reshape(losses.shape)
+    return SampleRows(owners)
+
+
+def _reducing_node(node: Node) -> Node:
+    """The node at which one number becomes many on the way back: where samples can be weighed."""
+    while True:
+        below = [(child, number) for child, number in node.next_functions if child is not None]
+        if len(below) != 1 or len(below[0][0]._input_metadata[below[0][1]].shape) > 0:
+            return node
+        node = below[0][0]
+
+
+def set_upstreams(loss: Tensor, found: Sequence[FoundCall]) -> None:
+    """Fills in ``upstream`` as the backward would, by a walk from ``loss`` down to the calls and no further.
+
+    Raises:
+        UnreadableLoss: the loss can't be differentiated.
+    """
+    edges = [GradientEdge(each.node, 0) for each in found]
+    if not edges:
+        return
+    try:
+        gradients = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise UnreadableLoss(f"the loss can't be differentiated with respect to its loss calls ({error})") from error
+    for each, gradient in zip(found, gradients, strict=True):
+        note_upstream(each.node, each.call)((gradient,))
+
+
+def _weighted(call: LossCall, reduced: Reduced) -> LossCall:
+    """The call with the mask, or the weights that add up to 1, that its operand was multiplied with.
+
+    What is subtracted from the loss is the loss of the opposite: a log-likelihood becomes a negative one.
+    """
+    if call.upstream is not None and call.upstream.ndim == 0 and float(call.upstream) < 0:
+        call = replace(call, losses=-call.losses, upstream=-call.upstream)
+    for factor in reduced.factors:
+        weights = factor.detach().float()
+        try:
+            weights = weights.expand(call.losses.shape)
+        except RuntimeError:
+            continue
+        total = weights.sum() * (0.0 if call.upstream is None else call.upstream) / call.divisor
+        if bool(((weights == 0) | (weights == 1)).all()) or abs(float(total) - 1) < 1e-4:
+            losses = torch.where(weights == 0, 0.0, call.losses / weights)
+            return replace(call, losses=losses, weights=weights)
+    return call
+
+
+def share_explained(calls: Sequence[LossCall], loss: Tensor) -> float | None:
+    """The part of ``loss`` that the calls add up to; None if that is no number. Waits for the device."""
+    if not calls:
+        return 0.0
+    share = float(torch.stack([call.total().float() for call in calls]).sum() / loss.detach().float())
+    return share if abs(share) < float("inf") else None

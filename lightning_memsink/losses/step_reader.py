@@ -1,0 +1,230 @@
+"""Reads the loss calls of each training step, and proves whose their rows are.
+
+The first steps, and some steps now and then, are watched: every loss is read from its reductions, and the batch is
+followed to them. Where autograd's own nodes give the same losses, in an order that other steps keep, the steps between
+are read from the graph alone, which costs next to nothing. Else every step is watched.
+
+    B  samples in a batch
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes, names_near
+from lightning_memsink.losses.per_sample import terms_of, weigh
+from lightning_memsink.losses.readers import is_report
+from lightning_memsink.losses.reductions import LossParts, read_reductions, set_upstreams, share_explained
+from lightning_memsink.losses.row_orders import NotWatched, RowOrders
+from lightning_memsink.losses.sample_rows import SampleAxisLost, SampleRows
+from lightning_memsink.losses.step_watch import StepWatch
+from lightning_memsink.losses.target_rows import place_of, rows_of_target
+from lightning_memsink.losses.unreadable import UnreadableLoss
+from lightning_memsink.samples.batch_rows import rows_of
+
+FIRST_STEPS = 8
+EVERY = 50
+LEAST, MOST = 0.95, 1.05
+"""The share of the loss that must be read, unless the rest is a penalty on the weights."""
+
+
+class StepReader:
+    """Reads the loss calls of a training step.
+
+    Args:
+        module: that is trained. Where parts of it are compiled its steps can't be watched: then only the targets tell
+            whose rows a loss call has.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.watch = StepWatch()
+        self.can_watch = module is None or not has_compiled_parts(module)
+        self.is_watching = False
+        self.explained: float | None = None
+        """The share of the latest watched loss that its calls add up to (1: all of it)."""
+        self.is_compiled = False
+        """Whether to watch loss calls inside compiled code, which leaves none in the graph."""
+        self.batch_size = 0
+        self._steps = self._refused = 0
+        self._is_always = self._is_armed = False
+        self._orders = RowOrders()
+        self._kinds: dict[Hashable, list[tuple[str, int]]] = {}
+        self._missed = 0
+        self.leaves: list[tuple[Tensor, Tensor]] = []
+        """The batch's tensors, with their owners."""
+        self._versions: list[int] = []
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self._read: tuple[Tensor, LossNodes | Exception] | None = None
+
+    def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
+        """At the start of a training step, before its forward."""
+        self.batch_size, self._read = batch_size, None
+        self.leaves = rows_of(batch, batch_size, axes)
+        self._versions = [leaf._version for leaf, _ in self.leaves if not leaf.is_inference()]
+        self.is_watching = self.can_watch and self._is_due()
+        self._steps += 1
+        if self.is_watching or self.is_compiled:
+            self._is_armed = False
+            self.watch.start(self.leaves)
+
+    def read(self, loss: Tensor, loss_scale: float = 1.0) -> LossNodes:
+        """The loss calls of ``loss``, before its backward; read once for all callers.
+
+        Raises:
+            UnreadableLoss: they can't be read, or not assigned to samples; the message says what was found.
+        """
+        if self._read is None or self._read[0] is not loss:
+            try:
+                found: LossNodes | Exception = self._nodes(loss, loss_scale)
+            except UnreadableLoss as error:
+                found = error
+            self._read = loss, found
+        found = self._read[1]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """After the step, or an exception in it."""
+        self.watch.stop()
+        self.watch.clear()
+        self._read = None
+        self.leaves = []
+
+    def _is_due(self) -> bool:
+        shapes = tuple(tuple(leaf.shape) for leaf, _ in self.leaves)
+        is_new = shapes not in self._shapes
+        self._shapes.add(shapes)
+        if self._steps < FIRST_STEPS or self._steps % EVERY == 0:
+            return True
+        if self._refused >= FIRST_STEPS:
+            return False
+        return self._is_always or self._is_armed or (is_new and not self._orders.are_general)
+
+    def _nodes(self, loss: Tensor, loss_scale: float) -> LossNodes:
+        if not self.is_watching:
+            return self._from_graph(loss)
+        self.watch.paused = True
+        if self.watch.error is not None:
+            raise self.watch.error
+        try:
+            found = self._watched(loss, loss_scale)
+        except UnreadableLoss as error:
+            self._refused += 1
+            self._learn(loss, loss_scale, None, str(error))
+            raise
+        finally:
+            self.watch.paused = False
+        self._refused = 0
+        return found
+
+    def _watched(self, loss: Tensor, loss_scale: float) -> LossNodes:
+        parts = read_reductions(loss, self.watch, self.batch_size)
+        if not parts.found:
+            reasons = "; ".join(dict.fromkeys(parts.lost)) or ", ".join(names_near(loss)) or "no graph"
+            raise SampleAxisLost(reasons)
+        calls = [each.call for each in parts.found]
+        if not is_report(parts.found[0].node):
+            self.explained = self._explained(parts, loss)
+        losses = weigh(terms_of(calls, self.batch_size, loss_scale))
+        self._learn(loss, loss_scale, parts, losses)
+        return parts.found
+
+    def _explained(self, parts: LossParts, loss: Tensor) -> float | None:
+        """The share of the loss that was read.
+
+        Raises:
+            UnreadableLoss: it is not near all of it, and the rest is no penalty on the weights.
+        """
+        share = share_explained([each.call for each in parts.found], loss)
+        if share is None or LEAST <= share <= MOST:
+            return share
+        if 0 <= share < LEAST and parts.has_penalty and not parts.lost:
+            return share
+        kinds = ", ".join(dict.fromkeys(each.call.kind for each in parts.found))
+        rest = f" The rest is of no sample: {'; '.join(dict.fromkeys(parts.lost))}." if parts.lost else ""
+        raise UnreadableLoss(f"{kinds} explains {share:.0%} of it.{rest}")
+
+    def _learn(self, loss: Tensor, loss_scale: float, parts: LossParts | None, losses: Tensor | str) -> None:
+        """Notes whether the graph alone gives the same, and in which order its rows are."""
+        try:
+            found = find_loss_nodes(loss)
+            key = self._key(found)
+            agrees = bool(found) and parts is not None and not parts.is_dynamic
+            if parts is not None and agrees:
+                agrees = self._agrees(loss, loss_scale, found, parts.found, losses)
+        except UnreadableLoss:
+            key, found, agrees = (), [], False
+        if isinstance(losses, str):
+            self._orders.refuse(key, losses)
+            return
+        calls = [each.call for each in found]
+        if parts is not None:
+            self._kinds[key] = [(each.call.kind, each.call.classes) for each in parts.found]
+        if not agrees or not self._orders.learn(
+            key, [call.rows for call in calls], [call.shape for call in calls], self.batch_size
+        ):
+            self._is_always = True
+        self._is_always |= self._orders.has_conflict
+
+    def _agrees(
+        self, loss: Tensor, loss_scale: float, found: LossNodes, watched: LossNodes, losses: Tensor | str
+    ) -> bool:
+        """Whether the calls of the graph, with the rows of those that were watched, give the same losses."""
+        if len(found) != len(watched) or isinstance(losses, str):
+            return False
+        if is_report(found[0].node):
+            return True
+        set_upstreams(loss, found)
+        for own, other in zip(found, watched, strict=True):
+            shape, rows = other.call.losses.shape, other.call.rows
+            if isinstance(rows, str) or shape.numel() != own.call.losses.numel():
+                return False
+            own.call.rows = SampleRows(rows.owners.expand(shape).reshape(own.call.losses.shape))
+        again = weigh(terms_of([each.call for each in found], self.batch_size, loss_scale))
+        return torch.allclose(again, losses, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+    def _from_graph(self, loss: Tensor) -> LossNodes:
+        """The calls of a step that is not watched."""
+        found = find_loss_nodes(loss)
+        if not found:
+            raise UnreadableLoss(f"it comes from {', '.join(names_near(loss)) or 'no graph'}")
+        if is_report(found[0].node):
+            return found
+        calls = [each.call for each in found]
+        if not self.can_watch:
+            for call in calls:
+                call.rows = rows_of_target(call.target, self.leaves, self.batch_size)
+            return found
+        key = self._key(found)
+        try:
+            rows = self._orders.of(key, [call.shape for call in calls], self.batch_size)
+        except NotWatched:
+            self._is_armed = True
+            self._missed += 1
+            self._is_always |= self._missed > 1
+            raise
+        for call, own, (kind, classes) in zip(calls, rows, self._kinds[key], strict=True):
+            call.rows, call.kind, call.classes = own, kind, classes
+        return found
+
+    def _key(self, found: LossNodes) -> Hashable:
+        """The same for steps that are alike: in their calls, where the targets lie, and what they change in place."""
+        leaves = [leaf for leaf, _ in self.leaves if not leaf.is_inference()]
+        changed = tuple(leaf._version != before for leaf, before in zip(leaves, self._versions, strict=True))
+        calls = [each.call for each in found]
+        return changed, tuple(
+            (call.kind, call.classes, len(call.shape), place_of(call.target, self.leaves)) for call in calls
+        )
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether a part of ``module`` is compiled. A mode around it would have it compiled once more."""
+    compiler = sys.modules.get("torch._dynamo")  # a program that compiles has imported it
+    compiled = () if compiler is None else compiler.OptimizedModule
+    return any(isinstance(part, compiled) or part._compiled_call_impl is not None for part in module.modules())

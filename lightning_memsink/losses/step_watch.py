@@ -1,0 +1,250 @@
+"""Watches the torch calls of a step: whose rows each tensor has, and what each reduction was taken of.
+
+Every loss, known or written by hand, ends in reductions: a mean or sum of some tensor, or a loss function with a
+reduction of its own. Their operands are seen here as they are called, and the way from the batch to them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from lightning_memsink.losses.row_rules import changes_in_place, follow
+from lightning_memsink.losses.provenance import Lost, Provenance, Rows
+from lightning_memsink.losses.readers import RECORDERS
+from lightning_memsink.losses.shadow_graph import ShadowGraph
+from lightning_memsink.losses.unreduced import Record, has_reduction
+
+REDUCTIONS = frozenset(("mean", "sum", "nanmean", "nansum"))
+PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__"))
+MOST_PRODUCTS = 16
+# What these make keeps the name of the loss that it was made of.
+KEEPS_NAME = PRODUCTS | frozenset(
+    "view reshape flatten unflatten squeeze unsqueeze float double to __getitem__ gather index_select masked_select "
+    "masked_fill where neg __neg__ transpose permute contiguous clone detach expand sum mean div __truediv__ "
+    "truediv cat stack chunk split unbind T __get__ nan_to_num type select narrow mul_ div_".split()
+)
+# These pick or order rows by values, which another step may do otherwise.
+DYNAMIC = frozenset(
+    "__getitem__ index_select gather take take_along_dim masked_select sort topk argsort repeat_interleave index_add "
+    "index_add_ scatter_add scatter_add_ index_copy index_copy_ scatter scatter_ __setitem__ index_put "
+    "index_put_".split()
+)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A call whose result is one number: a mean or sum, or a loss function with its own reduction."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str
+    """Of the loss: the function's, or of a mean or sum that of the function that made its operand."""
+    factors: tuple[Tensor, ...] = ()
+    """What the operand of a mean or sum was made of by multiplication."""
+    versions: tuple[int, ...] = ()
+
+    @property
+    def is_loss_function(self) -> bool:
+        return has_reduction(self.function)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no tensor among its arguments was changed in place since."""
+        return self.versions == versions(self.args)
+
+
+@dataclass
+class _Known:
+    """A tensor seen in the step."""
+
+    tensor: weakref.ref[Tensor]
+    provenance: Provenance | None
+    name: str = ""
+    is_dynamic: bool = False
+
+
+@dataclass
+class Watched:
+    """What was seen of a step."""
+
+    reductions: dict[Node, Reduced] = field(default_factory=dict)
+    without_graph: list[tuple[weakref.ref[Tensor], Reduced]] = field(default_factory=list)
+    """Reductions that had no node yet: in a checkpointed region, which gives them one later."""
+    compiled: list[tuple[Record, Tensor]] = field(default_factory=list)
+    """Loss calls inside compiled code, with their targets."""
+
+
+class StepWatch(TorchFunctionMode):
+    """A torch function mode that follows the batch through a step. It changes no call.
+
+    Inside compiled code it records loss calls only. It costs some microseconds for each torch call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = self.paused = False
+        self.seen = Watched()
+        self.shadows: ShadowGraph | None = None
+        self.error: Exception | None = None
+        """The first exception while watching, which the user's own call must not see."""
+        self._known: dict[int, _Known] = {}
+        self._products: deque[tuple[weakref.ref[Tensor], tuple[Tensor, ...]]] = deque(maxlen=MOST_PRODUCTS)
+
+    def start(self, rows: Iterable[tuple[Tensor, Tensor]] = (), shadows: ShadowGraph | None = None) -> None:
+        """Enters the mode.
+
+        Args:
+            rows: the batch's tensors with their owners, as `SampleRows` has them.
+            shadows: to be filled, in a step that autograd does not record.
+        """
+        self.clear()
+        self.error, self.paused, self.shadows = None, False, shadows
+        for tensor, owners in rows:
+            self._known[id(tensor)] = _Known(weakref.ref(tensor), Rows((owners,)), "batch")
+        if not self.entered:
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self.entered = True
+
+    def stop(self) -> None:
+        """Leaves the mode. What was seen stays, until `clear`."""
+        if self.entered:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.entered = False
+
+    def clear(self) -> None:
+        """Forgets what was seen."""
+        self.seen = Watched()
+        self.shadows = None
+        self._known.clear()
+        self._products.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            result = func(*args, **kwargs)
+            if func in RECORDERS:
+                with torch.no_grad():
+                    target = args[1] if len(args) > 1 else kwargs["target"]
+                    self.seen.compiled.append((RECORDERS[func](*args, **kwargs), target.detach()))
+            return result
+        # In a backward, a checkpointed forward runs again: no new loss.
+        if self.paused or torch._C._current_graph_task_id() != -1:
+            return func(*args, **kwargs)
+        before = self._before(func, args)
+        result = func(*args, **kwargs)
+        self.paused = True
+        try:
+            self._note(func, args, kwargs, result, before)
+        except Exception as error:
+            self.error = self.error or error
+        finally:
+            self.paused = False
+        return result
+
+    def provenance_of(self, tensor: Tensor) -> Provenance | None:
+        """Whose elements a tensor has; None for a constant."""
+        known = self.known(tensor)
+        if known is not None:
+            return known.provenance
+        node = tensor.grad_fn if tensor.requires_grad else None
+        return None if node is None else Lost(f"{node.name()}, whose rows can't be followed")
+
+    def known(self, tensor: Any) -> _Known | None:
+        """What is known of a tensor of the step."""
+        known = self._known.get(id(tensor))
+        return known if known is not None and known.tensor() is tensor else None
+
+    def _before(self, func: Any, args: Any) -> Tensor | None:
+        """A copy of the tensor that ``func`` is about to change, where its shadow will need it."""
+        if self.shadows is None or not args or not isinstance(args[0], Tensor) or not changes_in_place(func):
+            return None
+        return args[0].detach().clone() if self.shadows.touches(args) else None
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, before: Tensor | None) -> None:
+        results = list(tensors_in(result))
+        if results and torch._C._functorch.is_functorch_wrapped_tensor(results[0]):  # void outside of vmap
+            return
+        name = getattr(func, "__name__", "")
+        found: Any = follow(func, args, kwargs, result, self.provenance_of)
+        if name == "__setitem__":
+            results = [args[0]]
+        if results:
+            self._remember(name, args, kwargs, results, found)
+        reduced = self._reduced(func, name, args, kwargs, result)
+        if self.shadows is not None:
+            node = self.shadows.note(func, args, kwargs, result, before, is_leaf=reduced is not None)
+        else:
+            node = result.grad_fn if reduced is not None else None
+        if reduced is not None and node is not None:
+            self.seen.reductions[node] = reduced
+        elif reduced is not None:
+            self.seen.without_graph.append((weakref.ref(result), reduced))
+        if name in PRODUCTS and results and results[0].ndim:
+            factors = tuple(each for each in args[:2] if isinstance(each, Tensor) and not each.requires_grad)
+            if factors:
+                self._products.append((weakref.ref(results[0]), factors))
+
+    def _remember(self, name: str, args: Any, kwargs: Any, results: list[Tensor], found: Any) -> None:
+        provenances = found if isinstance(found, list) else [found] * len(results)
+        if all(each is None for each in provenances) and not any(each.requires_grad for each in results):
+            for result in results:
+                self._known.pop(id(result), None)
+            return
+        inputs = [known for each in tensors_in((args, kwargs)) if (known := self.known(each)) is not None]
+        first = inputs[0].name if inputs and name in KEEPS_NAME else ""
+        is_dynamic = any(known.is_dynamic for known in inputs) or (
+            name in DYNAMIC and _reorders(args, kwargs, inputs, provenances)
+        )
+        for result, provenance in zip(results, provenances, strict=False):
+            self._known[id(result)] = _Known(weakref.ref(result), provenance, first or name, is_dynamic)
+
+    def _reduced(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> Reduced | None:
+        if not isinstance(result, Tensor) or result.ndim or not result.is_floating_point():
+            return None
+        if has_reduction(func):
+            return Reduced(func, tuple(args), dict(kwargs), name, (), versions(args))
+        operand = args[0] if args else kwargs.get("input")
+        if name not in REDUCTIONS or not isinstance(operand, Tensor) or not operand.ndim:
+            return None
+        known = self.known(operand)
+        factors = next((factors for made, factors in self._products if made() is operand), ())
+        loss = name if known is None or not known.name else known.name
+        return Reduced(func, (operand,), {}, loss, factors, versions((operand,)))
+
+
+def tensors_in(thing: Any) -> Iterator[Tensor]:
+    """The tensors among arguments or results, depth first."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            yield from tensors_in(part)
+    elif isinstance(thing, dict):
+        for part in thing.values():
+            yield from tensors_in(part)
+
+
+def versions(args: Iterable[Any]) -> tuple[int, ...]:
+    """How often each tensor was changed in place; inference tensors don't count that."""
+    return tuple(each._version for each in tensors_in(tuple(args)) if not each.is_inference())
+
+
+def _reorders(args: Any, kwargs: Any, inputs: list[_Known], provenances: list[Any]) -> bool:
+    """Whether owners come in another order than in the first input, by an index that is a tensor."""
+    indexes = [each for each in tensors_in((args, kwargs)) if not each.is_floating_point()]
+    source = inputs[0].provenance if inputs else None
+    if not indexes or not isinstance(source, Rows):
+        return bool(indexes)
+    before = [each.flatten().tolist() for each in source.candidates]
+    after = [each.flatten().tolist() for found in provenances if isinstance(found, Rows) for each in found.candidates]
+    return before[: len(after)] != after
