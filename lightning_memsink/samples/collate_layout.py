@@ -229,10 +229,13 @@ def _joint(orders: list[list[set[int]]], ids: Sequence[int] | None) -> tuple[int
 
 
 def _likely(paths: list[Path], column: _Column, tensors: list[Tensor]) -> Iterator[Path]:
-    """Paths of samples that a column may have come from: those of its name first, others if it has numbers enough."""
+    """Paths of samples that a column may have come from: those of its name first, others if it has numbers enough.
+
+    A few integers are by chance what other integers are; a list of samples has no name.
+    """
     same_name = [path for path in paths if path[-1:] == column.path[-1:]]
     yield from sorted(same_name, key=lambda path: path != column.path)
-    if column.row(tensors, 0).numel() >= _ENOUGH:
+    if column.axis is None or column.row(tensors, 0).numel() >= _ENOUGH:
         yield from islice((path for path in paths if path not in same_name), _PATHS)
 
 

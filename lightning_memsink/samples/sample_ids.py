@@ -18,7 +18,7 @@ from lightning_memsink.samples.batch import batch_size, describe_tensors, is_ind
 from lightning_memsink.samples.hashing import content_ids
 from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
 from lightning_memsink.samples.sample_names import SampleNames
-from lightning_memsink.samples.tagged_batch import Fetched
+from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
 
 Source = Literal["index", "content", "key"]
 _IDENTITIES = ("auto", "index", "content", "key")
@@ -90,16 +90,17 @@ class SampleIds:
         found = fetched.refusal or _unmatched(size, index)
         if self.identity == "index":
             raise self.index_error(found)
-        if fetched.refusal and not _shows_samples(batch, size, fetched):
+        if fetched.refusal and not _shows_samples(batch, size, fetched.refusal):
             self._warn_of(
                 f"{found}, so its samples have no ids, and no losses are recorded for them. Put "
                 f"batch[{self.key!r}] with one id for each sample into the batch."
             )
             return None
-        if self.identity != "content" and index is not None and not fetched.refusal:
+        if self.identity != "content" and (index is not None or fetched.refusal) and fetched.refusal != SINGLE:
             self._warn_of(
-                f"{found}, so collate_fn left some out or added some. Their ids are hashed from "
-                f"content instead of being row numbers. To choose them, put batch[{self.key!r}] into the batch."
+                f"{found}{'' if fetched.refusal else ', so collate_fn left some out or added some'}. Their ids are "
+                "hashed from content instead of being row numbers. To choose them, put "
+                f"batch[{self.key!r}] into the batch."
             )
         return self._content_ids(batch, size, fetched)
 
@@ -173,6 +174,9 @@ def _unmatched(size: int | None, index: Tensor | None) -> str:
     return "a batch came without row numbers" if index is None else f"{len(index)} rows were fetched for {size} samples"
 
 
-def _shows_samples(batch: Any, size: int | None, fetched: Fetched) -> bool:
-    """Whether the batch's rows are samples although the loader can't say which: their content can be hashed."""
-    return size is not None and (fetched.rows is not None or is_surely_batched(batch))
+def _shows_samples(batch: Any, size: int | None, refusal: str) -> bool:
+    """Whether the batch's rows are samples although the loader can't say which: their content can be hashed.
+
+    Not where rows were put into another order: in other batches the same samples have their rows' ids.
+    """
+    return size is not None and refusal != LOST and (refusal != SINGLE or is_surely_batched(batch))

@@ -25,7 +25,7 @@ class TaggedBatch(NamedTuple):
     """
 
     ids: bytes | None
-    """int64s, one a row; None without keys, as of a stream, and where the rows of the batch can't be told apart."""
+    """int64s, one a row; None without keys, as of a stream, and where it isn't known which row is whose."""
     rows: int | None
     """Number of samples fetched; None where the data set made the batch itself."""
     axes: bytes | None

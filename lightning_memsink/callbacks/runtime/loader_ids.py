@@ -28,9 +28,9 @@ from lightning_memsink.samples.tagged_batch import Fetched
 Stage = Literal["train", "validate"]
 
 REORDERED = (
-    "Rows of a batch were changed between the loader and the step, so that it can't be told which sample each of them "
-    "is: no losses are recorded for such a batch. Put batch[{key!r}] with one id for each sample into the batch, and "
-    "let it be shuffled with the rest."
+    "Rows of a batch were changed between the loader and the step, and nothing shows any more which sample each of "
+    "them is: no losses are recorded for such a batch. Put batch[{key!r}] with one id for each sample into the batch, "
+    "and let it be shuffled with the rest."
 )
 ANEW = (
     "A row number of this data set doesn't name one sample (are documents packed anew, or samples drawn at random?), "
