@@ -209,6 +209,10 @@ def complex_parts(call: Call) -> Outcome:
     return each(call.of(call.tensor()), whole)
 
 
+def one_hot(call: Call) -> Outcome:
+    return each(call.of(call.tensor(0, "tensor", "input")), lambda owners: owners.unsqueeze(-1))
+
+
 def set_data(call: Call) -> Outcome:
     """``x.data = y``, and ``x.copy_(y)``: broadcast to the shape of ``x``."""
     ndim = call.tensor().ndim
@@ -240,6 +244,7 @@ RULES: dict[str, Rule] = {
     "roll": roll,
     **dict.fromkeys("diagonal linalg_diagonal diagonal_copy".split(), diagonal),
     "diag": diag,
+    "one_hot": one_hot,
     "diag_embed": diag_embed,
     "unfold": unfold,
     "view_as_real": complex_parts,

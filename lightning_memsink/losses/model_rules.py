@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_memsink.losses.layout_rules import unchanged
 from lightning_memsink.losses.provenance import Part, Provenance, Rows, aligned, merge, reduce, rows
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in, with_shared, within
 
 
 def _spatial(call: Call) -> int:

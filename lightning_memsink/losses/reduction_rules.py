@@ -164,6 +164,15 @@ def quantile(call: Call) -> Outcome:
     return reduction(2)(call)
 
 
+def searchsorted(call: Call) -> Outcome:
+    """Of values among sorted sequences, one for all or one a row; ``bucketize`` takes them the other way round."""
+    places = (1, 0) if call.name == "bucketize" else (0, 1)
+    sequence, value = call.tensor(places[0], "sorted_sequence", "boundaries"), call.get(places[1], "input")
+    found = within(call, sequence, [-1])
+    part = (each(found, lambda owners: owners.reshape(())), ()) if sequence.ndim == 1 else (found, call.shape)
+    return merge([part, call.part(value)], call.shape)
+
+
 def pdist(call: Call) -> Outcome:
     return Lost("distances between samples")
 
@@ -221,6 +230,8 @@ RULES: dict[str, Rule] = {
     "cdist": cdist,
     "pdist": pdist,
     "trace": trace,
+    "searchsorted": searchsorted,
+    "bucketize": searchsorted,
     **dict.fromkeys(
         "linalg_inv linalg_det linalg_slogdet linalg_cholesky linalg_qr linalg_svd linalg_svdvals linalg_eigh "
         "linalg_eigvalsh linalg_solve linalg_pinv linalg_matrix_exp inverse det logdet slogdet cholesky matrix_exp "

@@ -1,4 +1,4 @@
-"""A mode that follows rows through torch calls, for tests of the rules alone: no views of changed tensors, no autograd."""
+"""A mode that follows rows through torch calls, for tests of the rules alone: it knows no views and no autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_memsink.losses.rule_call import tensors_in
 
 
 class Following(TorchFunctionMode):
-    """Keeps the provenance of every tensor that descends from those it is given; ``lost`` counts reasons by function."""
+    """Keeps the provenance of what descends from the tensors it is given; ``lost`` counts reasons by function."""
 
     def __init__(self) -> None:
         super().__init__()
