@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks.capture.case import Data, Fitted, cases, family
 from benchmarks.capture.classes import cross_entropy
@@ -80,6 +81,13 @@ class Emptied(Guarded):
         return [part[:0] for part in batch] if self.count == 2 else batch
 
 
+def reversing() -> nn.Module:
+    """A model with a hook that reverses the order of its rows."""
+    net = mlp()()
+    net.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(0),))
+    return net
+
+
 BAD_INPUT = cases(
     "bad input",
     classes("a sample with NaN", cross_entropy, data=changed(5, float("nan")), module=Guarded, weighable=False),
@@ -95,5 +103,6 @@ BAD_INPUT = cases(
     classes("a ragged last batch", cross_entropy, data=of_size(5)),
     classes("batches of one", cross_entropy, data=of_size(1)),
     classes("an empty batch", cross_entropy, module=Emptied, without_loss=(1,), weighable=False),
+    classes("rows reordered by a forward hook", lambda m, b: F.cross_entropy(m(b[0]), b[1].flip(0)), network=reversing),
     classes("a skipped batch", cross_entropy, module=Skipping, without_loss=(1,), weighable=False),
 )

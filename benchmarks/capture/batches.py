@@ -161,6 +161,20 @@ def packed_loss(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["x"]), batch["y"])
 
 
+def packed(samples: list[Any]) -> Any:
+    x, y = (list(part) for part in zip(*samples, strict=True))
+    return tuple(nn.utils.rnn.pack_sequence(part, enforce_sorted=False) for part in (x, y))
+
+
+def packed_sequence_loss(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0].data), batch[1].data)
+
+
+def tokens_of_packed(batch: Any) -> Tensor:
+    _, lengths = nn.utils.rnn.pad_packed_sequence(batch[0])
+    return lengths / lengths.sum()
+
+
 # Ids and loaders ------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +252,12 @@ BATCHES = cases(
         packed_loss,
         data=lambda: split(ragged_samples(), collate=concatenated),
         shares=lambda b: b["lengths"] / b["lengths"].sum(),
+    ),
+    family(network=tagger())(
+        "PackedSequence",
+        packed_sequence_loss,
+        data=lambda: split(ragged_samples(), collate=packed),
+        shares=tokens_of_packed,
     ),
     family(network=tagger())("graphs", graph_loss, data=lambda: split(ragged_samples(), collate=graph)),
     names("ids of the user's own", by_name, data=with_ids),

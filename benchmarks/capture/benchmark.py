@@ -173,8 +173,12 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
 
 
 def named(names: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Case]:
-    """The cases whose name contains one of ``names``; all if there are none."""
-    chosen = [case for case in MATRIX.values() if not names or any(name in case.name for name in names)]
+    """The cases of such ``names``, or whose name contains one that is no case's; all if there are none."""
+    chosen = [
+        case
+        for case in MATRIX.values()
+        if not names or any(name == case.name or (name not in MATRIX and name in case.name) for name in names)
+    ]
     if not chosen:
         parser.error(f"no case has such a name; there are {', '.join(MATRIX)}")
     return chosen

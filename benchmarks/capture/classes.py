@@ -134,6 +134,11 @@ def confident(model: Any, batch: Any) -> Tensor:
     return F.nll_loss(log_probabilities, batch[1]) - 0.1 * entropy
 
 
+def z_loss(model: Any, batch: Any) -> Tensor:
+    logits = model(batch[0])
+    return F.cross_entropy(logits, batch[1]) + 0.05 * logits.logsumexp(-1).square().mean()
+
+
 HARD = 2
 
 
@@ -233,6 +238,7 @@ CLASSES = cases(
     classes("generalized cross entropy", generalized),
     classes("poly loss", poly),
     classes("confidence penalty", confident, unit="nll - .1 entropy"),
+    classes("z-loss", z_loss, unit="cross entropy + .05 z²"),
     classes("the hardest half", hardest, rows=hardest_rows, contributions=hardest_parts, unit="none for the others"),
     classes("square root of the loss", lambda m, b: cross_entropy(m, b) ** 0.5, weighable=False, must_refuse=True),
     classes("exponential of the loss", lambda m, b: cross_entropy(m, b).exp(), weighable=False, must_refuse=True),

@@ -189,7 +189,12 @@ REGRESSION = cases(
     ),
     numbers("weights of samples, plain mean", scaled, data=vectors_with(K, 0), also=lambda b: 1 / b[2].abs()),
     density("gaussian_nll_loss", gaussian),
-    density("Gaussian by hand", gaussian_by_hand),
+    density(
+        "Gaussian by hand",
+        gaussian_by_hand,
+        also=lambda b: torch.full((len(b[1]),), 2.0),
+        unit="with or without its factor of .5",
+    ),
     density("torch.distributions.Normal", normal),
     numbers("poisson_nll_loss", poisson),
     numbers("variational autoencoder", vae, data=vectors_with(K), network=Autoencoder, unit="mse + .1 KL"),

@@ -177,6 +177,11 @@ def penalized(penalty: Any) -> dict[str, Any]:
     }
 
 
+def active(model: Any, batch: Any) -> Tensor:
+    hidden = model.net.body(batch[0])
+    return F.cross_entropy(model.net.heads["label"](hidden), batch[1]) + 0.1 * hidden.pow(2).mean()
+
+
 def balance(model: Any, batch: Any, size: float = 0.01) -> Tensor:
     """A load-balancing loss as mixtures of experts have: of the whole batch, not of a sample."""
     gates = model(batch[0])["gate"].softmax(-1)
@@ -242,6 +247,7 @@ TERMS = cases(
         alone=label_loss,
         rest=lambda m, b: balance(m, b, 4.0),
     ),
+    classes("penalty on activations", active, network=heads(label=C), unit="cross entropy + .1 penalty"),
     classes("gradient penalty", gradient_penalty, unit="cross entropy + .5 penalty"),
     classes("a loss that is only logged", lambda m, b: (m.log("mse", m(b[0]).square().mean()), cross_entropy(m, b))[1]),
     classes("step returns a dict", lambda m, b: {"loss": cross_entropy(m, b), "logits": 1}),
