@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch_rows import Axes, rows_of
+from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tokens import Tokens, tokens_of
 
 _TOKENS, _NUMBERS, _LABELS = 32, 16, 4
@@ -32,7 +33,7 @@ class Contents(NamedTuple):
         leave alone.
         """
         text = tokens_of(batch, [entry for entry in axes if isinstance(entry, int)] if axes else None)
-        if text is not None and len(text.ids) == size:
+        if text is not None and len(text.ids) == size and text.ids.numel():
             return Contents(_spread(text), "tokens")
         owned = [tensor for tensor, owners in rows_of(batch, size, axes) if owners.shape[:1] == (size,)]
         per_sample = [tensor.detach().reshape(size, -1) for tensor in owned if tensor.numel()]
@@ -62,8 +63,8 @@ class IdContents:
         self._changed: set[int] = set()
         self._is_said = False
 
-    def check(self, ids: Tensor, contents: Contents) -> str | None:
-        """Compares a batch. Returns what was found, once: "4 of 5 ids that came again ..."; else None."""
+    def check(self, ids: Tensor, contents: Contents, names: SampleNames | None = None) -> str | None:
+        """Compares a batch. Returns what was found, once: "4 of 5 sample ids that came again ..."; else None."""
         if self._is_said:
             return None
         wanted = [n for n, id in enumerate(ids.tolist()) if id in self._first or len(self._first) < self.many]
@@ -75,12 +76,13 @@ class IdContents:
         if contents.kind != "floats" and 8 * changed < came_again:
             return None
         self._is_said = True
-        most = max(len(self._known[id]) for id in self._changed)
         example = max(self._changed, key=lambda id: len(self._known[id]))
-        more = "at least " if most >= _CONTENTS else ""
+        many = len(self._known[example])
+        more = "at least " if many >= _CONTENTS else ""
+        (name,) = [example] if names is None else names.of([example])
         return (
-            f"{changed} of {came_again} sample ids that came again had other content, id {example} {more}{most} "
-            "different ones"
+            f"{changed} of {came_again} sample ids that came again had other content: {name!r} has come with "
+            f"{more}{many} contents"
         )
 
     def _compare(self, id: int, row: tuple[float, ...], kind: str) -> None:
@@ -109,7 +111,7 @@ def _spread(text: Tokens) -> Tensor:
     lengths = text.mask.sum(1, keepdim=True)
     start = text.mask.int().argmax(1, keepdim=True)
     places = start + (torch.arange(_TOKENS) * lengths).div(_TOKENS, rounding_mode="floor")
-    return text.ids.gather(1, places.clamp(max=max(0, text.ids.shape[1] - 1))) if text.ids.numel() else text.ids
+    return text.ids.gather(1, places.clamp(max=text.ids.shape[1] - 1))
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -5,7 +5,6 @@ B  samples in a batch
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -92,15 +91,17 @@ class SampleIds:
             raise self.index_error(found)
         if fetched.refusal and not _shows_samples(batch, size, fetched.refusal):
             self._warn_of(
+                "no ids",
                 f"{found}, so its samples have no ids, and no losses are recorded for them. Put "
-                f"batch[{self.key!r}] with one id for each sample into the batch."
+                f"batch[{self.key!r}] with one id for each sample into the batch.",
             )
             return None
         if self.identity != "content" and (index is not None or fetched.refusal) and fetched.refusal != SINGLE:
             self._warn_of(
+                "hashed",
                 f"{found}{'' if fetched.refusal else ', so collate_fn left some out or added some'}. Their ids are "
                 "hashed from content instead of being row numbers. To choose them, put "
-                f"batch[{self.key!r}] into the batch."
+                f"batch[{self.key!r}] into the batch.",
             )
         return self._content_ids(batch, size, fetched)
 
@@ -118,8 +119,9 @@ class SampleIds:
             ids = content_ids(batch, size, fetched.axes).cpu()
         except ValueError:
             self._warn_of(
+                "no number",
                 f"The number of samples in a batch can't be read from its tensors, {describe_tensors(batch)}: no "
-                f"losses are recorded for them. Put batch[{self.key!r}] with one id for each sample into the batch."
+                f"losses are recorded for them. Put batch[{self.key!r}] with one id for each sample into the batch.",
             )
             return None
         self._source = "content"
@@ -162,9 +164,8 @@ class SampleIds:
             self._has_columns = columns is not None
         return columns
 
-    def _warn_of(self, message: str) -> None:
-        """Warns once for each kind of message, whatever its numbers are."""
-        kind = re.sub(r"\d+", "", message)
+    def _warn_of(self, kind: str, message: str) -> None:
+        """Warns once of each kind, whatever its numbers and names are."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=3)
