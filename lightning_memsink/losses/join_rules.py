@@ -18,12 +18,11 @@ from lightning_memsink.losses.provenance import (
     Provenance,
     Rows,
     aligned,
-    collapse,
     compress,
     rows,
     same,
 )
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, sole
 
 
 def join(parts: Sequence[Part], axis: int) -> Provenance | None:
@@ -125,18 +124,27 @@ def lifted(axis_of: Callable[[int], int], lift: Callable[[Tensor], Tensor]) -> R
 
 
 def pad_sequence(call: Call) -> Outcome:
-    """Sequences of one sample each, or with owners that vary along later axes only; padding is its sequence's."""
+    """The padding of a sequence of one sample is its too; that of a sequence of several is of no sample."""
     batch_first = bool(call.get(1, "batch_first", default=False))
-    parts: list[Part] = []
-    for tensor in _sequence(call):
-        provenance, shape = call.part(tensor)
-        if isinstance(provenance, Rows):
-            whole = [collapse(owners, [0]) for owners in provenance.candidates]
-            if len(whole) != 1 or whole[0] is None:
-                raise NotFollowed
-            provenance = Rows((whole[0],))
-        parts.append(_opened((provenance, [1, *shape[1:]]), 0 if batch_first else 1))
-    return join(parts, 0 if batch_first else 1)
+    sequences = _sequence(call)
+    known = [sole(call.of(sequence), sequence.ndim) for sequence in sequences]
+    first = next(owners for owners in known if owners is not None)
+    wide = [max(1 if o is None else o.shape[axis] for o in known) for axis in range(1, first.ndim)]
+    pieces = []
+    for owners, sequence in zip(known, sequences, strict=True):
+        owners = first.new_full([1] * first.ndim, OF_NO_SAMPLE) if owners is None else owners
+        pieces.append(owners.expand([sequence.shape[0] if owners.shape[0] != 1 else 1, *wide]))
+    longest = call.shape[1 if batch_first else 0]
+    padded = [
+        piece if piece.shape[0] == 1 else _with_rows(piece, longest - piece.shape[0], OF_NO_SAMPLE) for piece in pieces
+    ]
+    length = max(piece.shape[0] for piece in padded)
+    joined = torch.stack([piece.expand(length, *wide) for piece in padded], 0 if batch_first else 1)
+    return rows([joined])
+
+
+def _with_rows(owners: Owners, count: int, value: int) -> Owners:
+    return torch.cat([owners, owners.new_full([count, *owners.shape[1:]], value)])
 
 
 def pad(call: Call) -> Outcome:

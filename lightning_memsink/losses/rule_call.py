@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows, merge, reduce
+from lightning_memsink.losses.provenance import Lost, Part, Provenance, Rows, aligned, merge, reduce
 
 ProvenanceOf: TypeAlias = Callable[[Tensor], "Provenance | None"]
 Outcome: TypeAlias = "Provenance | list[Provenance | None] | None"
@@ -127,6 +127,19 @@ def each(provenance: Provenance | None, change: Callable[[Tensor], Tensor]) -> P
     if not isinstance(provenance, Rows):
         return provenance
     return Rows(tuple([change(owners) for owners in provenance.candidates]))
+
+
+def sole(provenance: Provenance | None, ndim: int) -> Tensor | None:
+    """The one reading with ``ndim`` axes, or None for a constant.
+
+    Raises:
+        NotFollowed: There are several readings, or it is lost.
+    """
+    if provenance is None:
+        return None
+    if isinstance(provenance, Lost) or len(provenance.candidates) != 1:
+        raise NotFollowed
+    return aligned(provenance.candidates[0], ndim)
 
 
 def constant(call: Call) -> Outcome:

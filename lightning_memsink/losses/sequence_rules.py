@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.losses.provenance import Part, Provenance, Rows, merge, rows
+from lightning_memsink.losses.provenance import Part, Provenance, Rows, collapse, merge, rows
 from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in, with_shared, within
 
 
@@ -132,8 +132,10 @@ def pack(call: Call) -> Outcome:
         full = owners.expand(*source.shape[: 2 if packs else 1], *owners.shape[2 if packs else 1 :]).contiguous()
         args = [full, *[argument.cpu() if isinstance(argument, Tensor) else argument for argument in call.args[1:]]]
         if not packs:
-            args[3] = -1
-        found.append(call.func(*args)[0])
+            args[3] = -1  # the value of padding
+        moved = call.func(*args)[0]
+        whole = None if packs else collapse(moved, [1 if call.args[2] else 0])  # padding of a sequence is its sample's
+        found.append(moved if whole is None else whole)
     return [rows(found), None]
 
 

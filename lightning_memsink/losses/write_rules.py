@@ -17,27 +17,13 @@ from lightning_memsink.losses.provenance import (
     Owners,
     Part,
     Provenance,
-    aligned,
     merge,
     rows,
 )
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, not_followed
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, not_followed, sole
 
 ADDED = "rows of different samples that are written to one place"
 NO_NUMBER = 2**62
-
-
-def sole(provenance: Provenance | None, ndim: int) -> Owners | None:
-    """The one reading, or None for a constant.
-
-    Raises:
-        NotFollowed: There are several readings, or it is lost.
-    """
-    if provenance is None:
-        return None
-    if isinstance(provenance, Lost) or len(provenance.candidates) != 1:
-        raise NotFollowed
-    return aligned(provenance.candidates[0], ndim)
 
 
 def setitem(call: Call) -> Outcome:
