@@ -105,15 +105,13 @@ class LossTracker(Callback):
             self.control_capture = EvaluationCapture(self.capture)
             self.probe.attach(trainer)
             self.loader_ids.attach(trainer)
-            if not self.probe.has_controls:
-                self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.losses, ledger.controls, ledger.batch = self.table, self.controls, self.batch
         ledger.close_with(Ledger.controls, self._close_evaluation)
         self.controls.has_own_source = self.probe.has_controls
-        self.validation_weights.watch_training(pl_module)
+        self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._current = self._described(batch, self.loader_ids.take(batch, "train"))

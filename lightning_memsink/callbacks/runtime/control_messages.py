@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning.pytorch import LightningModule
 
 OTHER_WEIGHTS = "validation runs under other weights than training (averaged ones, say)"
@@ -14,6 +16,12 @@ def not_evaluated(error: Exception) -> str:
         "are judged by the evaluation before, if there was one. The controls' batches must be such as training_step "
         "takes."
     )
+
+
+def failed(step: Callable[..., object], error: Exception) -> str:
+    """A step of the user's raised an error outside of Lightning's loops. Of its text the first line."""
+    text = " ".join(f"{error}".split("\n", 1)[0].split())
+    return f"{step.__name__} raises {type(error).__name__}: {text}" if text else f"{step.__name__} raises {error!r}"
 
 
 def not_repeatable(module: LightningModule, reason: str) -> str:

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import WarningCache
 
 from lightning_memsink._distributed import gather
 from lightning_memsink._lightning import warn_once
-from lightning_memsink.callbacks.runtime.control_messages import not_repeatable, repeated
+from lightning_memsink.callbacks.runtime.control_messages import failed, not_repeatable, repeated
 from lightning_memsink.callbacks.runtime.trained_weights import TrainedWeights
 from lightning_memsink.callbacks.runtime.validation_replay import Step, replay, training_step, validation_step
 from lightning_memsink.samples.control_table import ControlBatch, ControlTable
@@ -45,16 +45,17 @@ class ValidationWeights:
         self._warnings = WarningCache()
 
     def attach(self, trainer: Trainer, callback: Callback, controls: ControlTable, abandon: Abandon) -> None:
-        """Wraps the validation loop of ``trainer``.
+        """At the start of fit: wraps the validation loop, unless controls come from elsewhere.
 
         Args:
-            trainer: whose fit is about to begin.
+            trainer: whose model is complete.
             callback: collects controls in its validation hooks and calls `gather` at the end of them.
             controls: the table that they are written to.
             abandon: called after an exception in a step that ``callback`` has seen begin.
         """
-        if self._callback is not None:
+        if self._callback is not None or controls.has_own_source:
             return
+        self._weights.watch_training(trainer.lightning_module)
         self._callback, self._loop = callback, trainer.fit_loop.epoch_loop.val_loop
         self._steps = [validation_step]
         if trainer.lightning_module.automatic_optimization:
@@ -65,11 +66,6 @@ class ValidationWeights:
             return self._run(trainer, run, controls, abandon)
 
         vars(self._loop)["run"] = run_watched
-
-    def watch_training(self, pl_module: LightningModule) -> None:
-        """At the start of fit: notes which modules the training step calls."""
-        if self._callback is not None:
-            self._weights.watch_training(pl_module)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         """Just before each validation step. Of every loader, the first batch is watched."""
@@ -139,10 +135,7 @@ class ValidationWeights:
                 self._report()
                 return True
             self._steps.pop(0)
-            found = (
-                "uses the other weights itself" if failure is None else f"raises {type(failure).__name__}: {failure}"
-            )
-            self._refusal = f"{step.__name__} {found}"
+            self._refusal = "validation_step itself uses the others" if failure is None else failed(step, failure)
         self._refuse(trainer, controls, self._refusal)
         return False
 
@@ -153,5 +146,5 @@ class ValidationWeights:
 
     def _refuse(self, trainer: Trainer, controls: ControlTable, reason: str) -> None:
         """Says once that there are no controls, and leaves none of an earlier evaluation to be taken for these."""
-        controls.latest = torch.full_like(controls.latest, torch.nan)
+        controls.latest, controls.latest_step = torch.full_like(controls.latest, torch.nan), -1
         warn_once(self._warnings, not_repeatable(trainer.lightning_module, reason), key="refused")
