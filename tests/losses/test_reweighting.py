@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,16 +13,18 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memsink.losses.autograd_graph import find_loss_calls
+from lightning_memsink.losses.autograd_graph import awaiting_upstream, find_loss_nodes
 from lightning_memsink.losses.per_sample import per_sample, terms_of, weigh
 from lightning_memsink.losses.reweighting import OpenLoss
-from lightning_memsink.losses.unreadable import UnreadableLoss
-from tests.support.capturing import QUIET, B, Model, Sequences, T, alone, flat, new, token_loss
+from lightning_memsink.losses.sample_rows import SampleAxisLost
+from lightning_memsink.losses.step_reader import StepReader
+from tests.support.capturing import CLASS_WEIGHT, QUIET, B, Model, Sequences, T, alone, new, token_loss
+from tests.support.reading import opened, read
 from tests.support.user_losses import (
+    BY_HAND,
     CHUNKS,
     FACTORS,
     TIME_MAJOR,
-    TRAINING_ONLY,
     USERS,
     TimeMajor,
     indexed_mean,
@@ -43,7 +46,7 @@ def reported(model, batch):
 
 
 class Opaque(torch.autograd.Function):
-    """Sums of squares of each sample, as a fused loss would give them: with nothing to read in the graph."""
+    """Sums of squares of each sample, as a fused loss would give them: with nothing to read in its node."""
 
     @staticmethod
     def forward(ctx, x):
@@ -55,15 +58,21 @@ class Opaque(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient[:, None, None]
 
 
+def checkpointed(model, batch):
+    return checkpoint(lambda x: F.cross_entropy(model(x).mT, batch["y"]), batch["x"], use_reentrant=False)
+
+
 STEPS = {
     **USERS,
-    **TRAINING_ONLY,
+    **BY_HAND,
     **FACTORS,
     **CHUNKS,
     "indexed mean": indexed_mean,
     "several losses": weighted_sum,
     "picked by a mask": picked_by_a_mask,
     "reported": reported,
+    "checkpointed": checkpointed,
+    "in custom code": lambda m, b: Opaque.apply(m(b["x"])).sum(),
     "reported, in custom code": lambda m, b: per_sample(Opaque.apply(m(b["x"])))["loss"],
 }
 
@@ -96,11 +105,10 @@ def gradients(model: Model) -> dict[str, Tensor]:
 
 
 def weighed(step: Any, model: Model, batch: dict[str, Tensor], weights: Tensor, scale: float = 1.0) -> Model:
-    loss = value(step, model, batch) * scale
-    opened = OpenLoss(loss, len(weights), scale)
-    opened.weigh_samples(weights)
+    loss, found = opened(partial(value, step, model), batch, len(weights), scale)
+    found.weigh_samples(weights)
     loss.backward()
-    opened.close()
+    found.close()
     return model
 
 
@@ -162,12 +170,12 @@ def test_losses_are_known_before_the_backward_and_recorded_alike_after_it(step):
     recorded = []
     for weights in (None, WEIGHTS):
         model, _ = pair(step)
-        loss = value(step, model, batch) * scale
-        opened = OpenLoss(loss, B, scale)
-        calls = find_loss_calls(loss)
-        now = opened.losses()
+        loss, nodes = read(StepReader(), partial(value, step, model), batch, B, scale)
+        calls = awaiting_upstream(nodes)
+        found = OpenLoss(loss, B, nodes, scale)
+        now = found.losses()
         if weights is not None:
-            opened.weigh_samples(weights)
+            found.weigh_samples(weights)
         loss.backward()
         recorded.append(weigh(terms_of(calls, B, scale)))
         assert_close(now, recorded[-1], atol=1e-6, rtol=1e-5)
@@ -176,43 +184,40 @@ def test_losses_are_known_before_the_backward_and_recorded_alike_after_it(step):
 
 def test_losses_are_each_samples_own():
     model, batch = new(token_loss), batch_of()
-    opened = OpenLoss(token_loss(model, batch), B)
-    assert_close(opened.losses(), alone(token_loss, model, batch))
+    _, found = opened(partial(token_loss, model), batch, B)
+    assert_close(found.losses(), alone(token_loss, model, batch))
     counted = (batch["y"] != -100).sum(1)
-    assert_close(opened.shares(), counted / counted.sum())
+    assert_close(found.shares(), counted / counted.sum())
 
 
 def test_a_report_brings_its_ids():
     model, batch = new(reported), batch_of()
-    assert OpenLoss(reported(model, batch), B).ids.tolist() == list(range(B))
-    assert OpenLoss(token_loss(model, batch), B).ids is None
+    assert opened(partial(reported, model), batch, B)[1].ids.tolist() == list(range(B))
+    assert opened(partial(token_loss, model), batch, B)[1].ids is None
 
 
 def test_a_sequence_without_a_label_has_no_loss_and_weighs_nothing():
     model, batch = new(token_loss), batch_of(all_ignored=1)
-    opened = OpenLoss(token_loss(model, batch), B)
-    assert opened.losses().isnan().tolist() == [False, True, False, False]
-    assert opened.shares()[1] == 0 and opened.shares().sum() == pytest.approx(1)
+    _, found = opened(partial(token_loss, model), batch, B)
+    assert found.losses().isnan().tolist() == [False, True, False, False]
+    assert found.shares()[1] == 0 and found.shares().sum() == pytest.approx(1)
 
 
 def test_a_sample_of_weight_zero_leaves_even_where_its_gradient_is_no_number():
-    prediction = torch.randn(B, T, requires_grad=True)
-    target = torch.randn(B, T)
-    target[1] = torch.inf
-    loss = F.mse_loss(prediction * 1.0, target)
-    opened = OpenLoss(loss, B)
-    opened.weigh_samples(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    batch = {"x": torch.randn(B, T, requires_grad=True), "y": torch.randn(B, T)}
+    batch["y"][1] = torch.inf
+    loss, found = opened(lambda batch: F.mse_loss(batch["x"] * 1.0, batch["y"]), batch, B)
+    found.weigh_samples(torch.tensor([1.0, 0.0, 1.0, 1.0]))
     loss.backward()
-    assert prediction.grad.isfinite().all() and prediction.grad[1].eq(0).all()
+    assert batch["x"].grad.isfinite().all() and batch["x"].grad[1].eq(0).all()
 
 
 def test_once_closed_a_second_backward_is_plain():
     model, plain = pair(token_loss)
-    loss = token_loss(model, batch_of())
-    opened = OpenLoss(loss, B)
-    opened.weigh_samples(torch.zeros(B))
+    loss, found = opened(partial(token_loss, model), batch_of(), B)
+    found.weigh_samples(torch.zeros(B))
     loss.backward(retain_graph=True)
-    opened.close()
+    found.close()
     assert all(gradient.eq(0).all() for gradient in gradients(model).values())
     loss.backward()
     token_loss(plain, batch_of()).backward()
@@ -223,17 +228,22 @@ def test_once_closed_a_second_backward_is_plain():
 @pytest.mark.parametrize(
     ("step", "found"),
     [
-        (lambda m, b: Opaque.apply(m(b["x"])).sum(), "comes from OpaqueBackward"),
-        (
-            lambda m, b: checkpoint(lambda x: F.cross_entropy(m(x).mT, b["y"]), b["x"], use_reentrant=False),
-            "comes from",
-        ),
-        (lambda m, b: F.cross_entropy(*(part[:7] for part in flat(m, b))), r"computed on \[7\] elements"),
+        (lambda m, b: Opaque.apply(m(b["x"])).sum() ** 0.5, "PowBackward0, which is not linear"),
+        (lambda m, b: checkpoint(lambda x: F.cross_entropy(m(x).mT, b["y"]), b["x"], use_reentrant=True), "no graph"),
+        (lambda m, b: F.mse_loss(m(b["x"]).mean((0, 1)), CLASS_WEIGHT), "a mean over the samples"),
         (lambda m, b: torch.zeros((), requires_grad=True), "no graph"),
     ],
-    ids=["custom", "checkpointed", "no sample axis", "a leaf"],
+    ids=["a root", "checkpointed", "no sample axis", "a leaf"],
 )
-def test_what_cannot_be_weighed_is_said_with_the_cure(step, found):
-    with pytest.raises(UnreadableLoss, match=found) as raised:
-        OpenLoss(step(new(None), batch_of()), B)
+def test_what_cannot_be_weighed_is_said(step, found):
+    model = new(None)
+    with pytest.raises(SampleAxisLost, match=found):
+        opened(partial(step, model), batch_of(), B)
+
+
+def test_rows_that_nothing_assigns_to_samples_are_refused_with_the_cure():
+    loss = token_loss(new(None), batch_of())
+    nodes = find_loss_nodes(loss)
+    with pytest.raises(SampleAxisLost, match="cross_entropy: nothing says which samples its rows are") as raised:
+        OpenLoss(loss, B, nodes)
     assert "End training_step with `return per_sample(losses, ids)`" in str(raised.value)
