@@ -43,9 +43,14 @@ class ControlProbe:
         self.every = every
         self._source: Any = None
         self._view: Any = None  # of the loader, kept as long as its workers may be
-        self._fetched: Fetched | None = None  # what is known of the samples of the batch that it gave last
-        self.axes: Axes | None = None
+        self._next: Fetched | None = None
+        self.fetched = Fetched()
+        """What is known of the samples of the batch yielded last, for `SampleIds.of`."""
+
+    @property
+    def axes(self) -> Axes | None:
         """Of the batch yielded last, where its samples lie in each tensor, for `samples.batch_rows.rows_of`."""
+        return self.fetched.axes
 
     @property
     def has_controls(self) -> bool:
@@ -104,10 +109,10 @@ class ControlProbe:
             for n, batch in enumerate(() if self._view is None else self._view):  # a loader of a stream has no length
                 if batch is None:  # no step to Lightning either
                     continue
-                fetched, self._fetched = self._fetched or Fetched(), None
-                self.axes, rows = fetched.axes, fetched.ids
-                size = batch_size(batch, fetched.rows if rows is None else len(rows), self.axes)
-                if rows is None and size is not None and not fetched.refusal:
+                self.fetched, self._next = self._next or Fetched(), None
+                rows = self.fetched.ids
+                size = batch_size(batch, self.fetched.rows if rows is None else len(rows), self.axes)
+                if rows is None and size is not None and not self.fetched.refusal:
                     rows = torch.arange(start, start + size)
                 batch = trainer.strategy.batch_to_device(batch)
                 capture.begin(batch, size or 0, self.axes)
@@ -116,4 +121,4 @@ class ControlProbe:
                 start += size or 0
 
     def _on_fetch(self, batches: object, batch: Any, fetched: Fetched | None) -> None:
-        self._fetched = fetched
+        self._next = fetched
