@@ -44,9 +44,15 @@ class Result:
         return all(each.verdict in ("right", "not run") for each in (self.training, self.validation, self.mitigation))
 
     @property
+    def is_refused(self) -> bool:
+        return not self.counts("silent wrong", "crashed") and not _unfit([self])
+
+    @property
     def line(self) -> str:
-        """The first thing that was said."""
-        return next((each.line for each in (self.training, self.validation, self.mitigation) if each.line), "")
+        """What was said first; if something is wrong, of that."""
+        stages = (self.training, self.validation, self.mitigation)
+        order = sorted(stages, key=lambda each: each.verdict not in ("silent wrong", "crashed"))
+        return next((each.line for each in order if each.line), "")
 
 
 def examine(case: Case, seed: int) -> Result:
@@ -94,7 +100,7 @@ def report(results: Sequence[Result], drawn: Sequence[Result], seed: int, whole:
     wrong = sum(each.counts("silent wrong", "crashed") for each in [*results, *drawn])
     return Report(
         name="capture",
-        tables=[by_kind(results, drawn), not_right([*results, *drawn])],
+        tables=[by_kind(results, drawn), not_right(results), *([not_right(drawn, 20)] if drawn else [])],
         criteria=criteria(results, drawn, whole),
         figure=f"capture: {len(results)} cases and {len(drawn)} random steps, {wrong} wrong, {refused} cases refused",
         settings={
@@ -123,10 +129,11 @@ def by_kind(results: Sequence[Result], drawn: Sequence[Result]) -> Table:
     return table
 
 
-def not_right(results: Sequence[Result], most: int = 200) -> Table:
-    """The cases that are not right throughout, and why."""
+def not_right(results: Sequence[Result], most: int | None = None) -> Table:
+    """The cases that are not right throughout, and why: those that are wrong first, ``most`` of them."""
+    others = sorted((each for each in results if not each.is_right), key=lambda each: each.is_refused)
     table = Table("case", "training", "validation", "mitigation", "found")
-    for each in [each for each in results if not each.is_right][:most]:
+    for each in others[:most]:
         stages = (each.training, each.validation, each.mitigation)
         table.add_row(each.case.name, *(stage.verdict for stage in stages), each.line)
     return table

@@ -140,6 +140,12 @@ class Draw:
     micro: bool
     """Whether the pieces go through the model one by one."""
 
+    def __str__(self) -> str:
+        batch = f"{'[T, B]' if self.time_major else '[B, T]'} B={self.samples} T={self.length}"
+        calls = "" if self.chunks == 1 else f" in {self.chunks} {'micro-batches' if self.micro else 'chunks'}"
+        loss = f"{self.reduction} of {'ragged ' if self.ragged else ''}{self.loss}{calls}"
+        return "; ".join([batch, *self.before, "model", *self.after, loss])
+
     def _apply(self, names: Sequence[str], tensor: Tensor, classes: int) -> Tensor:
         for name in names:
             if name in OPERATIONS:
@@ -242,11 +248,11 @@ def steps(draw: Any) -> Draw:
         before=tuple(draw(st.lists(names, max_size=3))),
         after=tuple(draw(st.lists(names, max_size=2))),
         loss=loss,
-        reduction="mean of all",
+        reduction="mean over all",
         chunks=chunks,
         micro=chunks > 1 and draw(st.booleans()),
     )
-    reductions = ["mean of all"]
+    reductions = ["mean over all"]
     reductions += ["sum"] if chunks == 1 and loss not in ELEMENTWISE else []
     reductions += ["mean"] if chunks == 1 or drawn.is_even() else []
     return replace(drawn, reduction=draw(st.sampled_from(reductions)))
