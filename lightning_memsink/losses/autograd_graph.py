@@ -34,8 +34,8 @@ class FoundCall:
     node: Node
     """What is differentiated with respect to its output gives the call's ``upstream``."""
     call: LossCall
-    weigh_at: Node
-    """The node whose gradients can be weighed by sample: ``node``, or one below it."""
+    weigh_at: Node | None
+    """The node whose gradients can be weighed by sample: ``node``, or one below it; None if there is none."""
 
 
 LossNodes = Sequence[FoundCall]
@@ -135,6 +135,15 @@ def linear_children(node: Node) -> list[Node] | None:
         if len(below) > 1 or (name == "Div" and below and below[0] is not node.next_functions[0][0]):
             return None
     return below
+
+
+def has_learned_factor(loss: Tensor, calls: Sequence[Node]) -> bool:
+    """Whether a loss call is multiplied with a parameter on its way to ``loss`` (learned uncertainties, say)."""
+    return any(
+        stem(node.name()) in PRODUCTS and sum(child is not None for child, _ in node.next_functions) > 1
+        for node, linear in walk(loss.grad_fn, stop=calls.__contains__)
+        if linear and node not in calls
+    )
 
 
 def is_penalty(node: Node) -> bool:

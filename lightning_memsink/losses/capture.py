@@ -139,12 +139,10 @@ class StepCapture:
         self._batch = None
 
     def _captured(self, backwards: Sequence[_Backward], batch_size: int) -> Captured:
-        by_backward = [terms_of(found.calls, batch_size, found.loss_scale) for found in backwards]
-        losses = weigh(by_backward[0])
-        for terms in by_backward[1:]:
-            more = weigh(terms)
-            losses = torch.where(losses.isnan(), more, torch.where(more.isnan(), losses, losses + more))
-        self._remember([term for terms in by_backward for term in terms])
+        calls = [call for found in backwards for call in found.calls]
+        terms = terms_of(calls, batch_size, backwards[0].loss_scale)
+        losses = weigh(terms)
+        self._remember(terms)
         explained, self.reader.explained = self.reader.explained, None
         return Captured(losses, explained)
 

@@ -14,17 +14,18 @@ from lightning_memsink.losses.capture import (
     calls_of_compiled,
     failed,
     losses_of,
-    losses_upstream,
     read_report,
     remedy,
 )
 from lightning_memsink.losses.loss_call import LossCall
-from lightning_memsink.losses.per_sample import Captured, NotCaptured, Term, merge, terms_of, weigh
+from lightning_memsink.losses.per_sample import Captured, NotCaptured, Term, terms_of, weigh
 from lightning_memsink.losses.reductions import read_reductions
 from lightning_memsink.losses.sample_rows import SampleAxisLost
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.samples.batch_rows import rows_of
+
+MOST_DRIFT = 1.5  # of a weight between the last training step and validation
 
 
 class EvaluationCapture:
@@ -45,7 +46,7 @@ class EvaluationCapture:
     def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
         """At the start of a validation step on ``batch``."""
         self._batch, self._shadows = batch, ShadowGraph()
-        self._leaves = rows_of(batch, batch_size, axes)
+        self._leaves = rows_of(batch, batch_size, axes) if batch_size else []
         if self.training.loss is None:
             self.watch.start(self._leaves, self._shadows)
 
@@ -102,16 +103,24 @@ class EvaluationCapture:
         return found
 
     def _as_in_training(self, calls: Sequence[LossCall], batch_size: int) -> list[Term]:
-        """Training's terms with this step's samples; none if training has a term that is missing here."""
-        left = list(calls)
-        terms = []
-        for term in self.training.terms:
-            same = [call for call in left if (call.kind, call.classes) == (term.kind, term.classes)]
-            same = same if term.calls > 1 else same[:1]
-            if not same:
-                return []
-            left = [call for call in left if all(call is not used for used in same)]
-            whole = terms_of([replace(call, upstream=losses_upstream(call.losses)) for call in same], batch_size)
-            merged = whole[0] if len(whole) == 1 else merge(whole)
-            terms.append(replace(merged, factor=term.factor))
-        return terms
+        """This step's terms of the kinds that training has, each kind with the weight it has there; none if training
+        has a kind that is missing here."""
+        trained = _weights(self.training.terms)
+        terms = [term for term in terms_of(calls, batch_size) if term.kind in trained]
+        weights = _weights(terms)
+        if not trained or weights.keys() != trained.keys() or 0.0 in weights.values():
+            return []
+        if len(trained) == 1 and len(terms) == len(self.training.terms) == 1:
+            return [replace(terms[0], factor=self.training.terms[0].factor)]
+        # A weight may be learned: then it is that of now, and not of the last training step.
+        ratios = {kind: trained[kind] / weights[kind] for kind in trained}
+        ratios = {kind: 1.0 if 1 / MOST_DRIFT < ratio < MOST_DRIFT else ratio for kind, ratio in ratios.items()}
+        return [replace(term, factor=term.factor * ratios[term.kind]) for term in terms]
+
+
+def _weights(terms: Sequence[Term]) -> dict[str, float]:
+    """The weight of each kind of loss, added up over its terms."""
+    weights: dict[str, float] = {}
+    for term in terms:
+        weights[term.kind] = weights.get(term.kind, 0.0) + term.factor
+    return weights

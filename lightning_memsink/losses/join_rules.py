@@ -193,6 +193,11 @@ def repeat_interleave(call: Call) -> Outcome:
     if isinstance(repeats, Tensor) and repeats.numel() == 1:
         repeats = int(repeats)
 
+    if call.of(source) is None and isinstance(repeats, Tensor):  # a constant: each number of copies is a sample's
+        if source.ndim != 1:
+            raise NotFollowed
+        source = repeats
+
     def repeated(owners: Owners) -> Owners:
         if dim is None:
             owners = regroup(owners, source.shape, [source.numel()])

@@ -15,7 +15,7 @@ from lightning_memsink.losses.provenance import (
     compress,
     rows,
 )
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, not_followed
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, not_followed, with_shared
 
 
 def expanded(owners: Owners, shape: Sequence[int], axes: Sequence[int]) -> Owners:
@@ -209,21 +209,26 @@ def complex_parts(call: Call) -> Outcome:
     return each(call.of(call.tensor()), whole)
 
 
+def index_fill(call: Call) -> Outcome:
+    source = call.tensor()
+    return with_shared(call, call.of(source), [source, call.get(2, "index")], call.shape)
+
+
 def one_hot(call: Call) -> Outcome:
     return each(call.of(call.tensor(0, "tensor", "input")), lambda owners: owners.unsqueeze(-1))
 
 
 def set_data(call: Call) -> Outcome:
-    """``x.data = y``, and ``x.copy_(y)``: broadcast to the shape of ``x``."""
+    """``x.data = y``, ``x.copy_(y)``, ``x.fill_(y)``, ``x.bernoulli_(y)``: ``y``, broadcast to the shape of ``x``."""
     ndim = call.tensor().ndim
-    source = call.get(1, "src", "other")
+    source = call.get(1, "src", "other", "value", "p")
     return each(call.of(source), lambda owners: aligned(owners, ndim)) if isinstance(source, Tensor) else None
 
 
 COPIES = (
     "alias alias_copy clone conj contiguous cpu cuda data dequantize detach detach_copy fill_diagonal_ imag lift_fresh "
     "pin_memory real requires_grad_ resolve_conj resolve_neg to type type_as xpu bfloat16 bool byte char "
-    "cdouble cfloat double float half int long short tril triu index_fill _conj _neg_view"
+    "cdouble cfloat double float half int long short tril triu _conj _neg_view"
 )
 
 RULES: dict[str, Rule] = {
@@ -238,6 +243,7 @@ RULES: dict[str, Rule] = {
         "swapdims_ flip fliplr flipud rot90 __reversed__ permute_copy transpose_copy t_copy".split(),
         rearrange,
     ),
+    "index_fill": index_fill,
     "squeeze_": squeeze_in_place,
     **dict.fromkeys("expand expand_as broadcast_to expand_copy".split(), expand),
     "broadcast_tensors": broadcast_tensors,
@@ -249,7 +255,7 @@ RULES: dict[str, Rule] = {
     "unfold": unfold,
     "view_as_real": complex_parts,
     "view_as_complex": complex_parts,
-    "copy_": set_data,
+    **dict.fromkeys("copy_ fill_ bernoulli_".split(), set_data),
     "data.__set__": set_data,
     "as_strided": not_followed,
 }

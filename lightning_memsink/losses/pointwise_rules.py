@@ -14,16 +14,16 @@ from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule,
 def pointwise(call: Call) -> Outcome:
     """Of all tensors among the arguments, which broadcast to the result."""
     of = call.of
-    parts = []
-    for operand in call.operands():
-        provenance = of(operand)
-        if provenance is not None:
-            parts.append((provenance, operand.shape))
+    operands = [a for a in call.args if isinstance(a, Tensor)] if not call.kwargs else call.operands()
+    parts = [(found, operand.shape) for operand in operands if (found := of(operand)) is not None]
     if not isinstance(call.result, Tensor):
         if any(tuple(shape) != tuple(call.result[0].shape) for _, shape in parts):
             raise NotFollowed
         return [merge(parts, call.result[0].shape)] * len(call.result)
     shape = call.result.shape
+    first = parts[0][0] if parts else None
+    if all(found is first and extents == shape for found, extents in parts):
+        return first
     for _, extents in parts:
         if extents != shape and torch.broadcast_shapes(extents, shape) != shape:
             raise NotFollowed
@@ -88,7 +88,7 @@ __rpow__ __ipow__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __neg__ __pos__ __ab
 
 CONSTANTS = """
 zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty
-new_empty_strided zero_ fill_ normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_
+new_empty_strided zero_ normal_ uniform_ random_ exponential_ geometric_ cauchy_ log_normal_
 _shape_as_tensor _has_compatible_shallow_copy_type
 """
 

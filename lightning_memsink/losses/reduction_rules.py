@@ -199,6 +199,26 @@ def _with_axes(provenance: Provenance | None, count: int) -> Provenance | None:
     return each(provenance, lambda owners: owners.reshape(list(owners.shape) + [1] * count))
 
 
+def spectrum(position: int, default: Any) -> Rule:
+    """A rule for Fourier transforms, whose axes may get other extents."""
+
+    def rule(call: Call) -> Outcome:
+        source = call.tensor()
+        axes = axes_of(call.get(position, "dim", default=default), source.ndim)
+        return within(call, source, axes)
+
+    return rule
+
+
+def short_spectrum(call: Call) -> Outcome:
+    """``stft`` of signals in the last axis, to frequencies and frames; ``istft`` back."""
+    source = call.tensor()
+    if call.name == "stft":
+        added = len(call.shape) - source.ndim
+        return each(within(call, source, [-1]), lambda owners: owners.reshape(list(owners.shape) + [1] * added))
+    return each(within(call, source, [-1, -2]), lambda owners: owners[..., 0])
+
+
 def trace(call: Call) -> Outcome:
     source = call.tensor()
     return reduce(call.of(source), source.shape, [0, 1], False, _reason(call))
@@ -230,6 +250,12 @@ RULES: dict[str, Rule] = {
     "cdist": cdist,
     "pdist": pdist,
     "trace": trace,
+    **{f"fft_{name}": spectrum(2, -1) for name in "fft ifft rfft irfft hfft ihfft".split()},
+    **{f"fft_{name}": spectrum(2, (-2, -1)) for name in "fft2 ifft2 rfft2 irfft2 hfft2 ihfft2".split()},
+    **{f"fft_{name}": spectrum(2, None) for name in "fftn ifftn rfftn irfftn".split()},
+    **{f"fft_{name}": spectrum(1, None) for name in "fftshift ifftshift".split()},
+    "stft": short_spectrum,
+    "istft": short_spectrum,
     "searchsorted": searchsorted,
     "bucketize": searchsorted,
     **dict.fromkeys(

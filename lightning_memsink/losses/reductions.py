@@ -13,15 +13,31 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_memsink.losses.autograd_graph import MOST_NODES, FoundCall, is_penalty, linear_children, note_upstream
-from lightning_memsink.losses.row_rules import follow
+from lightning_memsink.losses.autograd_graph import (
+    MOST_NODES,
+    FoundCall,
+    is_penalty,
+    linear_children,
+    note_upstream,
+    walk,
+)
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.provenance import MIXED, Lost, Provenance, Rows
-from lightning_memsink.losses.readers import RECORDERS, is_report, read_loss_call
+from lightning_memsink.losses.readers import (
+    RECORDERS,
+    is_likelihood,
+    is_log_softmax,
+    is_report,
+    read_loss_call,
+    saved_value,
+)
+from lightning_memsink.losses.row_rules import follow
 from lightning_memsink.losses.sample_rows import SampleRows
 from lightning_memsink.losses.step_watch import Reduced, StepWatch
 from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.losses.unreduced import unreduced
+
+MOST_BELOW = 32  # nodes between the result of a loss function and its elements
 
 
 @dataclass
@@ -62,7 +78,7 @@ def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossPart
         if reduced is not None:
             call = read_reduced(reduced, watch, batch_size)
             if isinstance(call, LossCall):
-                parts.found.append(FoundCall(node, call, _reducing_node(node)))
+                parts.found.append(FoundCall(node, call, _weighing_node(node, call.losses.shape)))
                 parts.is_dynamic |= any(
                     known.is_dynamic for each in reduced.args if (known := watch.known(each)) is not None
                 )
@@ -156,13 +172,30 @@ def _sample_rows(provenance: Provenance, losses: Tensor, batch_size: int) -> Sam
     return SampleRows(owners)
 
 
-def _reducing_node(node: Node) -> Node:
-    """The node at which one number becomes many on the way back: where samples can be weighed."""
-    while True:
+def _weighing_node(node: Node, shape: torch.Size) -> Node | None:
+    """The node at which one number becomes one for each element on the way back: where samples can be weighed.
+
+    Under several numbers (smoothed labels have two) it is the log-softmax that all of them come from.
+    """
+    for _ in range(MOST_BELOW):
         below = [(child, number) for child, number in node.next_functions if child is not None]
-        if len(below) != 1 or len(below[0][0]._input_metadata[below[0][1]].shape) > 0:
+        shapes = [_shape_of_output(child, number) for child, number in below]
+        if is_likelihood(node) or any(each[: len(shape)] == tuple(shape) for each in shapes if each):
             return node
+        if len(below) != 1 or shapes[0]:
+            break
         node = below[0][0]
+    softmaxes = {found for found, _ in walk(node, MOST_BELOW, is_log_softmax) if is_log_softmax(found)}
+    softmax = softmaxes.pop() if len(softmaxes) == 1 else None
+    if softmax is None:
+        return None
+    rows = list(_shape_of_output(softmax, 0))
+    del rows[saved_value(softmax, "dim")]
+    return softmax if rows == list(shape) else None
+
+
+def _shape_of_output(node: Node, number: int) -> tuple[int, ...]:
+    return tuple(node._input_metadata[number].shape)  # what comes in on the way back went out on the way there
 
 
 def set_upstreams(loss: Tensor, found: Sequence[FoundCall]) -> None:
@@ -185,10 +218,14 @@ def set_upstreams(loss: Tensor, found: Sequence[FoundCall]) -> None:
 def _weighted(call: LossCall, reduced: Reduced) -> LossCall:
     """The call with the mask, or the weights that add up to 1, that its operand was multiplied with.
 
-    What is subtracted from the loss is the loss of the opposite: a log-likelihood becomes a negative one.
+    A sample of one element in a mean is no token of a sample: times zero its loss is zero, and not absent. What is
+    subtracted from the loss is the loss of the opposite: a log-likelihood becomes a negative one.
     """
     if call.upstream is not None and call.upstream.ndim == 0 and float(call.upstream) < 0:
         call = replace(call, losses=-call.losses, upstream=-call.upstream)
+    is_mean = "mean" in reduced.function.__name__
+    if is_mean and isinstance(call.rows, SampleRows) and call.rows.owners.unique().numel() == call.losses.numel():
+        return call
     for factor in reduced.factors:
         weights = factor.detach().float()
         try:

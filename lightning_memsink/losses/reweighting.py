@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memsink.losses.autograd_graph import FoundCall, LossNodes
+from lightning_memsink.losses.autograd_graph import FoundCall, LossNodes, has_learned_factor
 from lightning_memsink.losses.per_sample import IDS_KEY, Term, terms_of, weigh
 from lightning_memsink.losses.readers import is_likelihood, is_log_softmax, is_report, metadata, saved_value
 from lightning_memsink.losses.reductions import set_upstreams
 from lightning_memsink.losses.sample_rows import SampleAxisLost, SampleRows
+from lightning_memsink.losses.unreadable import UnreadableLoss
 
 
 class OpenLoss:
@@ -50,6 +51,10 @@ class OpenLoss:
                     f"its rows can't be assigned to samples: {each.call.kind}: {each.call.rows}. "
                     "End training_step with `return per_sample(losses, ids)`"
                 )
+            if each.weigh_at is None:
+                raise UnreadableLoss(f"{each.call.kind} is computed in a way that can't be weighed by sample")
+        if has_learned_factor(loss, [each.node for each in found]):
+            raise UnreadableLoss("it is multiplied with a parameter, whose gradient is of all samples together")
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -87,7 +92,10 @@ class OpenLoss:
 
     def weigh_elements(self, each: FoundCall, weights: Tensor) -> None:
         """The same for one call, one weight for each of its elements."""
-        self._handles.append(each.weigh_at.register_hook(_scale(each, weights)))
+        assert each.weigh_at is not None  # `__init__` refuses others
+        self._handles.append(
+            each.weigh_at.register_hook(_scale(each.weigh_at, weights.reshape(each.call.losses.shape)))
+        )
 
     def close(self) -> None:
         """After the backward: a second one through the same graph is weighed anew or not at all."""
@@ -105,8 +113,7 @@ def _note_upstreams(loss: Tensor, found: LossNodes) -> None:
     set_upstreams(loss, found)
 
 
-def _scale(each: FoundCall, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
-    node, weights = each.weigh_at, weights.reshape(each.call.losses.shape)
+def _scale(node: Node, weights: Tensor) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
     if is_likelihood(node):
         return _scale_targets(node, weights)
     if is_log_softmax(node):
@@ -136,7 +143,7 @@ def _scale_targets(node: Node, weights: Tensor) -> Callable[[Sequence[Any], Sequ
     targets = saved_value(node, "target")
     dim = min(1, targets.ndim)  # of the classes
     place = torch.where(targets == saved_value(node, "ignore_index"), 0, targets).unsqueeze(dim)
-    weights = weights.unsqueeze(dim)
+    weights = weights.reshape(targets.shape).unsqueeze(dim)
 
     def scale(leaving: Sequence[Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
         gradient, *rest = leaving

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -48,6 +49,21 @@ SETTERS = frozenset(("__setitem__", "data.__set__"))
 IN_PLACE = frozenset(
     f"__i{name}__" for name in "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul".split()
 )
+OF_SHAPES_ALONE = frozenset(
+    {
+        *layout_rules.RULES.values(),
+        *piece_rules.RULES.values(),
+        *reduction_rules.RULES.values(),
+        index_rules.getitem,
+        join_rules.tile,
+        join_rules.pad,
+    }
+    - {layout_rules.set_data, layout_rules.index_fill, layout_rules.squeeze_in_place, layout_rules.broadcast_tensors}
+)
+PLAIN = frozenset((int, float, bool, str, torch.dtype, torch.device, torch.memory_format))
+MOST_REMEMBERED = 512
+LARGEST_REMEMBERED = 2**16  # elements: half a MiB
+_remembered: dict[Any, tuple[Provenance, Any]] = {}
 MOST_FUNCTIONS = 4096  # rules found once are kept; a program calls a few hundred functions
 _found: dict[Any, tuple[str, str, Rule | None]] = {}
 
@@ -82,12 +98,12 @@ def follow(
     results = [result] if single else list(tensors_in([result]))
     if not results:
         return None
-    if isinstance(known, Lost) and rule is not constant and name not in ("copy_", "data.__set__"):
+    if isinstance(known, Lost) and rule is not constant and rule is not layout_rules.set_data:
         return known if single else [known] * len(results)
     try:
         if rule is None:
             raise NotImplementedError
-        outcome: Any = rule(Call(func, name, args, kwargs or {}, result, provenance_of))
+        outcome: Any = _outcome(rule, Call(func, name, args, kwargs or {}, result, provenance_of))
         outcomes = [outcome] if single else outcome
         if all(_fits(provenance, tensor) for provenance, tensor in zip(outcomes, results, strict=True)):
             return outcome
@@ -98,6 +114,51 @@ def follow(
         reason = f"{label}, whose rows can't be followed"
     lost = Lost(reason)
     return lost if single else [lost] * len(results)
+
+
+def _outcome(rule: Rule, call: Call) -> Any:
+    """What the rule says; remembered for rules that look at nothing but shapes, since layers repeat one another."""
+    if rule not in OF_SHAPES_ALONE or not call.args:
+        return rule(call)
+    source, result = call.args[0], call.result
+    provenance = call.of(source) if isinstance(source, Tensor) else None
+    rest = _hashable(call.args[1:])
+    if provenance is None or rest is None:
+        return rule(call)
+    options = _hashable(call.kwargs.items()) if call.kwargs else ()
+    shape = result.shape if isinstance(result, Tensor) else len(result)
+    key = (call.func, id(provenance), source.shape, source.dtype, shape, rest, options)
+    if options is not None and (entry := _remembered.get(key)) is not None:
+        return entry[1]
+    outcome = rule(call)
+    if options is not None:
+        if len(_remembered) >= MOST_REMEMBERED:
+            _remembered.clear()
+        sole = outcome if isinstance(outcome, Rows) else None
+        if sole is None or sum(owners.numel() for owners in sole.candidates) <= LARGEST_REMEMBERED:
+            _remembered[key] = provenance, outcome
+    return outcome
+
+
+def _hashable(values: Iterable[Any]) -> tuple[Any, ...] | None:
+    """The values as a key, or None if one of them is a tensor or of an unknown kind."""
+    key: list[Any] = []
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            inner = _hashable(value)
+            if inner is None:
+                return None
+            key.append(inner)
+        elif isinstance(value, slice):
+            bounds = _hashable((value.start, value.stop, value.step))
+            if bounds is None:
+                return None
+            key.append(("slice", *bounds))
+        elif value is None or value is Ellipsis or type(value) in PLAIN:
+            key.append((type(value), value))  # True is not 1
+        else:
+            return None
+    return tuple(key)
 
 
 def _tracked(values: Iterable[Any], provenance_of: ProvenanceOf) -> Provenance | None:

@@ -143,7 +143,13 @@ def sole(provenance: Provenance | None, ndim: int) -> Tensor | None:
 
 
 def constant(call: Call) -> Outcome:
-    """The result does not depend on the batch: its values come from shapes and random numbers, or are overwritten."""
+    """The result does not depend on the batch: its values come from shapes and random numbers.
+
+    Raises:
+        NotFollowed: A value that fills it may depend on the batch.
+    """
+    if any(call.of(operand) is not None for operand in list(call.operands())[1:]):
+        raise NotFollowed
     return [None] * len(list(tensors_in([call.result]))) if not isinstance(call.result, Tensor) else None
 
 

@@ -64,7 +64,7 @@ class StepReader:
     def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
         """At the start of a training step, before its forward."""
         self.batch_size, self._read = batch_size, None
-        self.leaves = rows_of(batch, batch_size, axes)
+        self.leaves = rows_of(batch, batch_size, axes) if batch_size else []
         self._versions = [leaf._version for leaf, _ in self.leaves if not leaf.is_inference()]
         self.is_watching = self.can_watch and self._is_due()
         self._steps += 1
@@ -126,14 +126,18 @@ class StepReader:
     def _watched(self, loss: Tensor, loss_scale: float) -> LossNodes:
         parts = read_reductions(loss, self.watch, self.batch_size)
         if not parts.found:
-            reasons = "; ".join(dict.fromkeys(parts.lost)) or ", ".join(names_near(loss)) or "no graph"
-            raise SampleAxisLost(reasons)
+            raise SampleAxisLost(self._reasons(parts, loss))
         calls = [each.call for each in parts.found]
         if not is_report(parts.found[0].node):
             self.explained = self._explained(parts, loss)
         losses = weigh(terms_of(calls, self.batch_size, loss_scale))
-        self._learn(loss, loss_scale, parts, losses)
-        return parts.found
+        from_graph = self._learn(loss, loss_scale, parts, losses)
+        return parts.found if from_graph is None else from_graph
+
+    def _reasons(self, parts: LossParts, loss: Tensor) -> str:
+        if not self.leaves:
+            return "its batch has no tensor whose samples are known"
+        return "; ".join(dict.fromkeys(parts.lost)) or ", ".join(names_near(loss)) or "it has no graph"
 
     def _explained(self, parts: LossParts, loss: Tensor) -> float | None:
         """The share of the loss that was read.
@@ -150,8 +154,10 @@ class StepReader:
         rest = f" The rest is of no sample: {'; '.join(dict.fromkeys(parts.lost))}." if parts.lost else ""
         raise UnreadableLoss(f"{kinds} explains {share:.0%} of it.{rest}")
 
-    def _learn(self, loss: Tensor, loss_scale: float, parts: LossParts | None, losses: Tensor | str) -> None:
-        """Notes whether the graph alone gives the same, and in which order its rows are."""
+    def _learn(
+        self, loss: Tensor, loss_scale: float, parts: LossParts | None, losses: Tensor | str
+    ) -> LossNodes | None:
+        """Notes whether the graph alone gives the same, and in which order its rows are. The graph's calls, if so."""
         try:
             found = find_loss_nodes(loss)
             key = self._key(found)
@@ -162,7 +168,8 @@ class StepReader:
             key, found, agrees = (), [], False
         if isinstance(losses, str):
             self._orders.refuse(key, losses)
-            return
+            self._is_always |= self._orders.has_conflict
+            return None
         calls = [each.call for each in found]
         if parts is not None:
             self._kinds[key] = [(each.call.kind, each.call.classes) for each in parts.found]
@@ -171,6 +178,7 @@ class StepReader:
         ):
             self._is_always = True
         self._is_always |= self._orders.has_conflict
+        return found if agrees else None
 
     def _agrees(
         self, loss: Tensor, loss_scale: float, found: LossNodes, watched: LossNodes, losses: Tensor | str
@@ -186,8 +194,9 @@ class StepReader:
             if isinstance(rows, str) or shape.numel() != own.call.losses.numel():
                 return False
             own.call.rows = SampleRows(rows.owners.expand(shape).reshape(own.call.losses.shape))
+            own.call.kind, own.call.classes = other.call.kind, other.call.classes
         again = weigh(terms_of([each.call for each in found], self.batch_size, loss_scale))
-        return torch.allclose(again, losses, rtol=1e-3, atol=1e-4, equal_nan=True)
+        return torch.allclose(again.float(), losses.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
 
     def _from_graph(self, loss: Tensor) -> LossNodes:
         """The calls of a step that is not watched."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from lightning_memsink.losses.row_rules import changes_in_place, follow
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
+from lightning_memsink.losses.row_rules import changes_in_place, follow
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.unreduced import Record, has_reduction
 

@@ -49,15 +49,17 @@ def record_cross_entropy(
     """Of ``functional.cross_entropy``, with its arguments."""
     if input.ndim == 1:
         input, target = input[None], target[None]
+    weight = None if weight is None else weight.detach().float()
     if label_smoothing == 0.0 and not target.is_floating_point():
         losses, weights = _likelihood_of_logits(input.detach(), target, weight, ignore_index)
         return "cross_entropy", input.shape[1], losses, weights, weights.sum() if reduction == "mean" else 1.0
+    target = target.detach().float() if target.is_floating_point() else target
     losses = functional.cross_entropy(
-        input.detach().float(), target.detach(), weight, None, ignore_index, None, "none", label_smoothing
+        input.detach().float(), target, weight, None, ignore_index, None, "none", label_smoothing
     )
     counted = torch.ones_like(losses) if target.is_floating_point() else (target != ignore_index).float()
     if weight is not None and not target.is_floating_point():  # a mean divides by the weights of the targets
-        counted = weight.detach().float()[torch.where(target == ignore_index, 0, target).long()] * counted
+        counted = weight[torch.where(target == ignore_index, 0, target).long()] * counted
         losses = torch.where(counted == 0, 0.0, losses / counted)
     kind = "cross_entropy(soft targets)" if target.is_floating_point() else "cross_entropy"
     kind = f"cross_entropy(label_smoothing={label_smoothing:g})" if label_smoothing else kind

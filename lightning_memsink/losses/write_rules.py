@@ -17,6 +17,7 @@ from lightning_memsink.losses.provenance import (
     Owners,
     Part,
     Provenance,
+    Rows,
     merge,
     rows,
 )
@@ -115,9 +116,14 @@ def scatter(call: Call) -> Outcome:
         return given or before
     ours, theirs = sole(before, target.ndim), sole(given, target.ndim)
     assert theirs is not None
+    if index.ndim == target.ndim and not call.name.startswith("index"):
+        for place, extent in enumerate(theirs.shape):  # torch lets a source be larger than its index
+            if extent > index.shape[place]:
+                theirs = theirs.narrow(place, 0, index.shape[place])
     overwrites = call.name in ("scatter", "index_copy") and call.get(4, "reduce") is None
     if theirs.shape[axis] == 1 and (ours is None or ours.shape[axis] == 1):
         if all(o == 1 or o == extent for o, extent in zip(theirs.shape, target.shape, strict=True)):
+            given = Rows((theirs,))
             within = chosen if not call.name.startswith("index") and index.ndim == target.ndim else None
             return merge([(before, target.shape), (given, extents), (within, index.shape)], target.shape)
     if index.ndim != target.ndim or call.name.startswith("index"):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from lightning_memsink.losses.autograd_graph import FoundCall
 from lightning_memsink.losses.per_sample import terms_of
@@ -71,7 +72,7 @@ def drop_targets(opened: OpenLoss, k: int, context: int, seed: int = 0) -> Tenso
         UnreadableLoss: the loss is no cross entropy of tokens.
     """
     size = opened.batch_size
-    token_losses = [each for each in opened.calls if is_likelihood(each.weigh_at) and each.call.losses.numel() != size]
+    token_losses = [each for each in opened.calls if is_likelihood(_node(each)) and each.call.losses.numel() != size]
     if not token_losses:
         kinds = ", ".join(dict.fromkeys(each.call.kind for each in opened.calls))
         raise UnreadableLoss(
@@ -101,16 +102,18 @@ def _texts(calls: list[FoundCall], size: int) -> list[list[FoundCall]]:
 
 def _dropped_in_text(text: Sequence[FoundCall], k: int, context: int, seed: int) -> list[Tensor]:
     """A bool mask of the dropped targets for each call of ``text``."""
-    targets = torch.cat([saved_value(each.weigh_at, "target").reshape(-1) for each in text])
+    targets = torch.cat([saved_value(_node(each), "target").reshape(-1) for each in text])
     counted = torch.cat(
-        [
-            (saved_value(each.weigh_at, "target") != saved_value(each.weigh_at, "ignore_index")).reshape(-1)
-            for each in text
-        ]
+        [(saved_value(_node(each), "target") != saved_value(_node(each), "ignore_index")).reshape(-1) for each in text]
     )
     samples = torch.cat([_sample_of_target(each) for each in text])
     drop = dropped_targets(targets, samples, counted, k, context, seed)
     return list(torch.split(drop, [each.call.losses.numel() for each in text]))
+
+
+def _node(each: FoundCall) -> Node:
+    """The node whose gradients are weighed."""
+    return each.node if each.weigh_at is None else each.weigh_at
 
 
 def _sample_of_target(each: FoundCall) -> Tensor:
