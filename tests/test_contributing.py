@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lightning_memsink.losses import readers
+from lightning_memsink.losses import readers, step_reader
 from lightning_memsink.losses.capture import StepCapture
+from tests.support.reading import captured
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
@@ -45,15 +46,16 @@ def test_every_example_names_a_place_that_exists():
 def test_a_loss_function(monkeypatch):
     entry = run(block("lightning_memsink/losses/readers.py"))["entry"]
     monkeypatch.setattr(readers, "_NODE_READERS", {**readers._NODE_READERS, **entry.nodes})
-    output = torch.nn.Linear(3, 4)(torch.randn(6, 3))
-    target = torch.randn(6, 4).sign()
-    capture = StepCapture()
-    capture.begin()
-    loss = functional.soft_margin_loss(output, target)
-    capture.before_backward(loss)
-    loss.backward()
-    one_by_one = torch.stack([functional.soft_margin_loss(*pair) for pair in zip(output, target, strict=True)])
-    torch.testing.assert_close(capture.finish({"loss": loss}, 6).losses, one_by_one.detach())
+    batch = {"x": torch.randn(6, 3), "y": torch.randn(6, 4).sign()}
+    model = torch.nn.Linear(3, 4)
+    monkeypatch.setattr(step_reader, "FIRST_STEPS", 1)  # the second step is read from the graph alone, by the entry
+    capture = StepCapture(model)
+    pairs = zip(model(batch["x"]), batch["y"], strict=True)
+    one_by_one = torch.stack([functional.soft_margin_loss(*pair) for pair in pairs]).detach()
+    for is_watched in (True, False):
+        found = captured(lambda batch: functional.soft_margin_loss(model(batch["x"]), batch["y"]), batch, 6, capture)
+        assert capture.reader.is_watching is is_watched
+        torch.testing.assert_close(found.losses, one_by_one)
 
 
 def test_a_mitigation():

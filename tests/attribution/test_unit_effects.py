@@ -17,6 +17,7 @@ from lightning_memsink.attribution.attribute import attribute
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.attribution.unit_effects import margins, sample_weights, shares, unit_effects
 from lightning_memsink.losses.autograd_graph import find_loss_calls
+from lightning_memsink.losses.per_sample import in_batch_order
 
 small = st.integers(1, 4)
 
@@ -120,7 +121,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("reduction", LOSSES)
 def test_a_sample_weighs_what_its_own_mean_loss_is_multiplied_with(reduction):
     loss = LOSSES[reduction](Text()(TOKENS), TARGETS)
-    calls = find_loss_calls(loss)
+    calls = in_batch_order(find_loss_calls(loss), 3)
     loss.backward()
     weights = sample_weights(calls, 3)
     assert weights is not None
@@ -129,7 +130,7 @@ def test_a_sample_weighs_what_its_own_mean_loss_is_multiplied_with(reduction):
 
 def test_a_sample_that_counts_nothing_weighs_nothing():
     loss = token_mean(Text()(TOKENS), torch.where(torch.tensor([[True], [False], [True]]), TARGETS, -100))
-    calls = find_loss_calls(loss)
+    calls = in_batch_order(find_loss_calls(loss), 3)
     loss.backward()
     assert_close(sample_weights(calls, 3), torch.tensor([4 / 6, 0.0, 2 / 6]))
 
@@ -138,14 +139,14 @@ def test_two_losses_weigh_their_samples_alike():
     output = nn.Linear(4, 7)(normal(3, 4).float())
     for scale in (1.0, 0.25):
         loss = scale * (F.cross_entropy(output, torch.tensor([0, 1, 2])) + 0.5 * F.mse_loss(output, torch.zeros(3, 7)))
-        calls = find_loss_calls(loss)
+        calls = in_batch_order(find_loss_calls(loss), 3)
         loss.backward(retain_graph=True)
         assert_close(sample_weights(calls, 3, loss_scale=scale), torch.full((3,), scale / 3))
 
 
 def test_no_sample_axis_no_weights():
     loss = F.cross_entropy(normal(5, 7).requires_grad_(), torch.zeros(5, dtype=torch.long))
-    calls = find_loss_calls(loss)
+    calls = in_batch_order(find_loss_calls(loss), 3)
     loss.backward()
     assert sample_weights(calls, 3) is None and sample_weights([], 3) is None
 

@@ -17,6 +17,7 @@ from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden
 from lightning_memsink.attribution.unit_effects import sample_weights
 from lightning_memsink.attribution.unit_recorder import UnitRecorder
 from lightning_memsink.losses.autograd_graph import find_loss_calls
+from lightning_memsink.losses.per_sample import in_batch_order
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 20}
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -31,7 +32,7 @@ def recorded(model: nn.Module, loss: Callable[[], Tensor], batch_size: int = 3) 
     recorder = UnitRecorder(find_hidden_layers(model))
     recorder.open()
     number = loss()
-    calls = find_loss_calls(number)
+    calls = in_batch_order(find_loss_calls(number), batch_size)
     number.backward()
     weights = sample_weights(calls, batch_size)
     assert weights is not None

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memsinks import MemSinks
+from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.sink_localizer import SinkLocalizer
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.mitigation.certificate import Certificate
@@ -239,7 +240,7 @@ def test_packed_documents_have_their_own_units_token_by_token():
 )
 def test_without_ids_the_pool_is_dropped_and_that_is_said_once(key, message, monkeypatch):
     if key is None:
-        monkeypatch.setattr(LossTracker, "_identify", lambda self, batch, stage: None)
+        monkeypatch.setattr(LoaderIds, "take", lambda self, batch, stage: None)
     model = TinyLM()
     before = model.mlp[2].weight[:, SHARED:].detach().clone()
     with pytest.warns(UserWarning, match=message) as warned:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_memsink import ledger as ledger_module
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.losses.autograd_graph import find_loss_nodes
+from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.mitigation.gradient_routing import reserved_units, route
 from lightning_memsink.samples.hashing import content_ids
 from tests.support.small_runs import (
@@ -209,19 +208,21 @@ def test_a_routed_sample_moves_reserved_rows_of_the_up_projection_only():
 
 def test_a_step_is_searched_once_for_all_and_its_graph_is_released(monkeypatch):
     searched: list[Tensor] = []
+    search = StepReader._nodes
 
-    def search(loss: Tensor) -> Any:
+    def counting(reader: StepReader, loss: Tensor, loss_scale: float) -> Any:
         searched.append(loss.detach())
-        return find_loss_nodes(loss)
+        return search(reader, loss, loss_scale)
 
-    monkeypatch.setattr(ledger_module, "find_loss_nodes", search)
+    monkeypatch.setattr(StepReader, "_nodes", counting)
     for place in (0, 2):  # the mask before the tracker, and behind both
         crew = watch()
         crew.insert(place, SampleGradientMask("hold"))
         searched.clear()
         run, _ = fit(crew, max_epochs=2)
         assert len(searched) == run.global_step and crew[place].interventions.total("acted") > 0
-        assert Ledger.of(run).batch._searched is None
+        reader = Ledger.of(run).batch.reader
+        assert reader._read is None and not reader.leaves and not reader.watch.seen.reductions
 
 
 class Writes(Callback):

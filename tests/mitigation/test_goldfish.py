@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from torch.testing import assert_close
 from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.ledger import Ledger
-from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.goldfish import drop_targets, dropped_targets
 from tests.support.capturing import QUIET, B, C, Model, new
+from tests.support.reading import opened
 from tests.support.small_runs import CANARIES, TinyLM, chain, fit, snapshot, train_loader, watch
 from tests.support.user_losses import TimeMajor
 
@@ -146,11 +147,10 @@ TEXTS: dict[str, tuple[Callable[..., Tensor], type[Model]]] = {
 def test_the_gradient_is_that_of_the_mean_over_kept_tokens(step, cls):
     """The oracle ignores dropped targets in the loss itself."""
     data = Sequences()
-    batch = {"x": data.x[:B], "y": data.y[:B].clone()}  # chunks tell their samples by the whole buffer
+    batch = {"x": data.x[:B], "y": data.y[:B]}
     ours, oracle = new(step, cls), new(step, cls)
-    loss = step(ours, batch)
-    opened = OpenLoss(loss, B)
-    drop_targets(opened, 2, CONTEXT)
+    loss, found = opened(partial(step, ours), batch, B)
+    drop_targets(found, 2, CONTEXT)
     loss.backward()
     left = kept(batch["y"])
     assert 0 < left.sum() < (batch["y"] != -100).sum()
@@ -235,7 +235,8 @@ def test_a_loss_without_tokens_is_said_once():
     with pytest.warns(UserWarning) as caught:
         fit([Goldfish()], Squares(), max_epochs=1)
     ours = [str(each.message) for each in caught if "Goldfish" in str(each.message)]
-    assert len(ours) == 1 and "such a step alone: the loss is mse_loss, which has no targets" in ours[0]
+    assert len(ours) == 1 and "every sample of such a step alone: " in ours[0]
+    assert "the loss is mse_loss, which has no targets [B, T]" in ours[0]
 
 
 def test_empty_batches_pass():
