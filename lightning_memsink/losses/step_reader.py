@@ -31,6 +31,8 @@ FIRST_STEPS = 8
 EVERY = 50
 LEAST, MOST = 0.95, 1.05
 """The share of the loss that must be read, unless the rest is a penalty on the weights."""
+EXACT = 1e-3
+NOT_FOLLOWED = "can't be followed"
 
 
 class StepReader:
@@ -146,7 +148,8 @@ class StepReader:
             UnreadableLoss: it is not near all of it, and the rest is no penalty on the weights.
         """
         share = share_explained([each.call for each in parts.found], loss)
-        if share is None or LEAST <= share <= MOST:
+        is_unknown = any(NOT_FOLLOWED in reason for reason in parts.lost)  # and may be of single samples
+        if share is None or abs(share - 1) < EXACT or (LEAST <= share <= MOST and not is_unknown):
             return share
         if 0 <= share < LEAST and parts.has_penalty and not parts.lost:
             return share
