@@ -52,12 +52,26 @@ class _Column:
         return None
 
 
+class SameTensors:
+    """The tensors of a batch, by identity and by how often they were written to. It keeps none of them alive."""
+
+    def __init__(self, batch: Any) -> None:
+        self._tensors = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors_in(batch)]
+
+    def are_in(self, batch: Any) -> bool:
+        """Whether a batch holds the very same tensors, which nothing has written to since."""
+        now = list(tensors_in(batch))
+        return len(now) == len(self._tensors) and all(
+            known() is tensor and version is not None and version == _version(tensor)
+            for tensor, (known, version) in zip(now, self._tensors, strict=True)
+        )
+
+
 class RowPrints:
     """A few elements of each row of a batch, as it leaves its loader."""
 
-    def __init__(self, tensors: list[Tensor], columns: list[_Column]) -> None:
+    def __init__(self, columns: list[_Column]) -> None:
         self._columns = columns
-        self._tensors = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
 
     @classmethod
     def of(cls, batch: Any, size: int, axes: Axes | None) -> RowPrints | None:
@@ -76,15 +90,7 @@ class RowPrints:
         if size > 1 and len({len(positions) for positions in of_sample}) == 1:
             for positions in list(zip(*of_sample, strict=True))[:_TENSORS]:
                 columns.append(_Column(positions, None, (), _of_list([tensors[position] for position in positions])))
-        return cls(tensors, columns) if columns else None
-
-    def are_same_tensors(self, batch: Any) -> bool:
-        """Whether the batch holds the very tensors that were fetched, which nothing has written to since."""
-        now = list(tensors_in(batch))
-        return len(now) == len(self._tensors) and all(
-            known() is tensor and version is not None and version == _version(tensor)
-            for tensor, (known, version) in zip(now, self._tensors, strict=True)
-        )
+        return cls(columns) if columns else None
 
     @torch.no_grad()
     def order_in(self, batch: Any, ids: Tensor) -> Order:
@@ -103,8 +109,6 @@ class RowPrints:
             if all(match.is_equal for match in found):
                 return Order("kept")
             return _joint([match.may_be for match in found if match.may_be], ids)
-        if matches and all(match.is_equal for match in matches):
-            return Order("kept")
         return Order("kept" if any(match.is_near for match in matches) else "lost")
 
 
@@ -121,7 +125,6 @@ class _Match(NamedTuple):
 
     @staticmethod
     def of(kept: Tensor, now: Tensor) -> _Match:
-        now = now.detach().cpu()
         before = kept.to(now.dtype)
         rows = [tuple(map(str, row)) for row in before.tolist()]  # NaN is as NaN
         known: dict[tuple[str, ...], set[int]] = {}
@@ -136,6 +139,11 @@ class _Match(NamedTuple):
         others = sum(bool(some) and n not in some for n, some in enumerate(may_be))
         is_near = near and ((own >= max(1, len(rows) // 8) and not others) or _is_nearest(before, now))
         return _Match(complete, is_equal, len(known) == len(rows), len(known) > 1, is_near)
+
+
+def _are_equal(kept: Tensor, now: Tensor) -> bool:
+    before = kept.to(now.dtype)
+    return before.shape == now.shape and bool(((before == now) | ((before != before) & (now != now))).all())
 
 
 def _is_nearest(before: Tensor, now: Tensor) -> bool:
@@ -169,7 +177,8 @@ def _of_tensor(tensor: Tensor, axis: int) -> Tensor:
     rows = tensor.movedim(axis, 0)
     each = max(1, int(_ELEMENTS ** (1 / max(1, rows.ndim - 1))))
     cuts = tuple(slice(None, None, max(1, extent // each)) for extent in rows.shape[1:])
-    return rows[(slice(None), *cuts)].reshape(len(rows), -1)
+    part = rows[(slice(None), *cuts)]
+    return part.flatten(1) if part.ndim > 1 else part[:, None]
 
 
 def _of_list(tensors: list[Tensor]) -> Tensor:
