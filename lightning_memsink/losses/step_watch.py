@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,13 +171,15 @@ class StepWatch(TorchFunctionMode):
         return args[0].detach().clone() if self.shadows.touches(args) else None
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, before: Tensor | None) -> None:
-        results = list(tensors_in(result))
+        results = tensors_in(result)
         if results and torch._C._functorch.is_functorch_wrapped_tensor(results[0]):  # void outside of vmap
             return
         name = getattr(func, "__name__", "")
         found: Any = follow(func, args, kwargs, result, self.provenance_of)
         if name == "__setitem__":
             results = [args[0]]
+        if results and changes_in_place(func):
+            self._forget_base(results[0], found)
         if results:
             self._remember(name, args, kwargs, results, found)
         reduced = self._reduced(func, name, args, kwargs, result)
@@ -200,13 +202,26 @@ class StepWatch(TorchFunctionMode):
             for result in results:
                 self._known.pop(id(result), None)
             return
-        inputs = [known for each in tensors_in((args, kwargs)) if (known := self.known(each)) is not None]
+        tensors = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        inputs = [known for each in tensors if (known := self.known(each)) is not None]
         first = inputs[0].name if inputs and name in KEEPS_NAME else ""
         is_dynamic = any(known.is_dynamic for known in inputs) or (
-            name in DYNAMIC and _reorders(args, kwargs, inputs, provenances)
+            name in DYNAMIC and _reorders(tensors, inputs, provenances)
         )
         for result, provenance in zip(results, provenances, strict=False):
             self._known[id(result)] = _Known(weakref.ref(result), provenance, first or name, is_dynamic)
+
+    def _forget_base(self, view: Tensor, found: Any) -> None:
+        """Loses the rows of a tensor that was changed through ``view``, unless they are what they were."""
+        base = view._base
+        before = None if base is None else self.known(view)
+        if base is None or (before is None and found is None):
+            return
+        same = before is not None and isinstance(before.provenance, Rows) and isinstance(found, Rows)
+        if same and all(map(torch.equal, before.provenance.candidates, found.candidates)):  # type: ignore[union-attr]
+            return
+        lost = Lost("a tensor that was changed through a view of it")
+        self._known[id(base)] = _Known(weakref.ref(base), lost, "")
 
     def _reduced(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> Reduced | None:
         if not isinstance(result, Tensor) or result.ndim or not result.is_floating_point():
@@ -222,26 +237,29 @@ class StepWatch(TorchFunctionMode):
         return Reduced(func, (operand,), {}, loss, factors, versions((operand,)))
 
 
-def tensors_in(thing: Any) -> Iterator[Tensor]:
+def tensors_in(thing: Any) -> list[Tensor]:
     """The tensors among arguments or results, depth first."""
     if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, (list, tuple)):
-        for part in thing:
-            yield from tensors_in(part)
-    elif isinstance(thing, dict):
-        for part in thing.values():
-            yield from tensors_in(part)
+        return [thing]
+    if not isinstance(thing, (list, tuple, dict)):
+        return []
+    found: list[Tensor] = []
+    for part in thing.values() if isinstance(thing, dict) else thing:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (list, tuple, dict)):
+            found += tensors_in(part)
+    return found
 
 
 def versions(args: Iterable[Any]) -> tuple[int, ...]:
     """How often each tensor was changed in place; inference tensors don't count that."""
-    return tuple(each._version for each in tensors_in(tuple(args)) if not each.is_inference())
+    return tuple(each._version for each in tensors_in(args) if not each.is_inference())
 
 
-def _reorders(args: Any, kwargs: Any, inputs: list[_Known], provenances: list[Any]) -> bool:
+def _reorders(tensors: list[Tensor], inputs: list[_Known], provenances: list[Any]) -> bool:
     """Whether owners come in another order than in the first input, by an index that is a tensor."""
-    indexes = [each for each in tensors_in((args, kwargs)) if not each.is_floating_point()]
+    indexes = [each for each in tensors if not each.is_floating_point()]
     source = inputs[0].provenance if inputs else None
     if not indexes or not isinstance(source, Rows):
         return bool(indexes)
