@@ -30,9 +30,9 @@ Owners: TypeAlias = Tensor
 not depend; the values are samples 0..B-1, or -1 for an element of no sample."""
 
 Entry: TypeAlias = int | Owners | None
-Axes: TypeAlias = Sequence[Entry]
-"""For each tensor of a batch, in the order of `tensors_in`: the axis of its samples, `whole` of a sample, `UNPROVEN`;
-or its owners themselves, or None if they can't be known."""
+Axes: TypeAlias = Sequence[Any]
+"""An `Entry` for each tensor of a batch, in the order of `tensors_in`: the axis of its samples, `whole` of a sample,
+`UNPROVEN`; or its owners themselves, or None if they can't be known."""
 
 UNPROVEN = -1
 

@@ -18,8 +18,8 @@ from lightning_memsink.samples.batch_rows import UNPROVEN, whole
 from lightning_memsink.samples.sample_values import Path, holds, start_of, values_of
 
 FIRST = 8
-"""Batches of a pass that are compared in full; of later ones two rows are."""
-_PATTERNS, _PATHS, _ENOUGH = 64, 12, 4
+"""First batches that are compared in full; of later ones two rows are."""
+_PATTERNS, _PATHS, _ENOUGH, _ROWS = 64, 12, 4, 16
 _Values = dict[Path, Any]
 
 
@@ -68,7 +68,7 @@ class CollateLayout:
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self._stacks = collate is default_collate
+        self.collate = collate
         self._seen = 0
         self._reorders = False
         self._known: dict[Any, _Known] = {}
@@ -79,7 +79,7 @@ class CollateLayout:
 
         ``ids`` of the samples, if they have any: the same sample twice may change places with itself.
         """
-        if self._stacks:
+        if self.collate is default_collate:
             return Layout(tuple(0 if tensor.ndim else UNPROVEN for tensor in tensors_in(batch)))
         try:
             return self._compared(samples, batch, ids)
@@ -160,13 +160,13 @@ def _columns(tree: list[tuple[Path, Tensor]], size: int) -> Iterator[_Column]:
 def _found(column: _Column, paths: list[Path], tensors: list[Tensor], values: list[_Values]) -> _Probe | None:
     """The value of the samples that a column holds row by row, if it also tells some of them apart."""
     size = len(values)
+    some = {n: values[n] for n in range(0, size, max(1, size // _ROWS))}
     for path in _likely(paths, column, tensors):
         for at_end in (False, True):
             probe = _Probe(column, path, at_end)
-            if _in_order(probe, tensors, dict(enumerate(values))) and any(
-                holds(column.row(tensors, n), values[n - 1][path], at_end) is False for n in range(size)
-            ):
-                return probe
+            if _in_order(probe, tensors, some):
+                differs = (holds(column.row(tensors, n), values[n - 1][path], at_end) is False for n in some)
+                return probe if any(differs) else None
     return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memsink.samples.batch import tensors_in
+from lightning_memsink.samples.collate_layout import CollateLayout
 from lightning_memsink.samples.tagged_batch import (
     Fetched,
     KeyedBatches,
@@ -120,7 +121,8 @@ class _ViewIterator(_UntaggingIterator):
 class _View(DataLoader[Any]):
     """A base that `_view_class` adds to the user's class. Its slots hide the attributes that a view doesn't share."""
 
-    __slots__ = ("_iterator", "_memsink_listener", "_memsink_loader", "_memsink_pending")
+    __slots__ = ("_iterator", "_memsink_layout", "_memsink_listener", "_memsink_loader", "_memsink_pending")
+    _memsink_layout: CollateLayout
     _memsink_listener: Listener
     _memsink_loader: DataLoader[Any]
     _memsink_pending: _PendingIds
@@ -131,6 +133,7 @@ class _View(DataLoader[Any]):
         view.__dict__ = loader.__dict__
         view._iterator, view._memsink_loader = None, loader
         view._memsink_listener, view._memsink_pending = listener, _PendingIds()
+        view._memsink_layout = CollateLayout(loader.collate_fn)
         return view
 
     def __iter__(self) -> Any:
@@ -139,10 +142,12 @@ class _View(DataLoader[Any]):
 
     def _get_iterator(self) -> Any:
         dataset, collate = self.dataset, self.collate_fn
+        if self._memsink_layout.collate is not collate:
+            self._memsink_layout = CollateLayout(collate)
         is_batched = self.batch_sampler is not None
         keyed = (KeyedDataset if is_batched else KeyedBatches)(dataset) if fetches_by_key(self) else dataset
         # torch reads both attributes once, here; DataLoader.__setattr__ would refuse a new dataset
-        vars(self).update(dataset=keyed, collate_fn=TaggingCollate(collate, is_batched))
+        vars(self).update(dataset=keyed, collate_fn=TaggingCollate(collate, self._memsink_layout, is_batched))
         try:
             return _UntaggingIterator(super()._get_iterator(), self._memsink_pending)
         finally:

@@ -63,6 +63,12 @@ class IdContents:
         self._changed: set[int] = set()
         self._is_said = False
 
+    def wants(self, ids: Tensor | None) -> bool:
+        """Whether a batch with these ids would be compared; a batch whose ids aren't known yet may be."""
+        if self._is_said:
+            return False
+        return ids is None or len(self._first) < self.many or not self._first.keys().isdisjoint(ids.tolist())
+
     def check(self, ids: Tensor, contents: Contents, names: SampleNames | None = None) -> str | None:
         """Compares a batch. Returns what was found, once: "4 of 5 sample ids that came again ..."; else None."""
         if self._is_said:

@@ -101,7 +101,10 @@ class RowPrints:
         nearest to its own.
         """
         tensors = list(tensors_in(batch))
-        matches = [_Match.of(column.kept, now) for column in self._columns if (now := column.now(tensors)) is not None]
+        rows = [(column.kept, now.cpu()) for column in self._columns if (now := column.now(tensors)) is not None]
+        if len(rows) == len(self._columns) and all(_are_equal(kept, now) for kept, now in rows):
+            return Order("kept")
+        matches = [_Match.of(kept, now) for kept, now in rows]
         strong = [match for match in matches if match.may_be and match.is_distinct]
         weak = [match for match in matches if match.may_be and match.is_informative]
         found = strong or weak

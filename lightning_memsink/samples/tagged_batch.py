@@ -124,10 +124,10 @@ class KeyedBatches(Proxy):
 class TaggingCollate:
     """The user's collate_fn, which gets the samples without their keys; what is known of them joins its result."""
 
-    def __init__(self, collate: Callable[[Any], Any], is_batched: bool = True) -> None:
+    def __init__(self, collate: Callable[[Any], Any], layout: CollateLayout, is_batched: bool) -> None:
         self.collate = collate
+        self.layout = layout
         self.is_batched = is_batched
-        self.layout = CollateLayout(collate)
 
     def __call__(self, fetched: Any) -> TaggedBatch:
         keyed = fetched if type(fetched) is Samples else Samples(None, fetched)

@@ -5,48 +5,41 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.id_contents import Contents
-from lightning_memsink.samples.row_order import Order, RowPrints
+from lightning_memsink.samples.row_order import Order, RowPrints, SameTensors
 from lightning_memsink.samples.tagged_batch import Fetched
 
 LOADER_BITS = 48  # a row of loader n has the id (n << 48) + row: loaders stay apart, the first one's ids are its rows
 FIRST, EVERY = 8, 64
-"""Batches whose rows are compared at the start, and how often later, where comparing waits for a device."""
+"""Batches whose rows are compared at the start, and how often later."""
 
 
-class FetchedBatch:
+class FetchedBatch(NamedTuple):
     """A batch on its way from the loader to the step."""
 
-    def __init__(self, loader: int, fetched: Fetched | None, prints: RowPrints | None, contents: Contents | None):
-        self.loader = loader
-        self.fetched = _offset(fetched, loader) if fetched is not None else Fetched()
-        self.prints = prints
-        self.contents = contents
-
-    def order_in(self, batch: Any) -> Order:
-        """What became of the rows that were fetched, in the batch that the step gets."""
-        if self.prints is None or self.fetched.ids is None or self.prints.are_same_tensors(batch):
-            return Order("kept")
-        return self.prints.order_in(batch, self.fetched.ids)
+    loader: int
+    fetched: Fetched
+    tensors: SameTensors
+    prints: RowPrints | None
+    contents: Contents | None
 
 
 class FetchedBatches:
     """Of one loop, oldest first.
 
-    Of batches in host memory all are compared with those that the step gets, in a few elements. Where the step gets
-    them on a device, comparing waits for it: then the first ones are, and one now and then, and all of them once rows
-    were found in another order.
+    The batch that a step gets is compared with the one fetched, in a few elements: in the first steps and now and then,
+    for on a device it waits; and in all steps once rows were found in another order.
     """
 
     def __init__(self) -> None:
-        self.is_on_host = True
-        self.reorders = False
+        self._reorders = False
+        self._is_same = True  # so far each step got the very tensors that were fetched
         self._count = 0
         self.clear()
 
@@ -60,23 +53,44 @@ class FetchedBatches:
         if self._pass is None or self._pass() is not combined_pass:
             self.clear()
             self._pass = weakref.ref(combined_pass)
-        self._batches.append(FetchedBatch(loader, fetched, *self._read(batch, fetched, with_contents)))
+        fetched = _offset(fetched or Fetched(), loader)
+        prints, contents = self._read(batch, fetched, with_contents)
+        self._batches.append(FetchedBatch(loader, fetched, SameTensors(batch), prints, contents))
 
     def take(self, loader: int | None = None) -> FetchedBatch | None:
         """Removes and returns the oldest batch of one loader, or of any; None if there is none."""
-        found = next((batch for batch in self._batches if loader in (None, batch.loader)), None)
-        if found is not None:
-            self._batches.remove(found)
+        place = next((n for n, batch in enumerate(self._batches) if loader in (None, batch.loader)), None)
+        if place is None:
+            return None
+        found = self._batches[place]
+        del self._batches[place]
         return found
 
-    def _read(
-        self, batch: Any, fetched: Fetched | None, with_contents: bool
-    ) -> tuple[RowPrints | None, Contents | None]:
+    def order_in(self, batch: Any, taken: FetchedBatch) -> Order:
+        """What became of the rows that were fetched, in the batch that the step gets.
+
+        The first batch that holds other tensors, after many that didn't, may have been fetched without anything to
+        compare: its order is lost.
+        """
+        ids, size = taken.fetched.ids, 0 if taken.fetched.ids is None else len(taken.fetched.ids)
+        if ids is None or taken.tensors.are_in(batch):
+            return Order("kept")
+        was_same, self._is_same = self._is_same, False
+        if taken.prints is None:
+            is_unknown = was_same and self._count > FIRST and size > 1
+            self._reorders |= is_unknown
+            return Order("lost" if is_unknown else "kept")
+        order = taken.prints.order_in(batch, ids)
+        self._reorders |= order.kind != "kept"
+        return order
+
+    def _read(self, batch: Any, fetched: Fetched, with_contents: bool) -> tuple[RowPrints | None, Contents | None]:
         self._count += 1
-        is_due = self.is_on_host or self.reorders or self._count <= FIRST or self._count % EVERY == 0
-        fetched = fetched or Fetched()
+        is_due = self._reorders or self._count <= FIRST or self._count % EVERY == 0
+        if not is_due and not with_contents:
+            return None, None
         size = batch_size(batch, fetched.rows if fetched.ids is None else len(fetched.ids), fetched.axes)
-        if not size or (size == 1 and not with_contents):
+        if not size:
             return None, None
         try:
             is_due = is_due and fetched.ids is not None and len(fetched.ids) == size

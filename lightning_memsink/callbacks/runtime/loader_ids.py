@@ -124,8 +124,7 @@ class LoaderIds:
         self.axes = fetched.axes
         index = fetched.ids if self.sample_ids.uses_index else None
         if taken is not None and index is not None and not self.sample_ids.reads_key(batch):
-            order = taken.order_in(batch)
-            self._fetched[stage].reorders |= order.kind != "kept"
+            order = self._fetched[stage].order_in(batch, taken)
             if order.kind == "lost":
                 warn_once(self._warnings, REORDERED.format(key=self.sample_ids.key))
                 return None
@@ -141,6 +140,11 @@ class LoaderIds:
         names = [one.fetched.names for one in taken if one is not None and one.fetched.names]
         merged = {id: key for some in names for id, key in some.items()}
         return self.sample_ids.of(batch, index, Fetched(names=merged or None))
+
+    def _compares(self, fetched: Fetched | None) -> bool:
+        """Whether the content of a batch is compared with what its ids had before."""
+        index = fetched.ids if fetched is not None and self.sample_ids.source == "index" else None
+        return self.sample_ids.identity != "content" and self._contents.wants(index)
 
     def _check_contents(self, ids: Tensor, contents: Contents) -> None:
         if len(ids) != len(contents.rows) or self.sample_ids.source == "content":
@@ -163,9 +167,7 @@ class LoaderIds:
             for position, iterator in enumerate([] if combined_pass is None else combined_pass.iterators):
                 if iterator is batches:
                     loader = getattr(combined_pass, "_iterator_idx", position)  # sequential mode: one at a time
-                    waiting.is_on_host = self._trainer is None or self._trainer.strategy.root_device.type == "cpu"
-                    with_contents = stage == "train" and self.sample_ids.identity != "content"
-                    waiting.put(combined_pass, loader, batch, fetched, with_contents)
+                    waiting.put(combined_pass, loader, batch, fetched, stage == "train" and self._compares(fetched))
 
     def _combined_loaders(self) -> Iterator[CombinedLoader]:
         assert self._trainer is not None
