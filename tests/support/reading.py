@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_memsink.losses.autograd_graph import LossNodes
 from lightning_memsink.losses.capture import StepCapture
 from lightning_memsink.losses.per_sample import Captured, NotCaptured
 from lightning_memsink.losses.reweighting import OpenLoss
+from lightning_memsink.losses.row_orders import NotWatched
 from lightning_memsink.losses.step_reader import StepReader
 
 Step = Callable[[Any], Tensor]
 """A training step: from the batch to its loss."""
 
 
-def read(reader: StepReader, step: Step, batch: Any, size: int, scale: float = 1.0) -> tuple[Tensor, LossNodes]:
-    """One step's loss times ``scale``, and its loss calls."""
-    reader.begin(batch, size)
+def read(
+    reader: StepReader, step: Step, batch: Any, size: int, scale: float = 1.0, axes: Sequence[int] | None = None
+) -> tuple[Tensor, LossNodes]:
+    """One step's loss times ``scale``, and its loss calls. ``axes``: of the samples in each of the batch's tensors."""
+    reader.begin(batch, size, axes)
     try:
         loss = step(batch) if scale == 1 else step(batch) * scale
         return loss, reader.read(loss, scale)
@@ -35,12 +39,13 @@ def opened(
     return loss, OpenLoss(loss, size, found, scale)
 
 
-def losses_read(reader: StepReader, step: Step, batch: Any, size: int) -> Tensor:
-    """``[B]`` losses of one step, after its backward."""
-    loss, found = read(reader, step, batch, size)
-    known = OpenLoss(loss, size, found).losses()
-    loss.backward()
-    return known
+def losses_read(reader: StepReader, step: Step, batch: Any, size: int, axes: Sequence[int] | None = None) -> Tensor:
+    """``[B]`` losses of one step; NaN where nothing like it was watched before."""
+    try:
+        loss, found = read(reader, step, batch, size, axes=axes)
+    except NotWatched:
+        return torch.full((size,), torch.nan)
+    return OpenLoss(loss, size, found).losses()
 
 
 def captured(step: Step, batch: Any, size: int, capture: StepCapture | None = None) -> Captured | NotCaptured:
