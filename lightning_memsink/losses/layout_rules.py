@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_memsink.losses.provenance import (
     MOST_ELEMENTS,
+    OF_NO_SAMPLE,
     Owners,
     Rows,
     aligned,
@@ -209,6 +210,30 @@ def complex_parts(call: Call) -> Outcome:
     return each(call.of(call.tensor()), whole)
 
 
+def as_strided(call: Call) -> Outcome:
+    """The same strides over a storage that holds the owners; memory outside the tensor belongs to nothing known."""
+    source, result = call.tensor(), call.result
+    start, unknown = source.storage_offset(), OF_NO_SAMPLE - 1
+
+    def strided(owners: Owners) -> Owners:
+        full = expanded(owners, source.shape, range(source.ndim))
+        ends = [_last(tensor) for tensor in (source, result)]
+        storage = owners.new_full([max(ends) + 1], unknown)
+        storage.as_strided(source.shape, source.stride(), start).copy_(full)
+        moved = compress(storage.as_strided(result.shape, result.stride(), result.storage_offset()))
+        if bool((moved == unknown).any()):
+            raise NotFollowed
+        return moved
+
+    return each(call.of(source), strided)
+
+
+def _last(tensor: Tensor) -> int:
+    """The place in its storage of a tensor's last element."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset() + sum((extent - 1) * stride for extent, stride in steps))
+
+
 def index_fill(call: Call) -> Outcome:
     source = call.tensor()
     return with_shared(call, call.of(source), [source, call.get(2, "index")], call.shape)
@@ -257,5 +282,6 @@ RULES: dict[str, Rule] = {
     "view_as_complex": complex_parts,
     **dict.fromkeys("copy_ fill_ bernoulli_".split(), set_data),
     "data.__set__": set_data,
-    "as_strided": not_followed,
+    "as_strided": as_strided,
+    "as_strided_": not_followed,
 }

@@ -61,6 +61,16 @@ def _classes(call: Call, target: Tensor, axis: int, shape: Sequence[int]) -> Par
     return call.part(target) if list(target.shape) == list(shape) else _without(call, target, axis)
 
 
+def linear_over_classes(call: Call) -> Outcome:
+    """``F.linear_cross_entropy(input, weight, target)`` of vectors."""
+    source, target = call.tensor(), call.tensor(2, "target")
+    if source.ndim > 2:
+        raise NotFollowed
+    shape = source.shape[:-1]
+    whole = merge([_without(call, source, -1), _classes(call, target, -1, shape)], shape)
+    return _reduced(call, with_shared(call, whole, [source, target], shape), shape)
+
+
 def over_last(*names: str) -> Rule:
     """A rule for losses that sum over the last axis of the first ``len(names)`` operands; others have no such axis."""
 
@@ -129,6 +139,7 @@ RULES: dict[str, Rule] = {
     ),
     "gaussian_nll_loss": gaussian_nll,
     **dict.fromkeys("cross_entropy cross_entropy_loss nll_loss nll_loss_nd nll_loss2d".split(), over_classes),
+    "linear_cross_entropy": linear_over_classes,
     "ctc_loss": ctc,
     "triplet_margin_loss": over_last("anchor", "positive", "negative"),
     "triplet_margin_with_distance_loss": triplet_with_distance,

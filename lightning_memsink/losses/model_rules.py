@@ -107,6 +107,14 @@ def batch_norm(call: Call) -> Outcome:
     return with_shared(call, provenance, [source], source.shape)
 
 
+def grouped_product(call: Call) -> Outcome:
+    """``F.grouped_mm(rows, matrices, offs=...)``: runs of rows, each times a matrix of its own (experts)."""
+    source, offsets = call.tensor(), call.get(2, "offs")
+    if source.ndim != 2 or call.tensor(1, "mat2", "weight").ndim != 3:
+        raise NotFollowed
+    return with_shared(call, within(call, source, [1]), [source, offsets], call.shape)
+
+
 def prelu(call: Call) -> Outcome:
     return with_shared(call, call.of(call.tensor()), [call.tensor()], call.shape)
 
@@ -174,6 +182,7 @@ RULES: dict[str, Rule] = {
     "batch_norm": batch_norm,
     **dict.fromkeys("dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout".split(), unchanged),
     "prelu": prelu,
+    **dict.fromkeys("grouped_mm _grouped_mm transformers::grouped_mm_fallback".split(), grouped_product),
     "F.embedding_bag": embedding_bag,
     **{f"torchvision::{name}": regions for name in ("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool")},
     "torchvision::nms": kept_boxes,

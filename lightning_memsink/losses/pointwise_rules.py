@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.losses.provenance import Provenance, merge, reduce
-from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, constant
+from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, constant, with_shared
 
 
 def pointwise(call: Call) -> Outcome:
@@ -45,6 +45,12 @@ def gated(call: Call) -> Outcome:
     return reduce(call.of(source), source.shape, [axis], True, "a gate between samples")
 
 
+def is_in(call: Call) -> Outcome:
+    """``isin``: of each element, among test elements that all share."""
+    elements = call.tensor(0, "elements")
+    return with_shared(call, call.of(elements), [elements], call.shape)
+
+
 def drawn_rows(call: Call) -> Outcome:
     """``multinomial``: draws from the distribution in the last axis."""
     source = call.tensor()
@@ -74,16 +80,17 @@ float_power floor floor_divide fmax fmin fmod frac frexp gcd ge greater greater_
 igammac isclose isfinite isinf isnan isneginf isposinf isreal lcm ldexp le lerp less less_equal lgamma log log10 log1p
 log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum mul
 multiply mvlgamma nan_to_num ne neg negative nextafter not_equal polar polygamma positive pow rad2deg reciprocal
-remainder round rsqrt rsub sgn sigmoid sign signbit sin sinc sinh special_expit special_entr special_log1p special_expm1
-special_ndtr special_log_ndtr special_xlogy special_xlog1py special_erf special_erfc special_gammaln special_digamma
-sqrt square sub subtract tan tanh true_divide trunc xlogy
-celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logsigmoid mish prelu_ relu relu6 rrelu
-selu silu softplus softshrink softsign tanhshrink threshold _threshold
-dropout alpha_dropout native_dropout bernoulli poisson normal fake_quantize_per_tensor_affine
-__and__ __or__ __xor__ __invert__ __lshift__ __rshift__ __rand__ __ror__ __rxor__ __iand__ __ior__ __ixor__ __ilshift__
-__irshift__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __div__ __rdiv__ __idiv__
-__truediv__ __rtruediv__ __itruediv__ __floordiv__ __rfloordiv__ __ifloordiv__ __mod__ __rmod__ __imod__ __pow__
-__rpow__ __ipow__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __neg__ __pos__ __abs__ __rlshift__ __rrshift__
+remainder round rsqrt rsub sgn sigmoid sign signbit sin sinc sinh special_expit special_entr special_log1p
+special_expm1 special_ndtr special_log_ndtr special_erfinv special_exp2 special_gammainc special_gammaincc special_i0
+special_logit special_multigammaln special_polygamma special_psi special_round special_sinc binomial special_xlogy
+special_xlog1py special_erf special_erfc special_gammaln special_digamma sqrt square sub subtract tan tanh true_divide
+trunc xlogy celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logsigmoid mish prelu_ relu
+relu6 rrelu selu silu softplus softshrink softsign tanhshrink threshold _threshold dropout alpha_dropout native_dropout
+bernoulli poisson normal fake_quantize_per_tensor_affine __and__ __or__ __xor__ __invert__ __lshift__ __rshift__
+__rand__ __ror__ __rxor__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__ __add__ __radd__ __iadd__ __sub__ __rsub__
+__isub__ __mul__ __rmul__ __imul__ __div__ __rdiv__ __idiv__ __truediv__ __rtruediv__ __itruediv__ __floordiv__
+__rfloordiv__ __ifloordiv__ __mod__ __rmod__ __imod__ __pow__ __rpow__ __ipow__ __eq__ __ne__ __lt__ __le__ __gt__
+__ge__ __neg__ __pos__ __abs__ __rlshift__ __rrshift__
 """
 
 CONSTANTS = """
@@ -97,5 +104,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(CONSTANTS.split(), constant),
     "where": where,
     "glu": gated,
+    "isin": is_in,
     "multinomial": drawn_rows,
 }

@@ -252,7 +252,7 @@ RULES: dict[str, Rule] = {
     "trace": trace,
     **{f"fft_{name}": spectrum(2, -1) for name in "fft ifft rfft irfft hfft ihfft".split()},
     **{f"fft_{name}": spectrum(2, (-2, -1)) for name in "fft2 ifft2 rfft2 irfft2 hfft2 ihfft2".split()},
-    **{f"fft_{name}": spectrum(2, None) for name in "fftn ifftn rfftn irfftn".split()},
+    **{f"fft_{name}": spectrum(2, None) for name in "fftn ifftn rfftn irfftn hfftn ihfftn".split()},
     **{f"fft_{name}": spectrum(1, None) for name in "fftshift ifftshift".split()},
     "stft": short_spectrum,
     "istft": short_spectrum,

@@ -58,7 +58,13 @@ OF_SHAPES_ALONE = frozenset(
         join_rules.tile,
         join_rules.pad,
     }
-    - {layout_rules.set_data, layout_rules.index_fill, layout_rules.squeeze_in_place, layout_rules.broadcast_tensors}
+    - {
+        layout_rules.set_data,
+        layout_rules.as_strided,
+        layout_rules.index_fill,
+        layout_rules.squeeze_in_place,
+        layout_rules.broadcast_tensors,
+    }
 )
 PLAIN = frozenset((int, float, bool, str, torch.dtype, torch.device, torch.memory_format))
 MOST_REMEMBERED = 512
@@ -74,7 +80,7 @@ def changes_in_place(func: Any) -> bool:
     ``out=`` and ``inplace=True`` are arguments: there the result is the changed tensor itself.
     """
     name = _rule_of(func)[0]
-    return name in SETTERS or name in IN_PLACE or (name[-1:] == "_" and name[:2] != "__")
+    return name in SETTERS or name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")
 
 
 def follow(

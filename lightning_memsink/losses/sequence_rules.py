@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.losses.provenance import Part, Provenance, Rows, collapse, merge, rows
+from lightning_memsink.losses.layout_rules import regroup
+from lightning_memsink.losses.provenance import Owners, Part, Provenance, Rows, collapse, merge, rows
 from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, tensors_in, with_shared, within
 
 
@@ -31,7 +32,7 @@ def attention(call: Call) -> Outcome:
 def multi_head_attention(call: Call) -> Outcome:
     """``F.multi_head_attention_forward``: ``[L, N, E]`` or ``[L, E]``; weights ``[N, L, S]`` are the second result."""
     query, key, value = call.tensor(0, "query"), call.tensor(1, "key"), call.tensor(2, "value")
-    padding = call.kwargs.get("key_padding_mask")
+    padding, mask = call.kwargs.get("key_padding_mask"), call.kwargs.get("attn_mask")
     output = next(tensors_in([call.result]))
     parts: list[Part] = [(within(call, query, [-1]), query.shape)]
     for operand in (key, value):
@@ -41,7 +42,16 @@ def multi_head_attention(call: Call) -> Outcome:
         parts.append(
             (each(ones, lambda o: o.reshape(1, -1, 1) if padding.ndim == 2 else o.reshape(1, 1)), output.shape)
         )
-    merged = with_shared(call, merge(parts, output.shape), [query, key, value, padding], output.shape)
+    own = [query, key, value, padding]
+    if isinstance(mask, Tensor) and mask.ndim == 3 and call.of(mask) is not None:
+        parts.append(
+            (
+                each(within(call, mask, [1, 2]), lambda owners: _of_heads(owners, query.shape[1], len(mask))),
+                output.shape,
+            )
+        )
+        own.append(mask)
+    merged = with_shared(call, merge(parts, output.shape), own, output.shape)
     results = list(tensors_in([call.result]))
     if len(results) == 1:
         return [merged]
@@ -53,6 +63,14 @@ def multi_head_attention(call: Call) -> Outcome:
     elif results[1].ndim == 3:
         weights = each(merged, lambda owners: owners.unsqueeze(0))
     return [merged, weights]
+
+
+def _of_heads(owners: Owners, samples: int, count: int) -> Owners:
+    """From a mask ``[samples * heads, L, S]`` to ``[1, samples, 1]``."""
+    by_sample = collapse(regroup(owners, (count, 1, 1), (samples, count // samples)), [1])
+    if by_sample is None:
+        raise NotFollowed
+    return by_sample.reshape(1, -1, 1)
 
 
 def encoder_layer(call: Call) -> Outcome:

@@ -152,6 +152,7 @@ def test_functions_that_change_their_first_argument(func):
         torch.Tensor.__invert__,
         torch.Tensor.int,
         torch.Tensor.data.__get__,
+        torch.Tensor.requires_grad.__set__,
         torch.relu,
         torch.ops.aten.add.Tensor,
         F.linear,

@@ -57,6 +57,25 @@ def heads(query: Tensor, key: Tensor, inside: Tensor, outside: Tensor) -> Any:
     return F.multi_head_attention_forward(query, key, key, 4, 2, inside, None, None, None, False, 0.0, outside, None)
 
 
+def masked_heads(query: Tensor, mask: Tensor, inside: Tensor, outside: Tensor) -> Any:
+    return F.multi_head_attention_forward(
+        query,
+        query,
+        query,
+        4,
+        2,
+        inside,
+        None,
+        None,
+        None,
+        False,
+        0.0,
+        outside,
+        None,
+        attn_mask=mask.repeat_interleave(2, 0),
+    )
+
+
 POINTWISE = [
     case(name, getattr(F, name), x(B, 4))
     for name in "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 selu "
@@ -401,12 +420,35 @@ LAYERS = [
         x(8, 2),
         axes=(0, 0, 0, None, None),
     ),
+    case("masked heads", masked_heads, x(5, B, 4), x(B, 5, 5), x(12, 4), x(4, 4), axes=(1, 0, None, None), out="heads"),
+    case("isin", torch.isin, n(4, B, 2), n(4, 2), axes=(0, None)),
     case("embedding_bag", lambda i, w: F.embedding_bag(i, w), n(4, B, 2), x(4, 5), axes=(0, None)),
     case(
         "multi_head_attention", heads, x(5, B, 4), x(6, B, 4), x(12, 4), x(4, 4), axes=(1, 1, None, None), out="heads"
     ),
 ]
+NEWER = {
+    "_grouped_mm": case(
+        "grouped_mm",
+        lambda a, w, o: torch._grouped_mm(a, w, offs=o),
+        x(B, 16).bfloat16(),
+        x(2, 16, 16).bfloat16(),
+        torch.tensor([1, 3]).int(),
+        axes=(0, None, None),
+    ),
+    "linear_cross_entropy": case(
+        "linear_cross_entropy",
+        lambda a, w, y: F.linear_cross_entropy(a, w, y, reduction="none"),
+        x(B, 4),
+        x(5, 4),
+        n(5, B),
+        axes=(0, None, 0),
+    ),
+}
+"""Functions that the oldest torch does not have."""
+
 CASES = [*POINTWISE, *BINARY, *REDUCTIONS, *PRODUCTS, *PICKS, *LOSSES, *LAYERS]
+CASES += [each for name, each in NEWER.items() if hasattr(torch, name) or hasattr(F, name)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

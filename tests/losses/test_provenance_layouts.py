@@ -190,7 +190,11 @@ def pick(draw: Any, x: Tensor) -> Tensor:
 
 def window(draw: Any, x: Tensor) -> Tensor:
     axis = axis_of(draw, x)
-    choices = [x.unfold(axis, min(2, x.shape[axis]), 1)]
+    whole = x.contiguous()
+    choices = [
+        x.unfold(axis, min(2, x.shape[axis]), 1),
+        whole.as_strided((x.numel() - 1 or 1, 2), (1, min(1, x.numel() - 1))),
+    ]
     if x.ndim > 1:
         choices += [x.diagonal(draw(st.integers(-1, 1))), x.diagonal(0, -1, 0)]
     return draw(st.sampled_from(choices))

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -135,6 +137,9 @@ LANGUAGE = {
         )
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **SIZES)),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=4, **SIZES)
+    ),
     "bert": lambda: BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SIZES)),
 }
 
