@@ -210,9 +210,21 @@ def repeat_interleave(call: Call) -> Outcome:
     return each(call.of(source), repeated)
 
 
+def copied(call: Call) -> Outcome:
+    """``torch.tensor(data)`` and its like: of a tensor, or of a list of numbers and tensors of one number."""
+    data = call.get(1 if call.name == "new_tensor" else 0, "data", "obj")
+    if isinstance(data, Tensor):
+        return call.of(data)
+    if not isinstance(data, (list, tuple)) or call.result.ndim != 1:
+        raise NotFollowed
+    parts = [call.part(value) for value in data]
+    return join([(each(provenance, lambda owners: owners.reshape(1)), [1]) for provenance, _ in parts], 0)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys("cat concat concatenate".split(), cat),
     "stack": stack,
+    **dict.fromkeys("tensor as_tensor asarray new_tensor".split(), copied),
     "hstack": lifted(lambda ndim: int(ndim > 1), torch.atleast_1d),
     "vstack": lifted(lambda ndim: 0, torch.atleast_2d),
     "row_stack": lifted(lambda ndim: 0, torch.atleast_2d),

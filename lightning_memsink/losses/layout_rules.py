@@ -253,7 +253,7 @@ def set_data(call: Call) -> Outcome:
 COPIES = (
     "alias alias_copy clone conj contiguous cpu cuda data dequantize detach detach_copy fill_diagonal_ imag lift_fresh "
     "pin_memory real requires_grad_ resolve_conj resolve_neg to type type_as xpu bfloat16 bool byte char "
-    "cdouble cfloat double float half int long short tril triu _conj _neg_view"
+    "__deepcopy__ share_memory_ to_dense cdouble cfloat double float half int long short tril triu _conj _neg_view"
 )
 
 RULES: dict[str, Rule] = {

@@ -235,7 +235,10 @@ RULES: dict[str, Rule] = {
     "linalg_matrix_norm": reduction(2, (-2, -1)),
     **dict.fromkeys("std var std_mean var_mean".split(), deviation),
     **dict.fromkeys("max min median nanmedian".split(), extreme),
-    **dict.fromkeys("softmax log_softmax softmin special_softmax special_log_softmax".split(), softmax),
+    **dict.fromkeys(
+        "softmax log_softmax softmin special_softmax special_log_softmax _softmax _log_softmax _safe_softmax".split(),
+        softmax,
+    ),
     **dict.fromkeys("cumsum cumprod logcumsumexp cummax cummin".split(), along()),
     "diff": diff,
     "normalize": along(2, 1),

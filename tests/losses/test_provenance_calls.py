@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import pytest
@@ -133,6 +134,10 @@ BINARY = [
     case("detach", lambda a: a.detach(), x(B, 4)),
     case("data", lambda a: a.data, x(B, 4)),
     case("contiguous", lambda a: a.contiguous(), x(B, 4)),
+    case("as_tensor", torch.as_tensor, x(B, 4)),
+    case("new_tensor", lambda a: torch.ones(1).new_tensor([a[0], 2.0, a[2]]), x(B), out="any"),
+    case("tensor of numbers", lambda a: torch.tensor([a[0], 2.0, a[2]]), x(B), out="any"),
+    case("deepcopy", deepcopy, x(B, 4)),
     case("multinomial", lambda a: torch.multinomial(a, 2), positive(B, 4)),
 ]
 REDUCTIONS = [
