@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -153,36 +154,55 @@ def _packed(packed: PackedSequence) -> Owners:
 
 
 class _GraphOwners:
-    """Owners of the tensors of a graph of torch_geometric, or of several as one."""
+    """Owners of the tensors of a graph of torch_geometric, or of several as one.
+
+    A joined graph remembers in host memory where each one's part of a tensor begins. Only where it doesn't, its batch
+    vector and edges are read, which waits for their device.
+    """
 
     def __init__(self, graph: Any, size: int) -> None:
+        self._graph = graph
         self._size = size
-        self._slices = getattr(graph, "_slice_dict", None) or {}
-        nodes = getattr(graph, "batch", None)
-        self._nodes = nodes.cpu() if isinstance(nodes, Tensor) else None
-        of_nodes = nodes is None and getattr(graph, "batch_size", None) == size  # of a neighbour loader, the first ones
-        if nodes is None and (of_nodes or size == 1):
-            owners = torch.arange(int(graph.num_nodes or 0))
-            self._nodes = torch.where(owners < size, owners, -1) if of_nodes else torch.zeros_like(owners)
-        edges = getattr(graph, "edge_index", None)
-        self._edges: Tensor | None = None
-        if isinstance(edges, Tensor) and edges.ndim == 2 and self._nodes is not None and not of_nodes:
-            self._edges = self._nodes[edges[0].cpu()]
+        slices = getattr(graph, "_slice_dict", None)
+        self._slices = slices if isinstance(slices, dict) else {}
+
+    @cached_property
+    def _nodes(self) -> Tensor | None:
+        """``[N]``: the sample of each node; -1 of those that a neighbour loader has put around its samples."""
+        nodes = getattr(self._graph, "batch", None)
+        if isinstance(nodes, Tensor):
+            return nodes.cpu()
+        owners = torch.arange(int(self._graph.num_nodes or 0))
+        if self._is_neighbourhood:
+            return torch.where(owners < self._size, owners, -1)
+        return torch.zeros_like(owners) if self._size == 1 else None
+
+    @cached_property
+    def _edges(self) -> Tensor | None:
+        """``[E]``: the sample of each edge's source."""
+        edges = getattr(self._graph, "edge_index", None)
+        if not isinstance(edges, Tensor) or edges.ndim != 2 or self._nodes is None or self._is_neighbourhood:
+            return None
+        return self._nodes[edges[0].cpu()]
+
+    @property
+    def _is_neighbourhood(self) -> bool:
+        seeds, nodes = getattr(self._graph, "batch_size", None), getattr(self._graph, "batch", None)
+        return nodes is None and seeds == self._size
 
     def of(self, name: Any, tensor: Tensor) -> Owners | None:
         """Of the tensor under a name; None where its extents fit several levels, or none."""
-        if not tensor.ndim or tensor.is_nested:
+        if not tensor.ndim or tensor.is_nested or name == "ptr":
             return None
         axis = tensor.ndim - 1 if "index" in str(name) or name == "face" else 0
         places = tensor.shape[axis]
-        counts = self._counts(name, places)
+        counts = self._counts("x" if name == "batch" else name, places)
         if counts is not None:
             return along(axis, tensor.ndim, torch.arange(self._size).repeat_interleave(counts))
-        nodes, edges = self._nodes, self._edges
         if "edge" in str(name):
+            edges = self._edges
             return along(axis, tensor.ndim, edges) if edges is not None and len(edges) == places else None
-        if name == "ptr":
-            return None
+        nodes = self._nodes
         if nodes is not None and len(nodes) == places and (places != self._size or name == "batch" or self._size == 1):
             return along(axis, tensor.ndim, nodes)
         if places == self._size and (nodes is None or len(nodes) != places):
@@ -191,7 +211,7 @@ class _GraphOwners:
 
     def _counts(self, name: Any, places: int) -> Tensor | None:
         """``[B]``: how many places each graph has along the axis that they were joined on, if the graph remembers."""
-        slices = self._slices.get(name) if isinstance(self._slices, dict) else None
+        slices = self._slices.get(name)
         if not isinstance(slices, Tensor) or slices.shape != (self._size + 1,) or int(slices[-1]) != places:
             return None
         return slices.cpu().diff()

@@ -79,7 +79,7 @@ class SampleIds:
         size = batch_size(batch, rows, fetched.axes)
         if self.reads_key(batch):
             self._source = "key"
-            return self._key_ids(batch, size)
+            return self._key_ids(batch, size, rows)
         usable = index is not None and is_index_of(index, batch, size, fetched.axes)
         if self.identity != "content" and index is not None and usable:
             self._source = "index"
@@ -127,7 +127,7 @@ class SampleIds:
         self._source = "content"
         return ids
 
-    def _key_ids(self, batch: Any, size: int | None) -> Tensor:
+    def _key_ids(self, batch: Any, size: int | None, rows: int | None) -> Tensor:
         if not isinstance(batch, Mapping) or self.key not in batch:
             keys = f"keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else "no keys"
             raise RuntimeError(
@@ -141,7 +141,7 @@ class SampleIds:
             raise RuntimeError(f"SampleIds needs integers or strings in batch[{self.key!r}], but found {found}.")
         numbers = key_ids(found)
         ids = torch.tensor(numbers, dtype=torch.int64)
-        if not is_index_of(ids, others, batch_size(others, size)):
+        if len(ids) != rows and not is_index_of(ids, others, batch_size(others, size)):
             raise RuntimeError(
                 f"SampleIds needs one id for each sample, but batch[{self.key!r}] holds {len(ids)} ids for {size} "
                 f"samples. Return one {self.key!r} with every sample."

@@ -173,6 +173,15 @@ def test_own_ids_pass_through_torchs_own_collate(key, batch_size, workers):
     assert [name for batch in taken for name in batch] == [key(row) for row in range(10)] * 2
 
 
+def test_own_ids_stand_beside_samples_along_the_second_axis():
+    def time_major(samples: Any) -> dict[str, Any]:
+        return {"x": torch.stack([one["x"] for one in samples], 1), "sample_id": [one["sample_id"] for one in samples]}
+
+    ids = LoaderIds(SampleIds())
+    watch, _, _ = fit(DataLoader(Keyed(lambda row: f"s{row}"), 5, collate_fn=time_major), ids=ids, model=Idle())
+    assert [len(taken) for taken in watch.taken["train"]] == [5, 5] * 2
+
+
 def test_columns_that_may_be_samples_are_refused():
     with pytest.raises(RuntimeError, match=r"may be 2 tuples or columns of tuples. Return one string"):
         SampleIds().of(
