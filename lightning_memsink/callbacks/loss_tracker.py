@@ -119,7 +119,7 @@ class LossTracker(Callback):
         self.batch.ids = None
         if self._current is not None:
             self.batch.ids = self._current[0]
-            self.capture.begin(batch, len(self.batch.ids), getattr(self.loader_ids, "axes", None))
+            self.capture.begin(batch, len(self.batch.ids), self.loader_ids.axes)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._current is not None:
@@ -146,6 +146,7 @@ class LossTracker(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("train")
+        self.capture.abandon()  # a hook of the user's may have skipped the rest of the epoch within a batch
         self._flush()
         if self.probe.has_controls and self.controls.latest_step < trainer.global_step:
             self._evaluate_controls(trainer, pl_module)
@@ -161,7 +162,7 @@ class LossTracker(Callback):
         counts = self._validation_counts(trainer) or trainer.sanity_checking
         self._current = self._described(batch, self.loader_ids.take(batch, "validate")) if counts else None
         if self._current is not None and not trainer.sanity_checking:
-            axes = getattr(self.loader_ids, "axes", None)
+            axes = self.loader_ids.axes
             self.control_capture.begin(batch, len(self._current[0]), axes)
         self.validation_weights.watch(trainer, pl_module, batch_idx)
 

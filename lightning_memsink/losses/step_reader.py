@@ -32,6 +32,7 @@ EVERY = 50
 LEAST, MOST = 0.95, 1.05
 """The share of the loss that must be read, unless the rest is a penalty on the weights."""
 EXACT = 1e-3
+MOST_SHAPES = 4096
 NOT_FOLLOWED = "can't be followed"
 
 
@@ -101,6 +102,8 @@ class StepReader:
     def _is_due(self) -> bool:
         shapes = tuple(tuple(leaf.shape) for leaf, _ in self.leaves)
         is_new = shapes not in self._shapes
+        if len(self._shapes) >= MOST_SHAPES:
+            self._shapes.clear()
         self._shapes.add(shapes)
         if self._steps < FIRST_STEPS or self._steps % EVERY == 0:
             return True
@@ -154,8 +157,8 @@ class StepReader:
         if 0 <= share < LEAST and parts.has_penalty and not parts.lost:
             return share
         kinds = ", ".join(dict.fromkeys(each.call.kind for each in parts.found))
-        rest = f" The rest is of no sample: {'; '.join(dict.fromkeys(parts.lost))}." if parts.lost else ""
-        raise UnreadableLoss(f"{kinds} explains {share:.0%} of it.{rest}")
+        rest = f"; the rest is not of samples that are known ({', '.join(dict.fromkeys(parts.lost))})"
+        raise UnreadableLoss(f"{kinds} explains {share:.0%} of it{rest if parts.lost else ''}")
 
     def _learn(
         self, loss: Tensor, loss_scale: float, parts: LossParts | None, losses: Tensor | str
@@ -237,6 +240,8 @@ class StepReader:
 
 def has_compiled_parts(module: nn.Module) -> bool:
     """Whether a part of ``module`` is compiled. A mode around it would have it compiled once more."""
+    if getattr(module, "_compiler_ctx", None) is not None:  # Lightning's mark of a compiled LightningModule
+        return True
     compiler = sys.modules.get("torch._dynamo")  # a program that compiles has imported it
     compiled = () if compiler is None else compiler.OptimizedModule
     return any(isinstance(part, compiled) or part._compiled_call_impl is not None for part in module.modules())

@@ -1,4 +1,4 @@
-"""Whose rows a loss call has, told by its targets.
+"""Reads off the targets of a loss call whose its rows are.
 
 A target that lies in a tensor of the batch, or equals one in an order that no other order could give, says it where the
 way from the batch to the prediction can't be followed: in compiled code, say.
