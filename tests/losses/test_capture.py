@@ -26,6 +26,7 @@ from tests.support.user_losses import (
     TIME_MAJOR,
     USERS,
     TimeMajor,
+    ignored_sum,
     indexed_mean,
     masked_mean,
     weighted_sum,
@@ -44,7 +45,7 @@ def test_a_loss_written_by_hand_is_read_from_its_mean(step):
     check(watched(new(step), step, validate=True))
 
 
-@pytest.mark.parametrize("step", [masked_mean, indexed_mean])
+@pytest.mark.parametrize("step", [masked_mean, indexed_mean, ignored_sum])
 def test_validation_sees_the_mask_a_user_averages_with(step):
     check(watched(new(step), step, validate=True))
 
