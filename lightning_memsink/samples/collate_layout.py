@@ -17,8 +17,8 @@ from lightning_memsink.samples.batch import leaves, tensors_in
 from lightning_memsink.samples.batch_rows import UNPROVEN, whole
 from lightning_memsink.samples.sample_values import Path, holds, start_of, values_of
 
-FIRST = 8
-"""First batches that are compared in full; of later ones two rows are."""
+FIRST, EVERY = 8, 4
+"""First batches that are compared in full, and how often two rows of a later one are."""
 _PATTERNS, _PATHS, _ENOUGH, _ROWS = 64, 12, 4, 16
 _Values = dict[Path, Any]
 
@@ -63,7 +63,7 @@ class CollateLayout:
     """Compares the samples that a collate function gets with the batch that it returns.
 
     torch's own stacks along the first axis. Of any other the first batches are compared, and those of another pattern
-    of shapes; later ones in two rows, and in full again if these differ. It reads both, changes neither and draws no
+    of shapes; a later one now and then in two rows, and in full again if these differ. It reads both, changes neither and draws no
     random number.
     """
 
@@ -96,8 +96,9 @@ class CollateLayout:
         known = self._known.get(pattern)
         if known is not None and self._seen > FIRST and not self._reorders:
             rows = [(self._seen * step) % len(samples) for step in (2, 3)]
-            some = {n: dict(values_of(samples[n])) for n in rows} if known.probe is not None else {}
-            if known.probe is None or _in_order(known.probe, tensors, some):
+            is_due = known.probe is not None and self._seen % EVERY == 0
+            some = {n: dict(values_of(samples[n])) for n in rows} if is_due else {}
+            if known.probe is None or not is_due or _in_order(known.probe, tensors, some):
                 return Layout(known.axes)
         layout, probe = self._examined(tree, samples, ids)
         self._reorders |= layout.order is not None or layout.is_lost

@@ -54,9 +54,10 @@ class IdContents:
     comes again, they are random views of the samples, and nothing is said.
     """
 
-    def __init__(self, many: int = 256, enough: int = 4) -> None:
+    def __init__(self, many: int = 256, enough: int = 4, most: int = 4096) -> None:
         self.many = many
         self.enough = enough
+        self._left = most  # comparisons of ids that came again; a run whose samples stay the same needs no more
         self._known: dict[int, set[tuple[float, ...]]] = {}
         self._first: dict[int, tuple[float, ...]] = {}
         self._came_again: set[int] = set()
@@ -65,7 +66,7 @@ class IdContents:
 
     def wants(self, ids: Tensor | None) -> bool:
         """Whether a batch with these ids would be compared; a batch whose ids aren't known yet may be."""
-        if self._is_said:
+        if self._is_said or self._left <= 0:
             return False
         return ids is None or len(self._first) < self.many or not self._first.keys().isdisjoint(ids.tolist())
 
@@ -98,6 +99,7 @@ class IdContents:
                 self._first[id], self._known[id] = row, {row}
             return
         self._came_again.add(id)
+        self._left -= 1
         known = self._known[id]
         if all(_differ(other, row, kind) for other in known):
             self._changed.add(id)

@@ -164,6 +164,17 @@ def test_memory_is_bounded():
     assert len(check._first) == 10 and max(map(len, check._known.values())) <= 16
 
 
+def test_a_run_whose_samples_stay_the_same_is_not_compared_for_ever():
+    check = IdContents(most=20)
+    contents = Contents.of({"input_ids": torch.stack([text(row) for row in range(6)])}, 6)
+    assert contents is not None
+    visits = 0
+    while check.wants(torch.arange(6)):
+        assert check.check(torch.arange(6), contents) is None
+        visits += 1
+    assert visits == 5 and not IdContents(many=0).wants(torch.arange(6))
+
+
 @pytest.mark.parametrize("batch", [["a", "b"], {"x": torch.zeros(2, 0)}, {"input_ids": torch.zeros(2, 0).long()}, None])
 def test_a_batch_without_content_is_not_compared(batch):
     contents = Contents.of(batch, 2)
