@@ -63,8 +63,8 @@ class CollateLayout:
     """Compares the samples that a collate function gets with the batch that it returns.
 
     torch's own stacks along the first axis. Of any other the first batches are compared, and those of another pattern
-    of shapes; a later one now and then in two rows, and in full again if these differ. It reads both, changes neither and draws no
-    random number.
+    of shapes; a later one now and then in two rows, and in full again if these differ. It reads both, changes neither
+    and draws no random number.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
