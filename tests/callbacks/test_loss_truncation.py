@@ -84,3 +84,24 @@ def test_losses_that_are_no_numbers_are_not_remembered():
 def test_a_wrong_option_is_named_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         LossTruncation(**options)
+
+
+def test_two_backwards_of_a_step_are_weighed_without_a_tracker():
+    """Its own reader must outlive the first: any mistake would warn, which fails a test."""
+
+    class Twice(TinyLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            for _ in range(2):
+                self.manual_backward(self.loss(batch) / 2)
+            optimizer.step()
+
+    truncation = LossTruncation(fraction=0.3, window=16)
+    fit([truncation], Twice(), max_epochs=1, controls="none")
+    assert truncation.interventions.total("visits") == len(TRAIN)
+    assert truncation.interventions.total("acted") > 0
