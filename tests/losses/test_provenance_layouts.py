@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ MOST = 600  # elements; a chain that repeats more is cut
 OF_NO_SAMPLE = -1
 
 
+def choose(draw: Any, choices: Sequence[Any]) -> Any:
+    """One of several, by its place, so that a program can be run again on other numbers."""
+    return choices[draw(st.integers(0, len(choices) - 1))]
+
+
 def axis_of(draw: Any, x: Tensor) -> int:
     return draw(st.integers(-x.ndim, x.ndim - 1))
 
@@ -29,7 +35,7 @@ def positions(draw: Any, high: int, *shape: int) -> Tensor:
 def reshape(draw: Any, x: Tensor) -> Tensor:
     left, shape = x.numel(), []
     for _ in range(draw(st.integers(0, 3))):
-        factor = draw(st.sampled_from([f for f in range(1, left + 1) if left % f == 0]))
+        factor = choose(draw, [f for f in range(1, left + 1) if left % f == 0])
         shape.append(factor)
         left //= factor
     shape.append(left)
@@ -44,15 +50,13 @@ def flatten(draw: Any, x: Tensor) -> Tensor:
 def permute(draw: Any, x: Tensor) -> Tensor:
     order = draw(st.permutations(range(x.ndim)))
     a, b = axis_of(draw, x), axis_of(draw, x)
-    return draw(
-        st.sampled_from([x.permute(order), x.permute(*order), x.transpose(a, b), x.movedim(a, b), x.swapaxes(a, b)])
-    )
+    return choose(draw, [x.permute(order), x.permute(*order), x.transpose(a, b), x.movedim(a, b), x.swapaxes(a, b)])
 
 
 def matrix_transpose(draw: Any, x: Tensor) -> Tensor:
     if x.ndim < 2:
         return x
-    return draw(st.sampled_from([x.mT, x.mH, x.adjoint()])) if x.ndim > 2 else draw(st.sampled_from([x.T, x.t(), x.mT]))
+    return choose(draw, [x.mT, x.mH, x.adjoint()]) if x.ndim > 2 else choose(draw, [x.T, x.t(), x.mT])
 
 
 def unsqueeze(draw: Any, x: Tensor) -> Tensor:
@@ -66,33 +70,30 @@ def squeeze(draw: Any, x: Tensor) -> Tensor:
 def cat(draw: Any, x: Tensor) -> Tensor:
     axis = axis_of(draw, x)
     constant = torch.full_like(x, OF_NO_SAMPLE)
-    others = draw(
-        st.lists(st.sampled_from([x, x.flip(axis), constant, x[:0] if axis % x.ndim == 0 else x]), max_size=2)
-    )
+    choices = [x, x.flip(axis), constant, x[:0] if axis % x.ndim == 0 else x]
+    others = [choose(draw, choices) for _ in range(draw(st.integers(0, 2)))]
     return torch.cat([x, *others], axis)
 
 
 def stack(draw: Any, x: Tensor) -> Tensor:
     axis = draw(st.integers(-x.ndim - 1, x.ndim))
-    parts = [x, draw(st.sampled_from([x, x.flip(0), torch.full_like(x, OF_NO_SAMPLE)]))]
+    parts = [x, choose(draw, [x, x.flip(0), torch.full_like(x, OF_NO_SAMPLE)])]
     joined = [torch.stack(parts, axis), torch.hstack(parts), torch.vstack(parts), torch.dstack(parts)]
-    return draw(st.sampled_from([*joined, torch.column_stack(parts)]))
+    return choose(draw, [*joined, torch.column_stack(parts)])
 
 
 def piece(draw: Any, x: Tensor) -> Tensor:
     axis, count = axis_of(draw, x), draw(st.integers(1, 3))
-    parts = draw(
-        st.sampled_from(
-            [x.chunk(count, axis), x.split(count, axis), x.tensor_split(count, axis), x.unbind(axis), list(x)]
-        )
+    parts = choose(
+        draw, [x.chunk(count, axis), x.split(count, axis), x.tensor_split(count, axis), x.unbind(axis), list(x)]
     )
-    return draw(st.sampled_from(list(parts))) if len(parts) else x
+    return choose(draw, list(parts)) if len(parts) else x
 
 
 def rejoin(draw: Any, x: Tensor) -> Tensor:
     axis, count = axis_of(draw, x), draw(st.integers(1, 3))
     parts = list(x.chunk(count, axis))
-    return torch.cat(draw(st.permutations(parts)), axis)
+    return torch.cat([parts[place] for place in draw(st.permutations(range(len(parts))))], axis)
 
 
 def index(draw: Any, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def index(draw: Any, x: Tensor) -> Tensor:
         if extent == 0:
             entries.append(slice(None))
             continue
-        kind = draw(st.sampled_from(["int", "slice", "none", "tensor", "column", "list", "mask", "scalar"]))
+        kind = choose(draw, ["int", "slice", "none", "tensor", "column", "list", "mask", "scalar"])
         if kind == "mask" and masks:
             kind = "slice"
         if kind == "int":
@@ -135,7 +136,7 @@ def index(draw: Any, x: Tensor) -> Tensor:
 def mask(draw: Any, x: Tensor) -> Tensor:
     rank = draw(st.integers(1, x.ndim))
     chosen = positions(draw, 2, *x.shape[:rank]).bool()
-    return draw(st.sampled_from([x[chosen], x[chosen.nonzero(as_tuple=True)], x[..., None][chosen]]))
+    return choose(draw, [x[chosen], x[chosen.nonzero(as_tuple=True)], x[..., None][chosen]])
 
 
 def masked_select(draw: Any, x: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def repeat(draw: Any, x: Tensor) -> Tensor:
         x.expand(times, *x.shape),
         torch.broadcast_to(x, (times, *x.shape)),
     ]
-    return draw(st.sampled_from(choices))
+    return choose(draw, choices)
 
 
 def turn(draw: Any, x: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ def turn(draw: Any, x: Tensor) -> Tensor:
     choices = [x.flip(axis), x.roll(by, axis), x.roll(by), x.flip(list(range(x.ndim))), torch.flipud(x)]
     if x.ndim > 1:
         choices += [x.rot90(by, (0, 1)), torch.fliplr(x)]
-    return draw(st.sampled_from(choices))
+    return choose(draw, choices)
 
 
 def pick(draw: Any, x: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def pick(draw: Any, x: Tensor) -> Tensor:
         x.topk(1, axis).values,
         x[(*[slice(None)] * (axis % x.ndim), chosen)],
     ]
-    return draw(st.sampled_from(choices))
+    return choose(draw, choices)
 
 
 def window(draw: Any, x: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def window(draw: Any, x: Tensor) -> Tensor:
     ]
     if x.ndim > 1:
         choices += [x.diagonal(draw(st.integers(-1, 1))), x.diagonal(0, -1, 0)]
-    return draw(st.sampled_from(choices))
+    return choose(draw, choices)
 
 
 def pad(draw: Any, x: Tensor) -> Tensor:
@@ -270,7 +271,7 @@ def test_owners_through_random_layouts_are_exact():
             for _ in range(draw(st.integers(1, 6))):
                 if x.ndim == 0 or x.numel() == 0 or x.numel() > MOST:
                     break
-                operation = draw(st.sampled_from(OPERATIONS))
+                operation = choose(draw, OPERATIONS)
                 names.append(operation.__name__)
                 x = operation(draw, x)
         counts["draws"] += 1
