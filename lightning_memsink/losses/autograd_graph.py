@@ -64,15 +64,15 @@ OF_PARAMETERS = LINEAR | frozenset(
 )
 
 
-class _NoForward(TorchFunctionMode):
+class NoForward(TorchFunctionMode):
     """Refuses torch calls: in a checkpointed region, reading a saved tensor would run the user's forward again."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise _ForwardNeeded
+        raise ForwardNeeded
 
 
-class _ForwardNeeded(Exception):
-    pass
+class ForwardNeeded(Exception):
+    """Reading would run the user's forward again."""
 
 
 def find_loss_calls(loss: Tensor) -> list[LossCall]:
@@ -99,10 +99,10 @@ def find_loss_nodes(loss: Tensor) -> LossNodes:
     """As `find_loss_calls`, each call with its node of the graph. Registers no hooks: ``upstream`` stays empty."""
     root = loss.grad_fn
     try:
-        with _NoForward():
+        with NoForward():
             nodes = _loss_nodes(root)
             saved = [saved_values(node) for node in nodes]
-    except _ForwardNeeded:
+    except ForwardNeeded:
         return []
     with torch.no_grad():
         calls = [read_loss_call(*parts) for parts in zip(nodes, saved, strict=True)]
@@ -165,9 +165,9 @@ def is_penalty(node: Node) -> bool:
 def _has_tensor(node: Node) -> bool:
     """Whether a product saved a tensor, not a number, as the factor that has no gradient."""
     try:
-        with _NoForward():
+        with NoForward():
             saved = [getattr(node, f"_saved_{name}", None) for name in ("other", "self", "mat2")]
-    except (_ForwardNeeded, RuntimeError):
+    except (ForwardNeeded, RuntimeError):
         return True
     return any(isinstance(each, Tensor) and each.ndim for each in saved)
 

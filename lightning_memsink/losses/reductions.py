@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from lightning_memsink.losses.autograd_graph import (
     MOST_NODES,
     FoundCall,
     is_penalty,
     linear_children,
-    note_upstream,
     walk,
 )
 from lightning_memsink.losses.loss_call import LossCall
@@ -34,8 +33,8 @@ from lightning_memsink.losses.readers import (
 from lightning_memsink.losses.row_rules import follow
 from lightning_memsink.losses.sample_rows import SampleRows
 from lightning_memsink.losses.step_watch import Reduced, StepWatch
-from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.losses.unreduced import unreduced
+from lightning_memsink.losses.upstreams import set_upstreams
 
 MOST_BELOW = 32  # nodes between the result of a loss function and its elements
 
@@ -62,10 +61,9 @@ def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossPart
         batch_size: B.
     """
     parts, seen = LossParts(), watch.seen.reductions
-    for result, of_result in watch.seen.without_graph:
-        late = result()
-        if late is not None and late.grad_fn is not None:
-            seen[late.grad_fn] = of_result
+    for late, of_late in watch.seen.without_graph:
+        if late.grad_fn is not None:
+            seen[late.grad_fn] = of_late
     front, visited = ([loss.grad_fn] if loss.grad_fn is not None else []), set[Node]()
     while front and len(visited) < MOST_NODES:
         node = front.pop()
@@ -198,23 +196,6 @@ def _shape_of_output(node: Node, number: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[number].shape)  # what comes in on the way back went out on the way there
 
 
-def set_upstreams(loss: Tensor, found: Sequence[FoundCall]) -> None:
-    """Fills in ``upstream`` as the backward would, by a walk from ``loss`` down to the calls and no further.
-
-    Raises:
-        UnreadableLoss: the loss can't be differentiated.
-    """
-    edges = [GradientEdge(each.node, 0) for each in found]
-    if not edges:
-        return
-    try:
-        gradients = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise UnreadableLoss(f"the loss can't be differentiated with respect to its loss calls ({error})") from error
-    for each, gradient in zip(found, gradients, strict=True):
-        note_upstream(each.node, each.call)((gradient,))
-
-
 def _weighted(call: LossCall, reduced: Reduced) -> LossCall:
     """The call with the mask, or the weights that add up to 1, that its operand was multiplied with.
 
@@ -226,17 +207,18 @@ def _weighted(call: LossCall, reduced: Reduced) -> LossCall:
     is_mean = "mean" in reduced.function.__name__
     if is_mean and isinstance(call.rows, SampleRows) and call.rows.owners.unique().numel() == call.losses.numel():
         return call
+    mask = torch.ones_like(call.losses)
     for factor in reduced.factors:
-        weights = factor.detach().float()
         try:
-            weights = weights.expand(call.losses.shape)
+            weights = factor.detach().float().expand(call.losses.shape)
         except RuntimeError:
             continue
         total = weights.sum() * (0.0 if call.upstream is None else call.upstream) / call.divisor
-        if bool(((weights == 0) | (weights == 1)).all()) or abs(float(total) - 1) < 1e-4:
-            losses = torch.where(weights == 0, 0.0, call.losses / weights)
-            return replace(call, losses=losses, weights=weights)
-    return call
+        if bool(((weights == 0) | (weights == 1)).all()):
+            mask = mask * weights
+        elif abs(float(total) - 1) < 1e-4:
+            return replace(call, losses=torch.where(weights == 0, 0.0, call.losses / weights), weights=weights)
+    return call if bool((mask == 1).all()) else replace(call, weights=mask)
 
 
 def share_explained(calls: Sequence[LossCall], loss: Tensor) -> float | None:

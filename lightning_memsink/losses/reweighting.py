@@ -22,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memsink.losses.autograd_graph import FoundCall, LossNodes, has_learned_factor
 from lightning_memsink.losses.per_sample import IDS_KEY, Term, terms_of, weigh
 from lightning_memsink.losses.readers import is_likelihood, is_log_softmax, is_report, metadata, saved_value
-from lightning_memsink.losses.reductions import set_upstreams
 from lightning_memsink.losses.sample_rows import SampleAxisLost, SampleRows
 from lightning_memsink.losses.unreadable import UnreadableLoss
+from lightning_memsink.losses.upstreams import set_upstreams
 
 
 class OpenLoss:

@@ -99,7 +99,7 @@ class RowOrders:
         if isinstance(known, str):
             raise UnreadableLoss(known)
         orders = [each.of(batch_size, shape.numel()) for each, shape in zip(known or (), shapes, strict=False)]
-        if known is None or any(each is None for each in orders):
+        if not known or any(each is None for each in orders):
             raise NotWatched("no step like it was watched before")
         return [_rows(runs, shape) for runs, shape in zip(orders, shapes, strict=True) if runs is not None]
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes, names_near
 from lightning_memsink.losses.per_sample import terms_of, weigh
 from lightning_memsink.losses.readers import is_report
-from lightning_memsink.losses.reductions import LossParts, read_reductions, set_upstreams, share_explained
+from lightning_memsink.losses.reductions import LossParts, read_reductions, share_explained
 from lightning_memsink.losses.row_orders import NotWatched, RowOrders
 from lightning_memsink.losses.sample_rows import SampleAxisLost, SampleRows
 from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.losses.target_rows import place_of, rows_of_target
 from lightning_memsink.losses.unreadable import UnreadableLoss
+from lightning_memsink.losses.upstreams import set_upstreams
 from lightning_memsink.samples.batch_rows import rows_of
 
 FIRST_STEPS = 8
@@ -97,7 +98,7 @@ class StepReader:
         self.watch.stop()
         self.watch.clear()
         self._read = None
-        self.leaves = []
+        self.leaves, self._versions = [], []
 
     def _is_due(self) -> bool:
         shapes = tuple(tuple(leaf.shape) for leaf, _ in self.leaves)
@@ -207,9 +208,9 @@ class StepReader:
     def _from_graph(self, loss: Tensor) -> LossNodes:
         """The calls of a step that is not watched."""
         found = find_loss_nodes(loss)
-        if not found:
+        if not found and not self.can_watch:
             raise UnreadableLoss(f"it comes from {', '.join(names_near(loss)) or 'no graph'}")
-        if is_report(found[0].node):
+        if found and is_report(found[0].node):
             return found
         calls = [each.call for each in found]
         if not self.can_watch:

@@ -21,10 +21,11 @@ from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
 from lightning_memsink.losses.row_rules import changes_in_place, follow
 from lightning_memsink.losses.shadow_graph import ShadowGraph
-from lightning_memsink.losses.unreduced import Record, has_reduction
+from lightning_memsink.losses.unreduced import Record, counted_targets, has_reduction
 
 REDUCTIONS = frozenset(("mean", "sum", "nanmean", "nansum"))
 PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__"))
+RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "float", "contiguous"))
 MOST_PRODUCTS = 16
 # What these make keeps the name of the loss that it was made of.
 KEEPS_NAME = PRODUCTS | frozenset(
@@ -78,7 +79,7 @@ class Watched:
     """What was seen of a step."""
 
     reductions: dict[Node, Reduced] = field(default_factory=dict)
-    without_graph: list[tuple[weakref.ref[Tensor], Reduced]] = field(default_factory=list)
+    without_graph: list[tuple[Tensor, Reduced]] = field(default_factory=list)
     """Reductions that had no node yet: in a checkpointed region, which gives them one later."""
     compiled: list[tuple[Record, Tensor]] = field(default_factory=list)
     """Loss calls inside compiled code, with their targets."""
@@ -190,9 +191,9 @@ class StepWatch(TorchFunctionMode):
         if reduced is not None and node is not None:
             self.seen.reductions[node] = reduced
         elif reduced is not None:
-            self.seen.without_graph.append((weakref.ref(result), reduced))
-        if name in PRODUCTS and results and results[0].ndim:
-            factors = tuple(each for each in args[:2] if isinstance(each, Tensor) and not each.requires_grad)
+            self.seen.without_graph.append((result, reduced))
+        if results and results[0].ndim:
+            factors = self._factors_of(func, name, args, kwargs, results[0])
             if factors:
                 self._products.append((weakref.ref(results[0]), factors))
 
@@ -210,6 +211,22 @@ class StepWatch(TorchFunctionMode):
         )
         for result, provenance in zip(results, provenances, strict=False):
             self._known[id(result)] = _Known(weakref.ref(result), provenance, first or name, is_dynamic)
+
+    def _factors_of(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> tuple[Tensor, ...]:
+        """What a tensor of losses was multiplied with; of likelihoods, which targets count."""
+        if name in ("cross_entropy", "nll_loss") and has_reduction(func):
+            counted = counted_targets(func, args, kwargs)
+            return () if counted is None or counted.numel() != result.numel() else (counted.reshape(result.shape),)
+        first = args[0] if args else None
+        if name in PRODUCTS:
+            own = tuple(each for each in args[:2] if isinstance(each, Tensor) and not each.requires_grad)
+            return own + tuple(each for operand in args[:2] for each in self._factors(operand))
+        if isinstance(first, Tensor) and name in RESHAPES and first.numel() == result.numel():
+            return tuple(each.expand(first.shape).reshape(result.shape) for each in self._factors(first))
+        return ()
+
+    def _factors(self, tensor: Any) -> tuple[Tensor, ...]:
+        return next((factors for made, factors in self._products if made() is tensor), ())
 
     def _forget_base(self, view: Tensor, found: Any) -> None:
         """Loses the rows of a tensor that was changed through ``view``, unless they are what they were."""
@@ -232,7 +249,7 @@ class StepWatch(TorchFunctionMode):
         if name not in REDUCTIONS or not isinstance(operand, Tensor) or not operand.ndim:
             return None
         known = self.known(operand)
-        factors = next((factors for made, factors in self._products if made() is operand), ())
+        factors = self._factors(operand)
         loss = name if known is None or not known.name else known.name
         return Reduced(func, (operand,), {}, loss, factors, versions((operand,)))
 
@@ -258,7 +275,7 @@ def versions(args: Iterable[Any]) -> tuple[int, ...]:
 
 
 def _reorders(tensors: list[Tensor], inputs: list[_Known], provenances: list[Any]) -> bool:
-    """Whether owners come in another order than in the first input, by an index that is a tensor."""
+    """Whether a tensor that is an index picks among the first input's samples, or changes their order."""
     indexes = [each for each in tensors if not each.is_floating_point()]
     source = inputs[0].provenance if inputs else None
     if not indexes or not isinstance(source, Rows):

@@ -105,6 +105,13 @@ def has_reduction(function: Callable[..., Any]) -> bool:
         return False
 
 
+def counted_targets(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Bool, as the targets of a likelihood: those that ``ignore_index`` does not leave out. None for soft targets."""
+    arguments = signature(function).bind(*args, **kwargs).arguments
+    target = arguments["target"]
+    return None if target.is_floating_point() else target != arguments.get("ignore_index", -100)
+
+
 def unreduced(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | float]:

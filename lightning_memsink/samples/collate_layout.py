@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from lightning_memsink.samples.batch import leaves, tensors_in
 from lightning_memsink.samples.batch_rows import UNPROVEN, whole
-from lightning_memsink.samples.sample_values import Path, holds, start_of, values_of
+from lightning_memsink.samples.sample_values import Path, holds, rank, start_of, values_of
 
 FIRST, EVERY = 8, 4
 """First batches that are compared in full, and how often two rows of a later one are."""
@@ -87,8 +87,10 @@ class CollateLayout:
             return Layout()
 
     def _compared(self, samples: Any, batch: Any, ids: Sequence[int] | None) -> Layout:
-        if not isinstance(samples, (list, tuple)) or len(samples) < 2:
+        if not isinstance(samples, (list, tuple)) or not samples:
             return Layout()
+        if len(samples) == 1:
+            return Layout(tuple(_axis_of_one(tensor, samples[0]) for tensor in tensors_in(batch)))
         self._seen += 1
         tree = list(leaves(batch))
         tensors = [tensor for _, tensor in tree]
@@ -142,6 +144,16 @@ class CollateLayout:
                 (axis,) = self._axis_of[path]
                 if axis < tensor.ndim and tensor.shape[axis] == size:
                     axes[position] = axis
+
+
+def _axis_of_one(tensor: Tensor, sample: Any) -> int:
+    """The axis along which a tensor has one row, which is a value of the only sample; the first of several."""
+    # of one axis less: a value that is itself a batch, and is given on as it is, has no axis of samples
+    values = [value for _, value in values_of(sample) if rank(value) == tensor.ndim - 1]
+    for axis in _axes_with(tensor, 1):
+        if any(holds(tensor.select(axis, 0), value, at_end) for value in values for at_end in (False, True)):
+            return axis
+    return UNPROVEN
 
 
 def _columns(tree: list[tuple[Path, Tensor]], size: int) -> Iterator[_Column]:

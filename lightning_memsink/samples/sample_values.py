@@ -27,6 +27,11 @@ def values_of(sample: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from values_of(part, (*path, name))
 
 
+def rank(value: Any) -> int:
+    """The number of axes of a value."""
+    return len(_as_sequence(value)[1])
+
+
 def holds(part: Tensor, value: Any, at_end: bool = False) -> bool | None:
     """Whether the row of a batch ``part`` holds a sample's ``value``: the same numbers where the two overlap.
 

@@ -284,3 +284,12 @@ class Odd(dict[str, Any]):
 def test_a_sample_that_cannot_be_read_is_not_compared():
     samples = [Odd(square(row)) for row in range(4)]
     assert CollateLayout(batch_major).of(samples, batch_major(samples)) == Layout()
+
+
+def test_a_batch_of_one_shows_its_axis_unless_its_sample_is_a_batch_itself():
+    sample = {"x": torch.arange(5), "y": torch.rand(3, 1)}
+
+    def across(samples):
+        return {"x": torch.stack([each["x"] for each in samples], 1), "y": samples[0]["y"]}
+
+    assert CollateLayout(across).of([sample], across([sample])).axes == (1, UNPROVEN)
