@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_memsink.losses.provenance import Lost, Rows
-from tests.losses.test_provenance_layouts import MOST, OPERATIONS, start
+from tests.losses.test_provenance_layouts import MOST, OPERATIONS, choose, start
 from tests.support.following import Following, batch_rows
 
 
@@ -62,8 +62,9 @@ def product(draw: Any, x: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-PROGRAM = [*[each for each in OPERATIONS if each.__name__ != "write"], arithmetic, arithmetic, reduction, product]
+LAYOUTS = [each for each in OPERATIONS if each.__name__ != "write"]
 """Without writes: these put positions, which are no numbers that could be changed a little."""
+MIXING = [arithmetic, reduction, product]
 
 
 def run(x: Tensor, draw: Any, mode: Following, names: list[str]) -> Tensor | None:
@@ -72,7 +73,7 @@ def run(x: Tensor, draw: Any, mode: Following, names: list[str]) -> Tensor | Non
         for _ in range(draw(st.integers(1, 5))):
             if x.ndim == 0 or x.numel() == 0 or x.numel() > MOST:
                 break
-            operation = PROGRAM[draw(st.integers(0, len(PROGRAM) - 1))]
+            operation = choose(draw, LAYOUTS if draw(st.booleans()) else MIXING)
             names.append(operation.__name__)
             x = operation(draw, x)
             provenance = mode.of(x)
