@@ -28,6 +28,11 @@ def elements(tensor: Tensor) -> Tensor | None:
     return flat[::stride][:ELEMENTS].to(torch.float32, copy=True)
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether other processes have other parts of the tensor."""
+    return hasattr(tensor, "_local_tensor")
+
+
 def any_differs(pairs: list[tuple[Tensor, Tensor]]) -> bool:
     """Whether the tensors of any pair are not equal, NaN to NaN. Waits once for each device."""
     by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -48,7 +53,7 @@ class TrainedWeights:
     def __init__(self) -> None:
         self._reference: dict[str, Tensor] = {}
         self._trainable: tuple[str, ...] = ()
-        self._is_sharded = False  # then a forward sees other tensors than the module holds at rest
+        self._shards: frozenset[str] = frozenset()  # a forward sees other tensors than these
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._is_changed = self._is_watched = False
         self._in_training, self._in_validation = FirstCalls(), FirstCalls()
@@ -65,7 +70,7 @@ class TrainedWeights:
         self._in_validation = FirstCalls()
         self._pairs, self._is_changed, self._is_watched = [], False, False
         self._trainable = tuple(dict.fromkeys(name for name, tensor in tensors_of(model) if tensor.requires_grad))
-        self._is_sharded = any(hasattr(weight, "_local_tensor") for weight in model.parameters())
+        self._shards = frozenset(name for name, tensor in tensors_of(model) if is_shard(tensor))
         read: dict[int, Tensor | None] = {}  # tied tensors have several names
         self._reference = {}
         for name, tensor in tensors_of(model):
@@ -80,7 +85,7 @@ class TrainedWeights:
 
         def compare(name: str, module: nn.Module) -> None:
             nonlocal is_first
-            if self._is_sharded:
+            if self._shards:
                 return
             if is_first:  # the step itself may have changed the weights
                 self._compare_trainable(model)
@@ -124,6 +129,8 @@ class TrainedWeights:
     @torch.no_grad()
     def _compare(self, name: str, tensor: Tensor) -> None:
         before = self._reference.get(name)
+        if is_shard(tensor) != (name in self._shards):  # a forward before this one has left it whole, or sharded again
+            return
         sample = None if before is None else elements(tensor)
         if before is not None and sample is not None:
             self._pairs.append((before, sample))
