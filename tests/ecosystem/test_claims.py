@@ -12,6 +12,7 @@ READ = Claim("package==1", "shared", "module", "Model")
 NOT_READ = replace(READ, message="Model.training_step has a loss that comes from")
 GOOD = Finding({}, 20, 10, 20, 5, 10, True, True, [], 1e-7, 1e-7, 1e-7)
 SAID = (2, "Model.training_step has a loss that comes from ExpBackward0, which tells no per-sample losses.")
+VALIDATED_OTHERWISE = (5, "Model.validation_step calls cross_entropy, where training_step was seen to use add.")
 SILENT = replace(GOOD, tracked=0, controls=0, error=None, control_error=None, messages=[SAID])
 
 
@@ -27,6 +28,8 @@ SILENT = replace(GOOD, tracked=0, controls=0, error=None, control_error=None, me
         (READ, replace(GOOD, error=None), ["losses are not those of samples alone"]),
         (READ, replace(GOOD, control_error=1.0), ["losses of controls are not those of samples alone"]),
         (READ, replace(GOOD, messages=[SAID]), ["a message about training_step"]),
+        (READ, replace(GOOD, controls=0, control_error=None), ["no controls, and nothing says why"]),
+        (READ, replace(GOOD, controls=0, control_error=None, messages=[VALIDATED_OTHERWISE]), []),
         (NOT_READ, SILENT, []),
         (NOT_READ, replace(SILENT, messages=[SAID, SAID]), ["a message was repeated"]),
         (NOT_READ, replace(SILENT, messages=[(9, SAID[1])]), ["not said at the start: " + NOT_READ.message]),

@@ -105,8 +105,8 @@ def detected(build: Callable[[], nn.Module]) -> Case:
     def fit(callbacks: list[Any], **options: Any) -> LightningModule:
         module = Detector(build())
         trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, **options)
-        train = DataLoader(Squares(16, 0), 4, shuffle=True, collate_fn=collate)
-        trainer.fit(module, train, DataLoader(Squares(8, 1), 4, collate_fn=collate))
+        train = DataLoader(Squares(8, 0), 4, shuffle=True, collate_fn=collate)
+        trainer.fit(module, train, DataLoader(Squares(4, 1), 4, collate_fn=collate))
         return module
 
     return Case(fit, ALONE, held_out, still)
@@ -176,7 +176,7 @@ def segmented(build: Callable[..., nn.Module], focal: bool = False, **arguments:
     def fit(callbacks: list[Any], **options: Any) -> LightningModule:
         module = Segmenter(build(num_classes=CLASSES, **WITHOUT_WEIGHTS, **arguments), focal)
         trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, **options)
-        trainer.fit(module, DataLoader(pixels(24, 0), 8, shuffle=True), DataLoader(pixels(12, 1), 4))
+        trainer.fit(module, DataLoader(pixels(16, 0), 8, shuffle=True), DataLoader(pixels(8, 1), 4))
         return module
 
     return Case(fit, one_by_one(rows, lambda batch: len(batch[0])))
