@@ -55,7 +55,9 @@ class TrainedWeights:
         self._trainable: tuple[str, ...] = ()
         self._shards: frozenset[str] = frozenset()  # a forward sees other tensors than these
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._is_changed = self._is_watched = False
+        self._is_changed = False
+        self.is_watched = False
+        """Whether a step of the validation that runs was watched."""
         self._in_training, self._in_validation = FirstCalls(), FirstCalls()
 
     def watch_training(self, model: nn.Module) -> None:
@@ -68,7 +70,7 @@ class TrainedWeights:
         self._in_training.stop()
         self._in_validation.stop()
         self._in_validation = FirstCalls()
-        self._pairs, self._is_changed, self._is_watched = [], False, False
+        self._pairs, self._is_changed, self.is_watched = [], False, False
         self._trainable = tuple(dict.fromkeys(name for name, tensor in tensors_of(model) if tensor.requires_grad))
         self._shards = frozenset(name for name, tensor in tensors_of(model) if is_shard(tensor))
         read: dict[int, Tensor | None] = {}  # tied tensors have several names
@@ -81,7 +83,7 @@ class TrainedWeights:
     def watch_validation(self, model: nn.Module) -> None:
         """Just before a validation step: compares the parameters now, and again as the step's forward uses them."""
         self._compare_trainable(model)
-        self._is_watched = is_first = True
+        self.is_watched = is_first = True
 
         def compare(name: str, module: nn.Module) -> None:
             nonlocal is_first
@@ -98,10 +100,9 @@ class TrainedWeights:
     def differ(self) -> bool:
         """Whether the validation since `remember` was seen to use other weights. Ends the watching; waits for the
         device."""
-        is_watched = self._is_watched
-        self._is_watched = False
+        was_watched, self.is_watched = self.is_watched, False
         self._in_validation.stop()
-        self._is_changed = self._is_changed or any_differs(self._pairs) or (is_watched and self._is_of_a_copy())
+        self._is_changed = self._is_changed or any_differs(self._pairs) or (was_watched and self._is_of_a_copy())
         self._pairs = []
         return self._is_changed
 

@@ -69,7 +69,9 @@ class ValidationWeights:
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         """Just before each validation step. Of every loader, the first batch is watched."""
-        if batch_idx == 0 and self._is_watching and self._callback is not None and not trainer.sanity_checking:
+        if self._callback is None or trainer.sanity_checking or not self._is_watching:
+            return
+        if batch_idx == 0 or not self._weights.is_watched:  # a validation that is resumed begins later
             self._weights.watch_validation(pl_module)
 
     def gather(self, collected: list[ControlBatch]) -> list[list[ControlBatch]]:
