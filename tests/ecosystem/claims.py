@@ -77,12 +77,7 @@ CLAIMS = {
         message="TemporalFusionTransformer.training_step has a loss",
         reason=f"quantile loss, {OWN_LOSS}",
     ),
-    "forecasting-nbeats": Claim(
-        "pytorch-forecasting==1.8.0",
-        "shared",
-        "pytorch_forecasting",
-        "NBeats",
-    ),
+    "forecasting-nbeats": Claim("pytorch-forecasting==1.8.0", "shared", "pytorch_forecasting", "NBeats"),
     "gluonts-deepar": Claim(
         "gluonts[torch]==0.17.0",
         "shared",
@@ -91,14 +86,7 @@ CLAIMS = {
         message="DeepARLightningModule.training_step has a loss",
         reason=f"likelihood of a Student t, {OWN_LOSS}",
     ),
-    "scvi": Claim(
-        "scvi-tools==1.4.2",
-        "scvi",
-        "scvi_tools",
-        "SCVI",
-        message="TrainingPlan.training_step has a loss",
-        reason=f"evidence lower bound of counts, {OWN_LOSS}",
-    ),
+    "scvi": Claim("scvi-tools==1.4.2", "scvi", "scvi_tools", "SCVI"),
     "tabular": Claim(
         "pytorch-tabular==1.2.0", "tabular", "pytorch_tabular", "CategoryEmbedding", lightning="pytorch_lightning"
     ),
