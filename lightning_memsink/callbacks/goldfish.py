@@ -53,6 +53,7 @@ class Goldfish(LossWeighing):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._counts is not None:
             visits, counts = self._counts
             acted, removed = counts.tolist()

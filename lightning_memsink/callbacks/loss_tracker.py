@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -12,27 +11,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
-from lightning_memsink._distributed import gather, is_first
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
 from lightning_memsink.callbacks.runtime.control_messages import not_evaluated
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
-from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
 from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.callbacks.runtime.validation_weights import ValidationWeights
+from lightning_memsink.callbacks.runtime.visit_recorder import VisitRecorder
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reported
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.losses.unreadable import InternalError
-from lightning_memsink.samples.content_check import ContentCheck
+from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.visits import DescribedBatch, Visit, Visits
+from lightning_memsink.samples.visits import DescribedBatch, Visit
 
 
 class LossTracker(Callback):
@@ -85,14 +83,14 @@ class LossTracker(Callback):
         self.flush_every = flush_every
         self.new_ledger = new_ledger
         self.table = LossTable(depth)
+        self.table.names = self.sample_ids.names
         self.controls = ControlTable()
         self.validation_weights = ValidationWeights()
         self.matching = Matching()
-        self.content_check = ContentCheck()
+        self.visits = VisitRecorder(self.table, self.matching)
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
         self.batch = CurrentBatch()
-        self._visits: list[Visit] = []
         self._current: DescribedBatch | None = None
         self._step = 0
         self._warnings = WarningCache()
@@ -114,7 +112,7 @@ class LossTracker(Callback):
         self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._current = self._described(batch, self.loader_ids.take(batch, "train"))
+        self._current = self._described(batch, self.loader_ids.take(batch, "train"), self.loader_ids.axes)
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
         self.batch.ids = None
         if self._current is not None:
@@ -138,32 +136,32 @@ class LossTracker(Callback):
             else:
                 self._self_check(captured.explained)
                 losses = captured.losses.detach().float().cpu()
-            self._visits.append(Visit(ids, losses, self._step, tokens, features))
-        if trainer.world_size > 1 or len(self._visits) >= self.flush_every:
-            self._flush()
+            self.visits.add(Visit(ids, losses, self._step, tokens, features))
+        if trainer.world_size > 1 or len(self.visits) >= self.flush_every:
+            self.visits.flush()
         if self.probe.is_due(trainer.global_step, self.controls.latest_step):
             self._evaluate_controls(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("train")
         self.capture.abandon()  # a hook of the user's may have skipped the rest of the epoch within a batch
-        self._flush()
+        self.visits.flush()
         if self.probe.has_controls and self.controls.latest_step < trainer.global_step:
             self._evaluate_controls(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validation_counts(trainer):
-            self._flush()
+            self.visits.flush()
             self.controls.begin(trainer.global_step)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         counts = self._validation_counts(trainer) or trainer.sanity_checking
-        self._current = self._described(batch, self.loader_ids.take(batch, "validate")) if counts else None
+        ids = self.loader_ids.take(batch, "validate") if counts else None
+        self._current = self._described(batch, ids, self.loader_ids.axes)
         if self._current is not None and not trainer.sanity_checking:
-            axes = self.loader_ids.axes
-            self.control_capture.begin(batch, len(self._current[0]), axes)
+            self.control_capture.begin(batch, len(self._current.ids), self.loader_ids.axes)
         self.validation_weights.watch(trainer, pl_module, batch_idx)
 
     def on_validation_batch_end(
@@ -185,7 +183,7 @@ class LossTracker(Callback):
             self._close_evaluation(Ledger.of(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._flush()
+        self.visits.flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -194,13 +192,10 @@ class LossTracker(Callback):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
         return {
             "table": self.table.state_dict(),
-            "visits": [asdict(visit) for visit in self._visits],
             "controls": self.controls.state_dict(),
-            "counts": self.matching.counts.state_dict(),
-            "witnesses": self.content_check.state_dict(),
+            **self.visits.state_dict(),
             "validation_weights": self.validation_weights.state_dict(),
         }
 
@@ -211,16 +206,13 @@ class LossTracker(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("LossTracker"):
             self.table.load_state_dict(state_dict["table"])
-            waiting = state_dict.get("visits", []) if is_first() else []  # to be counted once by all processes together
-            self._visits = [*map(Visit.restored, waiting)]
             self.controls.load_state_dict(state_dict["controls"])
-            self.matching.counts.load_state_dict(state_dict["counts"])
-            self.content_check.load_state_dict(state_dict["witnesses"])
+            self.visits.load_state_dict(state_dict)
             self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
 
-    def _described(self, batch: Any, ids: Tensor | None) -> DescribedBatch | None:
-        """The samples of a batch; None if they can't be identified."""
-        return DescribedBatch.of(batch, ids, self.features) if ids is not None and len(ids) else None
+    def _described(self, batch: Any, ids: Tensor | None, axes: Axes | None) -> DescribedBatch | None:
+        """The samples of a batch, which lie along ``axes``; None if they can't be identified."""
+        return DescribedBatch.of(batch, ids, self.features, axes) if ids is not None and len(ids) else None
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""
@@ -250,35 +242,18 @@ class LossTracker(Callback):
 
     def _evaluate_controls(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates held-out samples that are no validation set."""
-        self._flush()
+        self.visits.flush()
         self.controls.begin(trainer.global_step)
         try:
             with closing(self.probe.evaluate(trainer, pl_module, self.control_capture)) as steps:
                 for batch, rows, outputs in steps:
-                    self._add_controls(self._described(batch, self.sample_ids.of(batch, rows)), outputs)
+                    ids = self.sample_ids.of(batch, rows, self.probe.fetched)
+                    self._add_controls(self._described(batch, ids, self.probe.axes), outputs)
         except Exception as error:  # an evaluation must not end the training
             self.control_capture.abandon()
             self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
             warn_once(self._warnings, not_evaluated(error))
         self._close_evaluation(Ledger.of(trainer))
-
-    def _flush(self) -> None:
-        """Gathers the visits of all processes and records them in the order of steps, then ranks."""
-        visits = sorted((visit for one in gather(self._visits) for visit in one), key=lambda visit: visit.step)
-        with interrupts_deferred():
-            self._visits = []
-            if visits:
-                self._record(visits)
-
-    def _record(self, visits: list[Visit]) -> None:
-        ids, losses, steps, elements, tokens, features = Visits.joined(visits)
-        known = len(self.table)
-        rows = self.table.record(ids, losses, steps, elements)
-        if tokens is not None:
-            changed = self.content_check.check(ids, tokens)
-            if changed is not None:
-                warn_once(self._warnings, changed)
-        self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
 
     def _warn(self, refusal: NotCaptured) -> None:
         warn_once(self._warnings, refusal.reason, category=InternalError if refusal.is_internal else UserWarning)

@@ -71,6 +71,7 @@ class LossTruncation(LossWeighing):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step, self._truncation = self._truncation, None
         if step is not None:
             self.interventions.add(len(step.losses), int(step.left_out.sum()), step.removed)

@@ -138,6 +138,7 @@ class SampleGradientMask(LossWeighing):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ids, weights = Ledger.of(trainer).batch.ids, self._weights
         if self.mode == "route" and ids is not None and len(ids):
             routed = int(is_latched(ids, self.latched).sum())

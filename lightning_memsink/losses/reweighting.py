@@ -47,10 +47,7 @@ class OpenLoss:
         _note_upstreams(loss, self.calls)
         for each in self.calls:
             if isinstance(each.call.rows, str):
-                raise SampleAxisLost(
-                    f"its rows can't be assigned to samples: {each.call.kind}: {each.call.rows}. "
-                    "End training_step with `return per_sample(losses, ids)`"
-                )
+                raise SampleAxisLost(f"{each.call.kind}: {each.call.rows}")
             if each.weigh_at is None:
                 raise UnreadableLoss(f"{each.call.kind} is computed in a way that can't be weighed by sample")
         if has_learned_factor(loss, [each.node for each in found]):

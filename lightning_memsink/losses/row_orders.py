@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 
 from lightning_memsink.losses.sample_rows import Runs, SampleAxisLost, SampleRows
-from lightning_memsink.losses.unreadable import UnreadableLoss
 
 
 @dataclass
@@ -93,11 +92,11 @@ class RowOrders:
         """The rows of a step's calls.
 
         Raises:
-            UnreadableLoss: such steps were refused, or none was watched yet.
+            SampleAxisLost: such steps were refused, or none was watched yet.
         """
         known = self._known.get(key)
         if isinstance(known, str):
-            raise UnreadableLoss(known)
+            raise SampleAxisLost(known)
         orders = [each.of(batch_size, shape.numel()) for each, shape in zip(known or (), shapes, strict=False)]
         if not known or any(each is None for each in orders):
             raise NotWatched("no step like it was watched before")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_memsink.losses.autograd_graph import ForwardNeeded, LossNodes, NoForward, linear_children, note_upstream
+from lightning_memsink.losses.readers import is_likelihood
 from lightning_memsink.losses.unreadable import UnreadableLoss
 
 
@@ -25,7 +26,7 @@ def set_upstreams(loss: Tensor, found: LossNodes) -> None:
     if not found or loss.grad_fn is None:
         return
     try:
-        with NoForward(), torch.no_grad():
+        with torch.no_grad():
             gradients = _gradients(loss, {each.node for each in found})
     except ForwardNeeded:
         raise UnreadableLoss("it is weighed inside a checkpointed region, which would have to run again") from None
@@ -47,7 +48,8 @@ def _gradients(loss: Tensor, calls: Collection[Node]) -> dict[Node, Tensor | Non
         if node in calls:
             found[node] = gradients[0]
             continue
-        leaving = node(*gradients)  # type: ignore[operator]  # torch declares no call
+        with NoForward():
+            leaving = node(*gradients)  # type: ignore[operator]  # torch declares no call
         for (child, number), gradient in zip(
             node.next_functions, leaving if isinstance(leaving, tuple) else (leaving,), strict=False
         ):
@@ -66,7 +68,7 @@ def _before_what_is_below(root: Node, calls: Collection[Node]) -> list[Node]:
     stack = [(root, False)]
     while stack:
         node, is_done = stack.pop()
-        below = [] if node in calls else linear_children(node) or []
+        below = [] if node in calls else _below(node)
         if is_done:
             leads[node] = node in calls or any(leads[child] for child in below)
             if leads[node]:
@@ -76,3 +78,9 @@ def _before_what_is_below(root: Node, calls: Collection[Node]) -> list[Node]:
             stack.append((node, True))
             stack += [(child, False) for child in below if child not in leads]
     return ordered[::-1]
+
+
+def _below(node: Node) -> list[Node]:
+    if is_likelihood(node):  # of smoothed labels, whose call is the log-softmax
+        return [child for child, _ in node.next_functions if child is not None]
+    return linear_children(node) or []

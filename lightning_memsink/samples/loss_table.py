@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.id_index import IdIndex
+from lightning_memsink.samples.sample_names import SampleNames
 
 SCHEMA = 1
 REMEDY = (
@@ -69,6 +70,8 @@ class LossTable:
 
     def __init__(self, depth: int = 0) -> None:
         self.index = IdIndex()
+        self.names = SampleNames()
+        """The keys of samples whose ids are hashes of them. Its state is kept apart."""
         self.reference_step: int | None = None
         """Step from which a visit counts as early; None until the controls were evaluated once."""
         sizes = {"recent": (0, depth), "features": (0, 0)}

@@ -195,11 +195,11 @@ def test_a_loader_named_by_the_user_serves_as_controls_and_leaves_no_trace():
 def test_unrecorded_visits_in_a_checkpoint_are_restored_by_one_process_only(monkeypatch):
     """Every process restores the same file, and the visits of all processes are recorded together."""
     tracker = LossTracker(identity="content")
-    tracker._visits = [Visit(torch.tensor([7, 8]), torch.tensor([1.0, 2.0]), 3, None, None)]
+    tracker.visits.add(Visit(torch.tensor([7, 8]), torch.tensor([1.0, 2.0]), 3, None, None))
     restored = []
     for first in (True, False):
-        monkeypatch.setattr("lightning_memsink.callbacks.loss_tracker.is_first", lambda first=first: first)
+        monkeypatch.setattr("lightning_memsink.callbacks.runtime.visit_recorder.is_first", lambda first=first: first)
         rank = LossTracker(identity="content")
         rank.load_state_dict(tracker.state_dict())
-        restored.append([visit.ids.tolist() for visit in rank._visits])
+        restored.append([visit["ids"].tolist() for visit in rank.visits.state_dict()["visits"]])
     assert restored == [[[7, 8]], []]

@@ -30,9 +30,6 @@ from tests.support.capturing import (
 pytestmark = QUIET
 
 
-REENTRANT = "CheckpointFunctionBackward, which is not linear"
-
-
 # How they run it ---------------------------------------------------------------------------------------------
 
 
@@ -75,13 +72,9 @@ def test_a_checkpointed_loss_is_watched_and_its_forward_runs_no_more_often(reent
     def step(model, batch):
         return checkpoint(head, model, model.hidden(batch["x"]), batch["y"], use_reentrant=reentrant)
 
-    watch = watched(new(step))
+    watched(new(step))
     assert len(runs) == 2 * 2 * 3, "forward and its repetition in backward, two runs of three steps"
-    assert all(isinstance(seen, Captured) for seen in watch.seen) is not reentrant
-    if reentrant:  # a custom autograd function, with nothing to see below it
-        assert REENTRANT in watch.seen[0].reason
-    else:
-        check(watched(new(step), token_loss))
+    check(watched(new(step), token_loss))
 
 
 class TwoOptimizers(Model):
@@ -145,11 +138,11 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return (x**2).sum()
+        return 2 * (x**2).sum()
 
     @staticmethod
     def backward(ctx, gradient):
-        return 2 * gradient * ctx.saved_tensors[0]
+        return 4 * gradient * ctx.saved_tensors[0]
 
 
 def masked_select(model, batch):

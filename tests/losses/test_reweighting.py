@@ -241,9 +241,8 @@ def test_what_cannot_be_weighed_is_said(step, found):
         opened(partial(step, model), batch_of(), B)
 
 
-def test_rows_that_nothing_assigns_to_samples_are_refused_with_the_cure():
+def test_rows_that_nothing_assigns_to_samples_are_refused():
     loss = token_loss(new(None), batch_of())
     nodes = find_loss_nodes(loss)
-    with pytest.raises(SampleAxisLost, match="cross_entropy: nothing says which samples its rows are") as raised:
+    with pytest.raises(SampleAxisLost, match="cross_entropy: nothing says which samples its rows are"):
         OpenLoss(loss, B, nodes)
-    assert "End training_step with `return per_sample(losses, ids)`" in str(raised.value)

@@ -91,7 +91,7 @@ def test_steps_that_differ_where_they_should_not_are_a_conflict():
     assert orders.has_conflict
     refused = RowOrders()
     refused.refuse("step", "mixed")
-    with pytest.raises(UnreadableLoss, match="^mixed$"):
+    with pytest.raises(UnreadableLoss, match=r"^mixed$"):
         refused.of("step", [torch.Size((4,))], 4)
     assert not refused.has_conflict
 

@@ -15,6 +15,7 @@ from lightning_memsink.callbacks.runtime.strategies import Reads, require_suppor
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.losses.row_orders import NotWatched
+from lightning_memsink.losses.sample_rows import SampleAxisLost
 from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.losses.unreadable import InternalError, UnreadableLoss, internal_error
 from lightning_memsink.mitigation.intervention_log import InterventionLog
@@ -112,13 +113,23 @@ class LossWeighing(Mitigation):
             self._weigh(self._open)
         except NotWatched:
             pass
+        except SampleAxisLost as error:
+            self._warn(
+                "every sample of such a step",
+                f"the rows of its loss can't be assigned to samples ({error}). End training_step with `return "
+                "per_sample(losses, ids)`",
+            )
         except UnreadableLoss as error:
-            self._warn("every sample of such a step", f"the loss can't be split, {error}")
+            self._warn("every sample of such a step", str(error))
         except Exception as error:  # it must not end the training
             warn_once(self._warnings, f"{internal_error(type(self).__name__, error)}.", category=InternalError)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._own_reader is not None:
             self._own_reader.end()
 

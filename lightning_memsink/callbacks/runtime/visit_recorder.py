@@ -1,0 +1,76 @@
+"""The visits of samples between two writes to the ledger's table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from lightning_utilities.core.rank_zero import WarningCache
+
+from lightning_memsink._distributed import gather, is_first
+from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
+from lightning_memsink.detection.difficulty import Matching
+from lightning_memsink.samples.content_check import ContentCheck
+from lightning_memsink.samples.loss_table import LossTable
+from lightning_memsink.samples.visits import Visit, Visits
+
+
+class VisitRecorder:
+    """Collects the visits of this process, and records those of all processes in one table.
+
+    Args:
+        table: of the losses, with the names of samples.
+        matching: of the samples' difficulty.
+    """
+
+    def __init__(self, table: LossTable, matching: Matching) -> None:
+        self.table, self.matching = table, matching
+        self.content_check = ContentCheck()
+        self._visits: list[Visit] = []
+        self._warnings = WarningCache()
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def add(self, visit: Visit) -> None:
+        """Adds a batch. It only appends to a list."""
+        self._visits.append(visit)
+
+    def flush(self) -> None:
+        """Records the visits of all processes in the order of steps, then ranks. Every process calls it."""
+        gathered = gather((self._visits, self.table.names.take_new()))
+        visits = sorted((visit for one, _ in gathered for visit in one), key=lambda visit: visit.step)
+        with interrupts_deferred():
+            self._visits = []
+            for _, names in gathered:
+                self.table.names.add_plain(names)
+            if visits:
+                self._record(visits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
+        return {
+            "visits": [asdict(visit) for visit in self._visits],
+            "counts": self.matching.counts.state_dict(),
+            "witnesses": self.content_check.state_dict(),
+            "names": self.table.names.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a `state_dict`; those of older versions have no names, or no visits."""
+        waiting = state.get("visits", []) if is_first() else []  # to be counted once by all processes together
+        self._visits = [*map(Visit.restored, waiting)]
+        self.matching.counts.load_state_dict(state["counts"])
+        self.content_check.load_state_dict(state["witnesses"])
+        self.table.names.load_state_dict(state.get("names", {}))
+
+    def _record(self, visits: list[Visit]) -> None:
+        ids, losses, steps, elements, tokens, features = Visits.joined(visits)
+        known = len(self.table)
+        rows = self.table.record(ids, losses, steps, elements)
+        if tokens is not None:
+            changed = self.content_check.check(ids, tokens)
+            if changed is not None:
+                warn_once(self._warnings, changed)
+        self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
