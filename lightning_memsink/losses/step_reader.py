@@ -143,7 +143,9 @@ class StepReader:
     def _reasons(self, parts: LossParts, loss: Tensor) -> str:
         if not self.leaves:
             return "its batch has no tensor whose samples are known"
-        return "; ".join(dict.fromkeys(parts.lost)) or ", ".join(names_near(loss)) or "it has no graph"
+        if parts.lost:
+            return "; ".join(dict.fromkeys(parts.lost))
+        return f"its batch can't be followed to {', '.join(names_near(loss)) or 'a loss without a graph'}"
 
     def _explained(self, parts: LossParts, loss: Tensor) -> float | None:
         """The share of the loss that was read.

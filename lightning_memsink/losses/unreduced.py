@@ -128,9 +128,10 @@ def unreduced(
     for name in ("size_average", "reduce"):
         arguments.pop(name, None)
     losses = function(**arguments, reduction="none").float()
-    if function is functional.kl_div and reduction != "mean" and losses.ndim > 1:
-        losses = losses.flatten(1).sum(1)
-        return losses, len(losses) if reduction == "batchmean" else 1.0
+    if function is functional.kl_div and reduction != "mean" and losses.ndim:
+        # elements as large as the sum of their row: the mean over a row is then its sum
+        each = losses.numel() // max(1, len(losses))
+        return losses * each, losses.numel() if reduction == "batchmean" else each
     if function is functional.ctc_loss and reduction == "mean":
         lengths = torch.as_tensor(arguments["target_lengths"], device=losses.device).reshape(losses.shape)
         losses = losses / lengths.clamp(min=1)

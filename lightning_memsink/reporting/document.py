@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 VERSION = 1
 """Of the JSON schema ``report.schema.json``. It grows when readers of old reports would not understand a new one."""
+NAMES = "name"
+"""Head of a table's column with samples' names, which Markdown shows letter by letter."""
 State = Literal["yes", "no", "partly", "unknown"]
 
 
@@ -125,5 +128,9 @@ def markdown(document: Document, figures: str | None = None) -> str:
 
 
 def _table(grid: Grid) -> list[str]:
-    rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in grid.rows]
+    rows = [" | ".join(_cell(*pair) for pair in zip(grid.head, row, strict=True)) for row in grid.rows]
     return [f"| {' | '.join(grid.head)} |", "|" + " --- |" * len(grid.head), *(f"| {row} |" for row in rows)]
+
+
+def _cell(head: str, cell: str) -> str:
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", cell) if head == NAMES else cell.replace("|", "\\|")

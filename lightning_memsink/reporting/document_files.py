@@ -31,8 +31,13 @@ def write_document(document: Document, figures: Mapping[str, Figure], path: Path
         from lightning_memsink.reporting.figures import save_all
 
         pictures = save_all(figures, files_folder(path))
+    return write_pages(document, pictures, path)
+
+
+def write_pages(document: Document, pictures: Mapping[str, str], path: Path) -> list[Path]:
+    """Writes all of `write_document` but the figures: ``pictures`` are these as SVG, by stem."""
     with written_whole(path) as unfinished:
-        text = markdown(document, files_folder(path).name if figures else None)
+        text = markdown(document, files_folder(path).name if pictures else None)
         unfinished.write_text(text, encoding="utf-8")
     return [*write(document, pictures, path.parent, path.stem), path]
 

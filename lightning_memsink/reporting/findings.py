@@ -11,6 +11,7 @@ from lightning_memsink.extraction.history import ExtractionHistory
 from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.mitigation.certificate import Certificate
 from lightning_memsink.mitigation.intervention_log import InterventionLog
+from lightning_memsink.reporting.name_text import names_of
 from lightning_memsink.reporting.scalars import MemorizedSample, top_memorized
 from lightning_memsink.samples.loss_table import LossTable
 
@@ -38,6 +39,9 @@ class Findings:
     """By package."""
     logged_runs: Sequence[str] = ()
     """How to open each run that a logger recorded."""
+    shows_names: bool = True
+    """Whether samples are shown with the names that are known of them; for files that leave the machine, they aren't.
+    """
 
     @property
     def measured(self) -> bool:
@@ -59,3 +63,14 @@ class Findings:
         if not self.flags.evaluations:
             return []
         return top_memorized(self.table, self.flags, self.evaluation.step, count)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether any sample has a name: a key of the user's own that is no 64-bit integer."""
+        return len(self.table.names) > 0
+
+    def names_of(self, samples: Sequence[MemorizedSample]) -> list[str | None]:
+        """The names of samples as text; None for one that has none, or if `shows_names` is False."""
+        if not self.shows_names:
+            return [None] * len(samples)
+        return names_of(self.table.names, [sample.id for sample in samples])

@@ -14,17 +14,28 @@ from lightning_memsink._files import written_whole
 from lightning_memsink.detection.evaluate import evaluate
 from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
+from lightning_memsink.reporting.name_text import names_of
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import SCHEMA, LossTable
+from lightning_memsink.samples.sample_names import SampleNames
 
 _KEY = b"memsink"
+_NAME = "sample_name"
 
 
-def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: Flags) -> None:
+def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: Flags, with_names: bool = True) -> None:
     """Writes both files, each complete or not there.
 
     A row of ``samples`` is a sample: its id, the columns of :class:`LossTable`, and the detector's verdict, gap
-    (nats), p-value and onset. A row of ``controls`` is a held-out sample with its losses and features.
+    (nats), p-value and onset. A row of ``controls`` is a held-out sample with its losses and features. Where samples
+    have keys that are no 64-bit integers, a last column ``sample_name`` has these as text, null for a sample without.
+
+    Args:
+        folder: is made if it isn't there.
+        table: of the samples, with their names.
+        controls: the held-out samples.
+        flags: the verdicts.
+        with_names: False leaves the names out, for files that leave the machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flags.grow(len(table))
@@ -36,6 +47,8 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
     for column in ("word", "reason"):
         meaning = pa.array([getattr(verdict, column) for verdict in Verdict], pa.string())
         samples = samples.append_column({"word": "verdict"}.get(column, column), meaning.take(codes))
+    names = table.names if with_names else SampleNames()
+    samples = _with_names(samples, names)
     control_state = controls.state_dict()
     held_out = _arrow(
         {
@@ -46,24 +59,26 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
     )
     metadata = {name: control_state[name] for name in ("curve", "snapshot_steps", "previous_step", "latest_step")}
     _write(folder / "samples.parquet", samples, {"reference_step": table.reference_step})
-    _write(folder / "controls.parquet", held_out, metadata)
+    _write(folder / "controls.parquet", _with_names(held_out, names), metadata)
 
 
 def read_ledger(folder: Path) -> tuple[LossTable, ControlTable]:
-    """The tables that :func:`write_ledger` wrote.
+    """The tables that :func:`write_ledger` wrote. Names of samples are the text that was written.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not a ledger, or has another schema.
     """
-    samples, metadata = _read(folder / "samples.parquet")
+    samples, sample_names, metadata = _read(folder / "samples.parquet")
     ids, table = samples["sample_id"], LossTable()
     columns = {
         name: (samples[name] if like.ndim == 1 else _matrix(samples, name, len(ids))).to(like.dtype)
         for name, like in table.state_dict()["columns"].items()
     }
     table.load_state_dict({"schema": SCHEMA, "ids": ids, "columns": columns, **metadata})
-    held_out, metadata = _read(folder / "controls.parquet")
+    table.names.add(sample_names)
+    held_out, control_names, metadata = _read(folder / "controls.parquet")
+    table.names.add(control_names)
     ids, controls = held_out["sample_id"], ControlTable()
     vectors = {name: held_out[name] for name in _VECTORS}
     matrices = {
@@ -97,6 +112,14 @@ def _arrow(columns: dict[str, Tensor]) -> pa.Table:
     return pa.table(arrays)
 
 
+def _with_names(table: pa.Table, names: SampleNames) -> pa.Table:
+    """The table with a column of its samples' names, if any has one."""
+    found = names_of(names, table["sample_id"].to_pylist()) if len(names) else []
+    if all(name is None for name in found):
+        return table
+    return table.append_column(_NAME, pa.array(found, pa.string()))
+
+
 def _matrix(columns: dict[str, Tensor], name: str, rows: int) -> Tensor:
     parts = [columns[part] for part in columns if part.rpartition("_")[0] == name]
     return torch.stack(parts, 1) if parts else torch.zeros(rows, 0)
@@ -108,7 +131,8 @@ def _write(path: Path, table: pa.Table, metadata: dict[str, object]) -> None:
         pq.write_table(table.replace_schema_metadata(schema_metadata), unfinished)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[int, str], dict[str, object]]:
+    """The columns of numbers, the names by id, and the metadata."""
     if not path.exists():
         raise FileNotFoundError(f"Found no {path.name} in {path.parent}. write_ledger writes it beside the other file.")
     table = pq.read_table(path)
@@ -116,4 +140,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     if metadata.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} is no memsink ledger of schema {SCHEMA}. Write it again with this version.")
     numbers = [name for name in table.column_names if not pa.types.is_string(table.schema.field(name).type)]
-    return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in numbers}, metadata
+    columns = {name: torch.from_numpy(table[name].to_numpy().copy()) for name in numbers}
+    if _NAME not in table.column_names:
+        return columns, {}, metadata
+    named = zip(table["sample_id"].to_pylist(), table[_NAME].to_pylist(), strict=True)
+    return columns, {id: name for id, name in named if name is not None}, metadata

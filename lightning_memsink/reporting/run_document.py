@@ -98,6 +98,7 @@ def _overview(findings: Findings) -> list[str]:
 def _numbers(findings: Findings) -> dict[str, Any]:
     evaluations = findings.flags.evaluations
     certificate, extraction = findings.certificate, findings.extraction
+    memorized = findings.top(TOP)
     numbers: dict[str, Any] = _json_value(
         {
             "samples": len(findings.table),
@@ -108,7 +109,8 @@ def _numbers(findings: Findings) -> dict[str, Any]:
             "curves": dict(findings.history[-1]) if findings.history else {},
             "memorized": [
                 {"sample": sample.name, "gap": sample.gap, "bits": sample.bits, "exposures": sample.exposures}
-                for sample in findings.top(TOP)
+                | ({} if name is None else {"name": name})
+                for sample, name in zip(memorized, findings.names_of(memorized), strict=True)
             ],
             "actions": {
                 name: {key: log.total(key) for key in ("visits", "acted", "removed")}

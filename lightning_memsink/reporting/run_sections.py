@@ -11,11 +11,12 @@ import torch
 
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Verdict
-from lightning_memsink.reporting.document import Grid
+from lightning_memsink.reporting.document import NAMES, Grid
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of, percent, value_range
 from lightning_memsink.reporting.localization_summary import where
 from lightning_memsink.reporting.mitigation_summary import what_was_done
+from lightning_memsink.reporting.name_text import shown
 from lightning_memsink.reporting.provenance import seed
 from lightning_memsink.samples.loss_table import LossTable
 
@@ -85,6 +86,7 @@ def _which(findings: Findings) -> list[str]:
 
 
 def _top_samples(findings: Findings) -> list[str]:
+    """Of samples by number: loggers record what a terminal shows, and names stay on the machine."""
     return [
         f"Sample {sample.name}: seen {sample.exposures:,} times; its loss is {sample.loss:.2f}, that of matched "
         f"controls {sample.control_loss:.2f} (gap {sample.gap:.2f} {findings.unit}, {sample.bits:,.0f} bits in all)."
@@ -93,7 +95,8 @@ def _top_samples(findings: Findings) -> list[str]:
 
 
 def _sample_table(findings: Findings) -> list[Grid]:
-    rows = [
+    samples = findings.top(TOP)
+    rows: list[tuple[str, ...]] = [
         (
             sample.name,
             f"{sample.exposures:,}",
@@ -104,10 +107,14 @@ def _sample_table(findings: Findings) -> list[Grid]:
             f"{sample.p:.2g}",
             "" if sample.onset_step is None else f"{sample.onset_step:,}",
         )
-        for sample in findings.top(TOP)
+        for sample in samples
     ]
-    head = ("sample", "exposures", "loss", "controls' loss", "gap", "bits", "p", "since step")
-    caption = f"The most memorized samples, by id or hash. Loss and gap in {findings.unit}, bits over the whole sample"
+    head: tuple[str, ...] = ("sample", "exposures", "loss", "controls' loss", "gap", "bits", "p", "since step")
+    names, by = findings.names_of(samples), "by id or hash"
+    if any(name is not None for name in names):
+        head, by = (head[0], NAMES, *head[1:]), "by id or hash, and by name"
+        rows = [(row[0], shown(name), *row[1:]) for row, name in zip(rows, names, strict=True)]
+    caption = f"The most memorized samples, {by}. Loss and gap in {findings.unit}, bits over the whole sample"
     return [Grid(head, rows, caption)] if rows else []
 
 

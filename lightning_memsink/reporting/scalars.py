@@ -138,7 +138,10 @@ class MemorizedSample:
 
     @property
     def name(self) -> str:
-        """The id for people: decimal if it is a small number, hexadecimal if it is a hash."""
+        """The id for people: decimal if it is a small number, hexadecimal if it is a hash.
+
+        Not the sample's own key, which no logger shows: see `Findings.names_of`.
+        """
         return str(self.id) if 0 <= self.id < 2**40 else self.hash
 
 
