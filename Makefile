@@ -32,6 +32,8 @@ test-versions: $(VENV)/installed # the oldest and the newest of what pyproject.t
 	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem.versions
 
 bench: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.capture
+	$(VENV)/bin/python -m benchmarks.averaging
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) --editable '.[peers]'
 	$(VENV)/bin/pip uninstall --quiet --yes torchvision # BackPACK only names it, and its build need not fit torch's

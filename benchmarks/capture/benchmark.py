@@ -20,6 +20,7 @@ from benchmarks.capture.draws import draw_all
 from benchmarks.capture.fitting import Outcome, run
 from benchmarks.capture.gradients import check_gradients
 from benchmarks.capture.matrix import MATRIX
+from benchmarks.capture.page import HEAD
 from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
 
 DRAWS, QUICK_DRAWS = 1000, 100
@@ -140,7 +141,7 @@ def not_right(results: Sequence[Result], most: int | None = None) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table of the cases for ``docs/losses.md``: how each is read, in what unit, and what is refused."""
+    """``docs/losses.md`` with a table of the cases: how each is read, in what unit, and what is refused."""
     lines = [
         "| case | unit | training | validation | mitigation | what is said |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -153,8 +154,9 @@ def markdown(results: Sequence[Result]) -> str:
         stages = (each.training, each.validation, each.mitigation)
         verdicts = ["" if stage.verdict == "not run" else stage.verdict for stage in stages]
         unit = "" if each.case.must_refuse else each.case.unit
-        lines.append("| " + " | ".join(_cell(cell) for cell in (each.case.name, unit, *verdicts, each.line)) + " |")
-    return "\n".join(lines)
+        said = each.line.partition(" End ")[0]
+        lines.append("| " + " | ".join(_cell(cell) for cell in (each.case.name, unit, *verdicts, said)) + " |")
+    return "\n".join([*HEAD.rstrip().splitlines(), "", *lines])
 
 
 def _cell(text: str) -> str:
@@ -165,7 +167,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = argument_parser("capture", __doc__.partition("\n")[0], seeds=1)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases with such a name; no random steps")
     parser.add_argument("--draws", type=int, help=f"random steps, default {DRAWS}, with --quick {QUICK_DRAWS}")
-    parser.add_argument("--markdown", action="store_true", help="prints the cases as a table of Markdown instead")
+    parser.add_argument("--markdown", action="store_true", help="prints docs/losses.md instead")
     options = parser.parse_args(arguments_given)
     chosen = named(options.only, parser)
     first, *more = fresh_seeds(options)
