@@ -53,16 +53,15 @@ def write_tables(findings: Findings, controls: ControlTable, sinks: Sinks | None
     Returns:
         A line per kind of file.
     """
-    folder, copy = files_folder(path), _copy_without_names(path)
-    write_ledger(folder / "ledger", findings.table, controls, findings.flags)
+    folder, copy = files_folder(path), files_folder(_copy_without_names(path))
+    for each in [folder, copy] if findings.has_names else [folder]:
+        write_ledger(each / "ledger", findings.table, controls, findings.flags, with_names=each is folder)
+        if sinks is not None:
+            sinks.save(each / "sinks.safetensors")
     lines = [f"Ledger: {folder / 'ledger'} (Parquet)"]
     if sinks is not None:
-        sinks.save(folder / "sinks.safetensors")
         lines.append(f"Units: {folder / 'sinks.safetensors'} (lightning_memsink.Sinks.load)")
     if findings.has_names:
-        write_ledger(files_folder(copy) / "ledger", findings.table, controls, findings.flags, with_names=False)
-        if sinks is not None:
-            sinks.save(files_folder(copy) / "sinks.safetensors")
         lines.append(f"All of these without the samples' names: {copy.parent}")
     return lines
 
