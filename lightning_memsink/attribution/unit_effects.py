@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_memsink.losses.autograd_graph import walk
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import terms_of
-from lightning_memsink.losses.sample_rows import SampleAxisLost
 from lightning_memsink.losses.readers import is_likelihood, saved_value
+from lightning_memsink.losses.sample_rows import SampleAxisLost
 
 
 def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axis: int = -1) -> Tensor:

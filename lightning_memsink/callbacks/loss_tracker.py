@@ -112,7 +112,10 @@ class LossTracker(Callback):
         self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._current = self._described(batch, self.loader_ids.take(batch, "train"), self.loader_ids.axes)
+        ids = self.loader_ids.take(batch, "train")
+        if trainer.fit_loop._skip_backward:  # SWA's last epoch, which only updates batch norm, trains on no sample
+            ids = None
+        self._current = self._described(batch, ids, self.loader_ids.axes)
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
         self.batch.ids = None
         if self._current is not None:

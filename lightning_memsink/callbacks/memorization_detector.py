@@ -89,25 +89,24 @@ class MemorizationDetector(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             Ledger.of(trainer).close(Ledger.controls)
-            self._evaluate(trainer, pl_module)
+            self._evaluate(trainer)
+            self._log(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # Controls other than a validation set are written at the end of a step. No callback writes a slot in this hook
         # of the next step, and mitigations read flags in another hook.
-        self._evaluate(trainer, pl_module)
+        if self._evaluate(trainer):
+            self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, None)
+        self._evaluate(trainer)
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule | None) -> None:
-        """Evaluates all samples if the controls were measured since the last evaluation.
-
-        Without a module nothing is logged: Lightning takes no metrics at the end of training.
-        """
+    def _evaluate(self, trainer: Trainer) -> bool:
+        """Evaluates all samples if the controls were measured since the last evaluation; whether they were."""
         ledger = Ledger.of(trainer)
         evaluated = self.flags.evaluations[-1].step if self.flags.evaluations else -1
         if ledger.controls.latest_step <= evaluated:
-            return
+            return False
         with interrupts_deferred():
             evaluation = evaluate(
                 ledger.losses, ledger.controls, self.flags, self.rule, self.consecutive, trainer.current_epoch
@@ -120,18 +119,23 @@ class MemorizationDetector(Callback):
             self.flags.onset_exposures[memorized],
             [past.step for past in self.flags.evaluations],
         )
-        if pl_module is not None:
-            for name, value, on_bar in (
-                ("memorized", float(evaluation.memorized), True),
-                ("flagged_fraction", evaluation.flagged_fraction, False),
-                ("gap", evaluation.gap, True),
-            ):
-                # A monitor must exist and be finite from the first validation on, or EarlyStopping ends the run.
-                # LiveCurves logs the true value. All processes have the same value, which equals their mean.
-                finite = value if math.isfinite(value) else 0.0
-                pl_module.log(
-                    f"memsink/{name}", finite, prog_bar=on_bar, logger=False, sync_dist=trainer.world_size > 1
-                )
+        return True
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the last evaluation to Lightning's monitors.
+
+        A monitor must exist and be finite from the first validation on, or ModelCheckpoint and EarlyStopping end the
+        run: 0 where nothing was evaluated yet. LiveCurves logs the true value. All processes have the same value, which
+        equals their mean.
+        """
+        last = self.flags.evaluations[-1] if self.flags.evaluations else None
+        for name, value, on_bar in (
+            ("memorized", 0.0 if last is None else float(last.memorized), True),
+            ("flagged_fraction", 0.0 if last is None else last.flagged_fraction, False),
+            ("gap", 0.0 if last is None else last.gap, True),
+        ):
+            finite = value if math.isfinite(value) else 0.0
+            pl_module.log(f"memsink/{name}", finite, prog_bar=on_bar, logger=False, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"flags": self.flags.state_dict(), "onset": None if self.onset is None else asdict(self.onset)}

@@ -23,6 +23,7 @@ from lightning_memsink.losses.reductions import read_reductions
 from lightning_memsink.losses.sample_rows import SampleAxisLost
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.step_watch import StepWatch
+from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.samples.batch_rows import rows_of
 
 MOST_DRIFT = 1.5  # of a weight between the last training step and validation
@@ -95,8 +96,17 @@ class EvaluationCapture:
         returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         loss = self._shadows.of(returned)
         losses = self._shadows.ends() if loss is None else [loss]
-        parts = [read_reductions(each, self.watch, batch_size) for each in losses]
+        read = [read_reductions(each, self.watch, batch_size) for each in losses]
+        # what a logger made of a loss is that loss again
+        parts = list({frozenset(each.node for each in part.found): part for part in reversed(read)}.values())
+        wanted = {term.kind for term in self.training.terms}
+        whole = [part for part in parts if part.found and wanted == {each.call.kind for each in part.found}]
+        if len(whole) == 1:  # others are only logged
+            return [each.call for each in whole[0].found]
         found = [each.call for part in parts for each in part.found]
+        kinds = [{each.call.kind for each in part.found} & wanted for part in parts]
+        if len(losses) > 1 and any(a & b for n, a in enumerate(kinds) for b in kinds[:n]):
+            raise UnreadableLoss("it returns no loss, and of those that it computes several are of the same kind")
         if not found:
             reasons = dict.fromkeys(reason for part in parts for reason in part.lost)
             raise SampleAxisLost("; ".join(reasons) or "it takes no mean or sum over samples that could be seen")

@@ -58,6 +58,8 @@ def _matched(tracked: Sequence[Rows], axis: int) -> list[list[Owners]]:
     for owners in fewest.candidates:
         pattern = _pattern(owners, axis)
         fitting = [[o for o in part.candidates if _pattern(o, axis) == pattern] for part in tracked]
+        if owners.shape[axis] == 1:  # of several readings, the one that is constant along the axis, too
+            fitting = [[o for o in fits if o.shape[axis] == 1] for fits in fitting]
         if all(len(fits) == 1 for fits in fitting):
             matched.append([fits[0] for fits in fitting])
     return matched

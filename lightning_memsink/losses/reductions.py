@@ -64,9 +64,10 @@ def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossPart
     for late, of_late in watch.seen.without_graph:
         if late.grad_fn is not None:
             seen[late.grad_fn] = of_late
-    front, visited = ([loss.grad_fn] if loss.grad_fn is not None else []), set[Node]()
+    front = [(loss.grad_fn, False)] if loss.grad_fn is not None else []
+    visited = set[Node]()
     while front and len(visited) < MOST_NODES:
-        node = front.pop()
+        node, is_of_lost = front.pop()  # below a reduction that is lost, for a reason that is known
         if node in visited:
             continue
         visited.add(node)
@@ -84,15 +85,17 @@ def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossPart
             if call is None:
                 parts.has_penalty = True
                 continue
-            parts.lost.append(call.reason)
+            if not is_of_lost:
+                parts.lost.append(call.reason)
+            is_of_lost = True
         if node.name() == "torch::autograd::AccumulateGrad" or is_penalty(node):
             parts.has_penalty = True
             continue
         below = linear_children(node)
-        if below is None:
+        if below is not None:
+            front += [(child, is_of_lost) for child in below]
+        elif not is_of_lost:
             parts.lost.append(f"{node.name()}, which is not linear")
-        else:
-            front += below
     parts.found.sort(key=lambda each: each.node._sequence_nr())
     set_upstreams(loss, parts.found)
     parts.found = [replace(each, call=_weighted(each.call, seen[each.node])) for each in parts.found]

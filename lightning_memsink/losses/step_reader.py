@@ -32,9 +32,9 @@ FIRST_STEPS = 8
 EVERY = 50
 LEAST, MOST = 0.95, 1.05
 """The share of the loss that must be read, unless the rest is a penalty on the weights."""
-EXACT = 1e-3
+EXACT = 1e-5
 MOST_SHAPES = 4096
-NOT_FOLLOWED = "can't be followed"
+UNKNOWN = ("can't be followed", "which is not linear")
 
 
 class StepReader:
@@ -154,7 +154,8 @@ class StepReader:
             UnreadableLoss: it is not near all of it, and the rest is no penalty on the weights.
         """
         share = share_explained([each.call for each in parts.found], loss)
-        is_unknown = any(NOT_FOLLOWED in reason for reason in parts.lost)  # and may be of single samples
+        # what isn't a statistic of the batch may be of single samples
+        is_unknown = any(reason.endswith(UNKNOWN) for reason in parts.lost)
         if share is None or abs(share - 1) < EXACT or (LEAST <= share <= MOST and not is_unknown):
             return share
         if 0 <= share < LEAST and parts.has_penalty and not parts.lost:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
@@ -26,7 +27,8 @@ from lightning_memsink.losses.unreduced import Record, counted_targets, has_redu
 REDUCTIONS = frozenset(("mean", "sum", "nanmean", "nansum"))
 PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__"))
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "float", "contiguous"))
-MOST_PRODUCTS = 16
+JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+MOST_PRODUCTS = 64
 # What these make keeps the name of the loss that it was made of.
 KEEPS_NAME = PRODUCTS | frozenset(
     "view reshape flatten unflatten squeeze unsqueeze float double to __getitem__ gather index_select masked_select "
@@ -49,7 +51,7 @@ class Reduced:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     name: str
-    """Of the loss: the function's, or of a mean or sum that of the function that made its operand."""
+    """Of the loss function; of a mean or sum of anything else "mean of" the function that made its operand."""
     factors: tuple[Tensor, ...] = ()
     """What the operand of a mean or sum was made of by multiplication."""
     versions: tuple[int, ...] = ()
@@ -176,10 +178,15 @@ class StepWatch(TorchFunctionMode):
         if results and torch._C._functorch.is_functorch_wrapped_tensor(results[0]):  # void outside of vmap
             return
         name = getattr(func, "__name__", "")
-        found: Any = follow(func, args, kwargs, result, self.provenance_of)
-        if name == "__setitem__":
+        provenance_of = self.provenance_of
+        changes = changes_in_place(func)
+        if changes and args and self.known(args[0]) is None:  # unknown before, so a constant; now it has a graph
+            first = args[0]
+            provenance_of = lambda tensor: None if tensor is first else self.provenance_of(tensor)  # noqa: E731
+        found: Any = follow(func, args, kwargs, result, provenance_of)
+        if changes and args and not results:
             results = [args[0]]
-        if results and changes_in_place(func):
+        if results and changes:
             self._forget_base(results[0], found)
         if results:
             self._remember(name, args, kwargs, results, found)
@@ -218,6 +225,17 @@ class StepWatch(TorchFunctionMode):
             counted = counted_targets(func, args, kwargs)
             return () if counted is None or counted.numel() != result.numel() else (counted.reshape(result.shape),)
         first = args[0] if args else None
+        if name in JOINS and isinstance(first, (list, tuple)):
+            masks = [self._factors(part) for part in first]
+            if not any(masks):
+                return ()
+            whole = [
+                torch.stack([each.float().expand(part.shape) for each in mask]).prod(0)
+                if mask
+                else torch.ones_like(part)
+                for part, mask in zip(first, masks, strict=True)
+            ]
+            return (func([each.detach() for each in whole], *args[1:], **kwargs),)
         if name in PRODUCTS:
             own = tuple(each for each in args[:2] if isinstance(each, Tensor) and not each.requires_grad)
             return own + tuple(each for operand in args[:2] for each in self._factors(operand))
@@ -250,7 +268,9 @@ class StepWatch(TorchFunctionMode):
             return None
         known = self.known(operand)
         factors = self._factors(operand)
-        loss = name if known is None or not known.name else known.name
+        made_by = "" if known is None else known.name
+        is_loss = has_reduction(getattr(functional, made_by, None))
+        loss = made_by if is_loss else f"{name} of {made_by or 'a tensor'}"
         return Reduced(func, (operand,), {}, loss, factors, versions((operand,)))
 
 

@@ -95,9 +95,9 @@ def record_nll_loss(
 
 
 @lru_cache(maxsize=512)
-def has_reduction(function: Callable[..., Any]) -> bool:
+def has_reduction(function: Callable[..., Any] | None) -> bool:
     """Whether ``function`` is a loss function of ``torch.nn.functional`` that reduces its losses itself."""
-    if getattr(function, "__module__", "") != "torch.nn.functional":
+    if function is None or getattr(function, "__module__", "") != "torch.nn.functional":
         return False
     try:
         return "reduction" in signature(function).parameters

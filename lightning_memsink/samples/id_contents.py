@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch_rows import Axes, rows_of
-from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tokens import Tokens, tokens_of
 
 _TOKENS, _NUMBERS, _LABELS = 32, 16, 4
@@ -70,7 +69,7 @@ class IdContents:
             return False
         return ids is None or len(self._first) < self.many or not self._first.keys().isdisjoint(ids.tolist())
 
-    def check(self, ids: Tensor, contents: Contents, names: SampleNames | None = None) -> str | None:
+    def check(self, ids: Tensor, contents: Contents) -> str | None:
         """Compares a batch. Returns what was found, once: "4 of 5 sample ids that came again ..."; else None."""
         if self._is_said:
             return None
@@ -86,9 +85,8 @@ class IdContents:
         example = max(self._changed, key=lambda id: len(self._known[id]))
         many = len(self._known[example])
         more = "at least " if many >= _CONTENTS else ""
-        (name,) = [example] if names is None else names.of([example])
         return (
-            f"{changed} of {came_again} sample ids that came again had other content: {name!r} has come with "
+            f"{changed} of {came_again} sample ids that came again had other content: id {example} has come with "
             f"{more}{many} contents"
         )
 
@@ -108,8 +106,8 @@ class IdContents:
 
 
 def _differ(first: Sequence[float], second: Sequence[float], kind: str) -> bool:
-    if len(first) != len(second):
-        return True
+    if len(first) != len(second):  # padded to another width
+        return False
     different = sum(one != other for one, other in zip(first, second, strict=True))
     return 2 * different > len(first) if kind == "tokens" else different > 0
 

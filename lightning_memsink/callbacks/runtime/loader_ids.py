@@ -149,7 +149,7 @@ class LoaderIds:
     def _check_contents(self, ids: Tensor, contents: Contents) -> None:
         if len(ids) != len(contents.rows) or self.sample_ids.source == "content":
             return
-        found = self._contents.check(ids, contents, self.sample_ids.names)
+        found = self._contents.check(ids, contents)
         if found is not None:
             cure = ANEW if self.sample_ids.source == "index" else NOT_UNIQUE
             warn_once(self._warnings, f"{found}. {cure.format(key=self.sample_ids.key)}")
