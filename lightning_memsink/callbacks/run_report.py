@@ -21,8 +21,8 @@ class RunReport(Callback):
 
     Args:
         path: the Markdown file. Beside it are written one self-contained HTML file and the same as JSON, and a folder
-            ``NAME_files`` with the figures and the ledger (Parquet). A W&B run keeps them as an artifact, without names of samples. None writes
-            no file.
+            ``NAME_files`` with the figures and the ledger (Parquet). A W&B run keeps them as an artifact, without names
+            of samples. None writes no file.
     """
 
     def __init__(self, path: str | Path | None = "memsink_report.md") -> None:

@@ -156,7 +156,9 @@ class StepReader:
         share = share_explained([each.call for each in parts.found], loss)
         # what isn't a statistic of the batch may be of single samples
         is_unknown = any(reason.endswith(UNKNOWN) for reason in parts.lost)
-        if share is None or abs(share - 1) < EXACT or (LEAST <= share <= MOST and not is_unknown):
+        if share is None or abs(share - 1) < max(EXACT, 4 * torch.finfo(loss.dtype).eps):
+            return None if share is None else 1.0
+        if LEAST <= share <= MOST and not is_unknown:
             return share
         if 0 <= share < LEAST and parts.has_penalty and not parts.lost:
             return share
@@ -206,7 +208,8 @@ class StepReader:
             own.call.rows = SampleRows(rows.owners.expand(shape).reshape(own.call.losses.shape))
             own.call.kind, own.call.classes = other.call.kind, other.call.classes
         again = weigh(terms_of([each.call for each in found], self.batch_size, loss_scale))
-        return torch.allclose(again.float(), losses.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
+        precision = max(1e-3, 2 * torch.finfo(loss.dtype).eps)
+        return torch.allclose(again.float(), losses.float(), rtol=precision, atol=1e-4, equal_nan=True)
 
     def _from_graph(self, loss: Tensor) -> LossNodes:
         """The calls of a step that is not watched."""

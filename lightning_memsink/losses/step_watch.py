@@ -7,7 +7,6 @@ reduction of its own. Their operands are seen here as they are called, and the w
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,17 +17,14 @@ from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_memsink.losses.loss_factors import PRODUCTS, LossFactors
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
 from lightning_memsink.losses.row_rules import changes_in_place, follow
 from lightning_memsink.losses.shadow_graph import ShadowGraph
-from lightning_memsink.losses.unreduced import Record, counted_targets, has_reduction
+from lightning_memsink.losses.unreduced import Record, has_reduction
 
 REDUCTIONS = frozenset(("mean", "sum", "nanmean", "nansum"))
-PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__"))
-RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "float", "contiguous"))
-JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
-MOST_PRODUCTS = 64
 # What these make keeps the name of the loss that it was made of.
 KEEPS_NAME = PRODUCTS | frozenset(
     "view reshape flatten unflatten squeeze unsqueeze float double to __getitem__ gather index_select masked_select "
@@ -101,7 +97,7 @@ class StepWatch(TorchFunctionMode):
         self.error: Exception | None = None
         """The first exception while watching, which the user's own call must not see."""
         self._known: dict[int, _Known] = {}
-        self._products: deque[tuple[weakref.ref[Tensor], tuple[Tensor, ...]]] = deque(maxlen=MOST_PRODUCTS)
+        self._factors = LossFactors()
 
     def start(self, rows: Iterable[tuple[Tensor, Tensor]] = (), shadows: ShadowGraph | None = None) -> None:
         """Enters the mode.
@@ -129,7 +125,7 @@ class StepWatch(TorchFunctionMode):
         self.seen = Watched()
         self.shadows = None
         self._known.clear()
-        self._products.clear()
+        self._factors.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -200,9 +196,7 @@ class StepWatch(TorchFunctionMode):
         elif reduced is not None:
             self.seen.without_graph.append((result, reduced))
         if results and results[0].ndim:
-            factors = self._factors_of(func, name, args, kwargs, results[0])
-            if factors:
-                self._products.append((weakref.ref(results[0]), factors))
+            self._factors.note(func, name, args, kwargs, results[0])
 
     def _remember(self, name: str, args: Any, kwargs: Any, results: list[Tensor], found: Any) -> None:
         provenances = found if isinstance(found, list) else [found] * len(results)
@@ -218,33 +212,6 @@ class StepWatch(TorchFunctionMode):
         )
         for result, provenance in zip(results, provenances, strict=False):
             self._known[id(result)] = _Known(weakref.ref(result), provenance, first or name, is_dynamic)
-
-    def _factors_of(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> tuple[Tensor, ...]:
-        """What a tensor of losses was multiplied with; of likelihoods, which targets count."""
-        if name in ("cross_entropy", "nll_loss") and has_reduction(func):
-            counted = counted_targets(func, args, kwargs)
-            return () if counted is None or counted.numel() != result.numel() else (counted.reshape(result.shape),)
-        first = args[0] if args else None
-        if name in JOINS and isinstance(first, (list, tuple)):
-            masks = [self._factors(part) for part in first]
-            if not any(masks):
-                return ()
-            whole = [
-                torch.stack([each.float().expand(part.shape) for each in mask]).prod(0)
-                if mask
-                else torch.ones_like(part)
-                for part, mask in zip(first, masks, strict=True)
-            ]
-            return (func([each.detach() for each in whole], *args[1:], **kwargs),)
-        if name in PRODUCTS:
-            own = tuple(each for each in args[:2] if isinstance(each, Tensor) and not each.requires_grad)
-            return own + tuple(each for operand in args[:2] for each in self._factors(operand))
-        if isinstance(first, Tensor) and name in RESHAPES and first.numel() == result.numel():
-            return tuple(each.expand(first.shape).reshape(result.shape) for each in self._factors(first))
-        return ()
-
-    def _factors(self, tensor: Any) -> tuple[Tensor, ...]:
-        return next((factors for made, factors in self._products if made() is tensor), ())
 
     def _forget_base(self, view: Tensor, found: Any) -> None:
         """Loses the rows of a tensor that was changed through ``view``, unless they are what they were."""
@@ -267,7 +234,7 @@ class StepWatch(TorchFunctionMode):
         if name not in REDUCTIONS or not isinstance(operand, Tensor) or not operand.ndim:
             return None
         known = self.known(operand)
-        factors = self._factors(operand)
+        factors = self._factors.of(operand)
         made_by = "" if known is None else known.name
         is_loss = has_reduction(getattr(functional, made_by, None))
         loss = made_by if is_loss else f"{name} of {made_by or 'a tensor'}"

@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
-    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -377,9 +376,3 @@ def test_the_last_epoch_of_swa_which_does_not_train_gives_no_controls(model):
         assert torch.equal(weights(own), weights(module))
         assert [each.step for each in Ledger.of(run).flags.evaluations] == [7, 14, 21, 28, 35, 42, 49, 56, 63]
         assert Ledger.of(run).controls.latest_step == 63
-
-
-def test_a_monitor_of_memsink_exists_where_the_first_validation_is_repeated(tmp_path):
-    saving = ModelCheckpoint(tmp_path, monitor="memsink/gap", save_top_k=1)
-    fit([*watch(), ema(), saving], enable_checkpointing=True, default_root_dir=tmp_path, max_epochs=2)
-    assert saving.best_model_path

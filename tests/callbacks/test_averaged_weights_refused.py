@@ -329,3 +329,10 @@ def test_own_controls_are_not_touched_by_an_average():
     ]
     expected, controls = (Ledger.of(run).controls for run in runs)
     assert torch.equal(controls.latest, expected.latest) and controls.latest_step == expected.latest_step > 0
+
+
+def test_a_monitor_of_memsink_exists_where_the_first_validation_is_repeated(tmp_path):
+    saving = ModelCheckpoint(tmp_path, monitor="memsink/gap", save_top_k=1)
+    callbacks = [*watch(), EMAWeightAveraging(decay=0.9), saving]
+    fit(callbacks, enable_checkpointing=True, default_root_dir=tmp_path, max_epochs=2)
+    assert saving.best_model_path

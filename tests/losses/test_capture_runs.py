@@ -157,7 +157,7 @@ END = (
 )
 UNREADABLE = {
     "custom": (lambda m, b: Fused.apply(m(b["x"])), "FusedBackward, which is not linear."),
-    "no batch": (lambda m, b: F.mse_loss(m(b["x"]).mean((0, 1)), CLASS_WEIGHT), "a mean over the samples;"),
+    "no batch": (lambda m, b: F.mse_loss(m(b["x"]).mean((0, 1)), CLASS_WEIGHT), "a mean over the samples."),
     "a root": (lambda m, b: token_loss(m, b) ** 0.5, "PowBackward0, which is not linear."),
 }
 

@@ -202,14 +202,14 @@ REFUSED = {
         "MaxBackward1, which is not linear",
     ),
     "custom": (lambda m, b: Fused.apply(m(b["x"])), "FusedBackward, which is not linear"),
-    "mixup": (mixed, "rows of different samples in one element (mixup); NllLossBackward0, which is not linear"),
+    "mixup": (mixed, "rows of different samples in one element (mixup)"),
     "a variance": (
         lambda m, b: m(b["x"]).var(0).mean(),
-        "a variance over the samples; VarBackward0, which is not linear",
+        "a variance over the samples",
     ),
     "a mean of the batch": (
         lambda m, b: m(b["x"]).mean(0).square().mean(),
-        "a mean over the samples; PowBackward0, which is not linear",
+        "a mean over the samples",
     ),
 }
 
@@ -225,9 +225,7 @@ def test_a_large_part_of_no_sample_is_refused_with_its_share():
     def step(model, batch):
         return token_loss(model, batch) + 100 * variance(model, batch)
 
-    rest = (
-        r"the rest is not of samples that are known \(a variance over the samples, VarBackward0, which is not linear\)"
-    )
+    rest = r"the rest is not of samples that are known \(a variance over the samples\)"
     with pytest.raises(UnreadableLoss, match=rf"^cross_entropy explains \d+% of it; {rest}$"):
         read(StepReader(), partial(step, new(None)), texts(), B)
 

@@ -149,7 +149,7 @@ def test_contents_are_counted():
         assert contents is not None and contents.kind == "tokens" and contents.rows.shape == (6, 32)
         found = check.check(torch.arange(6), contents)
         if visit == 1:
-            assert found == "6 of 6 sample ids that came again had other content: 0 has come with 2 contents"
+            assert found == "6 of 6 sample ids that came again had other content: id 0 has come with 2 contents"
         else:
             assert found is None
 
