@@ -15,7 +15,9 @@ from torch.autograd.graph import Node
 
 from lightning_memsink.losses.autograd_graph import (
     MOST_NODES,
+    ForwardNeeded,
     FoundCall,
+    NoForward,
     is_penalty,
     linear_children,
     walk,
@@ -29,6 +31,7 @@ from lightning_memsink.losses.readers import (
     is_report,
     read_loss_call,
     saved_value,
+    saved_values,
 )
 from lightning_memsink.losses.row_rules import follow
 from lightning_memsink.losses.sample_rows import SampleRows
@@ -75,7 +78,7 @@ def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossPart
             return LossParts([FoundCall(node, read_loss_call(node, {}), node)])
         reduced = seen.get(node)
         if reduced is not None:
-            call = read_reduced(reduced, watch, batch_size)
+            call = read_reduced(reduced, watch, batch_size, node)
             if isinstance(call, LossCall):
                 parts.found.append(FoundCall(node, call, _weighing_node(node, call.losses.shape)))
                 parts.is_dynamic |= any(
@@ -102,7 +105,9 @@ def read_reductions(loss: Tensor, watch: StepWatch, batch_size: int) -> LossPart
     return parts
 
 
-def read_reduced(reduced: Reduced, watch: StepWatch, batch_size: int) -> LossCall | Lost | None:
+def read_reduced(
+    reduced: Reduced, watch: StepWatch, batch_size: int, node: Node | None = None
+) -> LossCall | Lost | None:
     """The loss call of one reduction, whose ``upstream`` is left open; why it is not of samples; None if it depends on
     no sample at all."""
     if not reduced.is_intact:
@@ -120,7 +125,7 @@ def read_reduced(reduced: Reduced, watch: StepWatch, batch_size: int) -> LossCal
         call = LossCall(reduced.name, 0, losses, weights, divisor)
     else:
         with torch.no_grad():
-            call = _call_of_function(reduced)
+            call = _call_of_function(reduced, node)
         provenance = _provenance(reduced, call.losses, watch)
     if provenance is None:
         return None
@@ -128,7 +133,16 @@ def read_reduced(reduced: Reduced, watch: StepWatch, batch_size: int) -> LossCal
     return rows if isinstance(rows, Lost) else replace(call, rows=rows)
 
 
-def _call_of_function(reduced: Reduced) -> LossCall:
+def _call_of_function(reduced: Reduced, node: Node | None) -> LossCall:
+    if node is not None and is_likelihood(node):  # its log-probabilities need not be computed again
+        try:
+            with NoForward():
+                saved = saved_values(node)
+        except ForwardNeeded:
+            pass
+        else:
+            if saved["target"].ndim == 1:  # torch gives sequences of classes another shape
+                return read_loss_call(node, saved)
     record = RECORDERS.get(reduced.function)
     if record is not None:
         kind, classes, losses, weights, divisor = record(*reduced.args, **reduced.kwargs)

@@ -26,6 +26,7 @@ from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.losses.target_rows import place_of, rows_of_target
 from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.losses.upstreams import set_upstreams
+from lightning_memsink.samples.batch import tensors_in
 from lightning_memsink.samples.batch_rows import rows_of
 
 FIRST_STEPS = 8
@@ -60,7 +61,8 @@ class StepReader:
         self._kinds: dict[Hashable, list[tuple[str, int]]] = {}
         self._missed = 0
         self.leaves: list[tuple[Tensor, Tensor]] = []
-        """The batch's tensors, with their owners."""
+        """The batch's tensors, with their owners, in a step where they are followed."""
+        self._tensors: list[Tensor] = []
         self._versions: list[int] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._read: tuple[Tensor, LossNodes | Exception] | None = None
@@ -68,10 +70,13 @@ class StepReader:
     def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
         """At the start of a training step, before its forward."""
         self.batch_size, self._read = batch_size, None
-        self.leaves = rows_of(batch, batch_size, axes) if batch_size else []
-        self._versions = [leaf._version for leaf, _ in self.leaves if not leaf.is_inference()]
+        self._tensors = list(tensors_in(batch)) if batch_size else []
+        self._versions = [tensor._version for tensor in self._tensors if not tensor.is_inference()]
         self.is_watching = self.can_watch and self._is_due()
         self._steps += 1
+        self.leaves = []
+        if self.is_watching or not self.can_watch:
+            self.leaves = rows_of(batch, batch_size, axes) if batch_size else []
         if self.is_watching or self.is_compiled:
             self._is_armed = False
             self.watch.start(self.leaves)
@@ -98,10 +103,10 @@ class StepReader:
         self.watch.stop()
         self.watch.clear()
         self._read = None
-        self.leaves, self._versions = [], []
+        self.leaves, self._tensors, self._versions = [], [], []
 
     def _is_due(self) -> bool:
-        shapes = tuple(tuple(leaf.shape) for leaf, _ in self.leaves)
+        shapes = tuple(tuple(tensor.shape) for tensor in self._tensors)
         is_new = shapes not in self._shapes
         if len(self._shapes) >= MOST_SHAPES:
             self._shapes.clear()
@@ -237,11 +242,11 @@ class StepReader:
 
     def _key(self, found: LossNodes) -> Hashable:
         """The same for steps that are alike: in their calls, where the targets lie, and what they change in place."""
-        leaves = [leaf for leaf, _ in self.leaves if not leaf.is_inference()]
-        changed = tuple(leaf._version != before for leaf, before in zip(leaves, self._versions, strict=True))
+        tensors = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        changed = tuple(tensor._version != before for tensor, before in zip(tensors, self._versions, strict=True))
         calls = [each.call for each in found]
         return changed, tuple(
-            (call.kind, call.classes, len(call.shape), place_of(call.target, self.leaves)) for call in calls
+            (call.kind, call.classes, len(call.shape), place_of(call.target, self._tensors)) for call in calls
         )
 
 

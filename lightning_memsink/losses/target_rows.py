@@ -42,18 +42,19 @@ def rows_of_target(target: Tensor | None, leaves: Sequence[tuple[Tensor, Tensor]
     return SampleRows(orders[0].reshape(target.shape))
 
 
-def place_of(target: Tensor | None, leaves: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
+def place_of(target: Tensor | None, tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Number of the batch's tensor that ``target`` is a view of, and the offset in it; None for no view."""
     if target is None:
         return None
-    for number, (leaf, _) in enumerate(leaves):
-        if _storage(leaf) == _storage(target):
-            return number, int(target.storage_offset() - leaf.storage_offset())
+    storage = _storage(target)
+    for number, tensor in enumerate(tensors):
+        if _storage(tensor) == storage:
+            return number, int(target.storage_offset() - tensor.storage_offset())
     return None
 
 
-def _storage(tensor: Tensor) -> tuple[int, str]:
-    return tensor.untyped_storage().data_ptr(), str(tensor.dtype)
+def _storage(tensor: Tensor) -> tuple[int, torch.dtype]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype
 
 
 def _by_place(target: Tensor, leaf: Tensor, owners: Tensor) -> Tensor | None:

@@ -48,8 +48,8 @@ def test_copies_are_told_by_their_values_and_views_by_their_place():
     constant = torch.ones(B, T, dtype=torch.int64)
     assert isinstance(rows_of_target(constant.view(-1), leaves(constant), B), SampleRows)
     assert isinstance(rows_of_target(LABELS.clone().view(-1).float(), leaves(LABELS), B), SampleRows)
-    assert place_of(LABELS[1], leaves(LABELS)) == (0, T)
-    assert place_of(LABELS.clone(), leaves(LABELS)) is None
+    assert place_of(LABELS[1], [LABELS]) == (0, T)
+    assert place_of(LABELS.clone(), [LABELS]) is None
 
 
 @pytest.mark.parametrize(
