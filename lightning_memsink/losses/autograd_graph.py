@@ -52,8 +52,9 @@ MODEL = frozenset(
 LINEAR = frozenset(
     "Add Sub Rsub Neg Mul Div Sum Nansum Mean Dot Mv MaskedFill Where Gather Index IndexSelect MaskedSelect Select "
     "Slice Narrow Split View UnsafeView ReshapeAlias Alias Squeeze Unsqueeze Expand Transpose T Permute Clone ToCopy "
-    "Cat Stack Unbind".split()
+    "Cat Stack Unbind _DDPSink".split()
 )
+DDP_SINK = "_DDPSinkBackward"  # of DDP that looks for unused parameters: it gives on what it gets
 PRODUCTS = frozenset(("Mul", "Div", "Dot", "Mv"))
 VIEWS = frozenset(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"))
 # Made of these and parameters only, a part of a loss is a penalty on the weights. A product with a constant tensor is

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_memsink.losses.autograd_graph import ForwardNeeded, LossNodes, NoForward, linear_children, note_upstream
+from lightning_memsink.losses.autograd_graph import (
+    DDP_SINK,
+    ForwardNeeded,
+    LossNodes,
+    NoForward,
+    linear_children,
+    note_upstream,
+)
 from lightning_memsink.losses.readers import is_likelihood
 from lightning_memsink.losses.unreadable import UnreadableLoss
 
@@ -48,8 +55,11 @@ def _gradients(loss: Tensor, calls: Collection[Node]) -> dict[Node, Tensor | Non
         if node in calls:
             found[node] = gradients[0]
             continue
-        with NoForward():
-            leaving = node(*gradients)  # type: ignore[operator]  # torch declares no call
+        if node.name() == DDP_SINK:  # called outside of a backward, it fails
+            leaving: tuple[Tensor | None, ...] | Tensor = tuple(gradients)
+        else:
+            with NoForward():
+                leaving = node(*gradients)  # type: ignore[operator]  # torch declares no call
         for (child, number), gradient in zip(
             node.next_functions, leaving if isinstance(leaving, tuple) else (leaving,), strict=False
         ):
