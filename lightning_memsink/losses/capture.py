@@ -71,8 +71,6 @@ class StepCapture:
         self.reader = StepReader(module)
         self.terms: tuple[Term, ...] = ()
         """Of the last captured step, without its samples."""
-        self.is_reported = False
-        """Whether the training step reports its losses itself."""
         self._read = read or self.reader.read
         self._batch: Any = None
         self._backwards: list[_Backward] = []
@@ -113,7 +111,6 @@ class StepCapture:
         self.reader.end()
         step = f"{self.module_name}.training_step"
         reported = read_report(outputs, batch_size, step)
-        self.is_reported = reported is not None
         if reported is not None:
             return reported
         if self.loss is not None:
@@ -179,9 +176,7 @@ class StepCapture:
         return Captured(weigh(terms))
 
     def _remember(self, terms: Sequence[Term]) -> None:
-        self.terms = tuple(
-            Term(term.kind, term.classes, NOTHING, NOTHING, 1.0, term.factor, term.calls) for term in terms
-        )
+        self.terms = tuple(Term(term.kind, term.classes, NOTHING, NOTHING, 1.0, term.factor) for term in terms)
 
     def _not_captured(self, found: str) -> NotCaptured:
         return NotCaptured(remedy(f"{self.module_name}.training_step", found))
@@ -190,14 +185,9 @@ class StepCapture:
 def calls_of_compiled(watch: StepWatch, leaves: Sequence[tuple[Tensor, Tensor]], batch_size: int) -> list[LossCall]:
     """Loss calls seen inside compiled code, as if each were the loss. Their targets say whose their rows are."""
     return [
-        LossCall(*record, losses_upstream(record[2]), rows_of_target(target, leaves, batch_size))
+        LossCall(*record, record[2].new_ones(()), rows_of_target(target, leaves, batch_size))
         for record, target in watch.seen.compiled
     ]
-
-
-def losses_upstream(losses: Tensor) -> Tensor:
-    """One, on the device of ``losses``."""
-    return losses.new_ones(())
 
 
 def read_report(outputs: Any, batch_size: int, step: str) -> Captured | NotCaptured | None:

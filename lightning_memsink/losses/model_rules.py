@@ -87,7 +87,7 @@ def layer_norm(call: Call) -> Outcome:
     provenance = merge(parts, source.shape)
     if isinstance(call.result, Tensor):
         return provenance
-    return [provenance] * len(list(tensors_in([call.result])))
+    return [provenance] * len(tensors_in([call.result]))
 
 
 def group_norm(call: Call) -> Outcome:

@@ -86,7 +86,6 @@ class Term:
     weights: Tensor  # [B]
     scale: Tensor | float
     factor: float = 1.0
-    calls: int = 1
 
     def means(self) -> Tensor:
         return self.sums / self.weights
@@ -131,7 +130,7 @@ def merge(terms: Sequence[Term]) -> Term:
     absent = torch.stack([term.weights == 0 for term in terms])  # their scale may be that of a mean over nothing
     sums = torch.stack([term.sums * term.scale for term in terms]).masked_fill(absent, 0.0).sum(0)
     weights = torch.stack([term.weights * term.scale for term in terms]).masked_fill(absent, 0.0).sum(0)
-    return replace(terms[0], sums=sums, weights=weights, scale=1.0, calls=len(terms))
+    return replace(terms[0], sums=sums, weights=weights, scale=1.0)
 
 
 def alike(calls: Sequence[LossCall]) -> list[list[LossCall]]:

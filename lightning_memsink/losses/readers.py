@@ -1,8 +1,8 @@
-"""The loss functions whose calls are read: how their calls are watched, and how their autograd nodes are read.
+"""The loss functions that are read from autograd's nodes, so that not every step has to be watched.
 
-To add a loss function, add one entry to `LOSS_FUNCTIONS`. `LossWatch` (in `function_mode`) calls its ``record`` with
-the user's arguments. `find_loss_calls` (in `autograd_graph`) looks each node of the graph up by its name and calls
-``read``. Reading computes nothing that the user's forward did not compute, except the unreduced losses.
+To add a loss function, add one entry to `LOSS_FUNCTIONS`. In a watched step ``record`` is called with the user's
+arguments. `find_loss_calls` (in `autograd_graph`) looks each node of the graph up by its name and calls ``read``.
+Reading computes nothing that the user's forward did not compute, except the unreduced losses.
 """
 
 from __future__ import annotations

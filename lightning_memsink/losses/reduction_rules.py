@@ -180,7 +180,7 @@ def pdist(call: Call) -> Outcome:
 def matrices(call: Call) -> Outcome:
     """A function of each matrix in the last two axes (linalg's): they must be one sample's."""
     parts = []
-    results = list(tensors_in([call.result]))
+    results = tensors_in([call.result])
     for operand in call.operands():
         if call.of(operand) is not None:
             if operand.ndim < 2:

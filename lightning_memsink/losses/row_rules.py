@@ -101,7 +101,7 @@ def follow(
     if name in SETTERS:
         result = args[0]
     single = isinstance(result, Tensor)
-    results = [result] if single else list(tensors_in([result]))
+    results = [result] if single else tensors_in([result])
     if not results:
         return None
     if isinstance(known, Lost) and rule is not constant and rule is not layout_rules.set_data:

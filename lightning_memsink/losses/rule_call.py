@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -70,7 +70,7 @@ class Call:
 
     def operands(self) -> list[Tensor]:
         """Every tensor among the arguments, in order."""
-        return [*tensors_in(self.args), *tensors_in(self.kwargs.values())]
+        return tensors_in(self.args) + tensors_in(self.kwargs.values())
 
 
 def within(call: Call, operand: Tensor, axes: Iterable[int], reason: str = "") -> Provenance | None:
@@ -111,15 +111,17 @@ def with_shared(
 Rule: TypeAlias = Callable[[Call], Outcome]
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Tensors in nested tuples, lists and dicts, depth first."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+            found += tensors_in(value)
         elif isinstance(value, dict):
-            yield from tensors_in(value.values())
+            found += tensors_in(value.values())
+    return found
 
 
 def each(provenance: Provenance | None, change: Callable[[Tensor], Tensor]) -> Provenance | None:
@@ -148,9 +150,9 @@ def constant(call: Call) -> Outcome:
     Raises:
         NotFollowed: A value that fills it may depend on the batch.
     """
-    if any(call.of(operand) is not None for operand in list(call.operands())[1:]):
+    if any(call.of(operand) is not None for operand in call.operands()[1:]):
         raise NotFollowed
-    return [None] * len(list(tensors_in([call.result]))) if not isinstance(call.result, Tensor) else None
+    return [None] * len(tensors_in([call.result])) if not isinstance(call.result, Tensor) else None
 
 
 def not_followed(call: Call) -> Outcome:

@@ -33,7 +33,7 @@ def multi_head_attention(call: Call) -> Outcome:
     """``F.multi_head_attention_forward``: ``[L, N, E]`` or ``[L, E]``; weights ``[N, L, S]`` are the second result."""
     query, key, value = call.tensor(0, "query"), call.tensor(1, "key"), call.tensor(2, "value")
     padding, mask = call.kwargs.get("key_padding_mask"), call.kwargs.get("attn_mask")
-    output = next(tensors_in([call.result]))
+    output = tensors_in([call.result])[0]
     parts: list[Part] = [(within(call, query, [-1]), query.shape)]
     for operand in (key, value):
         parts.append((within(call, operand, [0, -1]), [1, *operand.shape[1:]]))
@@ -52,7 +52,7 @@ def multi_head_attention(call: Call) -> Outcome:
         )
         own.append(mask)
     merged = with_shared(call, merge(parts, output.shape), own, output.shape)
-    results = list(tensors_in([call.result]))
+    results = tensors_in([call.result])
     if len(results) == 1:
         return [merged]
     weights = merged
@@ -81,7 +81,7 @@ def encoder_layer(call: Call) -> Outcome:
 
 def native_attention(call: Call) -> Outcome:
     operands = [call.tensor(position, name) for position, name in enumerate(("query", "key", "value"))]
-    results = list(tensors_in([call.result]))
+    results = tensors_in([call.result])
     provenance = merge([(within(call, o, [1, 2]), [o.shape[0], 1, 1]) for o in operands], operands[0].shape)
     provenance = with_shared(call, provenance, operands, operands[0].shape)
     return [each(provenance, lambda o, n=result.ndim: o.reshape([-1] + [1] * (n - 1))) for result in results]  # type: ignore[misc]
@@ -90,11 +90,11 @@ def native_attention(call: Call) -> Outcome:
 def recurrent(call: Call) -> Outcome:
     """lstm, gru, rnn of torch._VF: output, then the last states ``[layers, N, hidden]``."""
     source, second, third = call.args[:3]
-    results = list(tensors_in([call.result]))
+    results = tensors_in([call.result])
     if isinstance(third if call.name != "lstm" else second, Tensor):  # packed: the second argument is batch_sizes
         return _packed(call, source, second, third, results)
     batch_first = bool(call.args[8])
-    states = list(tensors_in([second]))
+    states = tensors_in([second])
     batch = 0 if batch_first else 1
     parts: list[Part] = [(_batch_axis(within(call, source, [1 - batch, 2]), batch), (1, source.shape[batch], 1))]
     parts += [(within(call, state, [0, 2]), (1, state.shape[1], 1)) for state in states]
@@ -131,7 +131,7 @@ def _packed(call: Call, source: Tensor, batch_sizes: Tensor, states: Any, result
 def cell(call: Call) -> Outcome:
     """lstm_cell, gru_cell, rnn_tanh_cell: ``[N, features]``."""
     source = call.tensor()
-    states = list(tensors_in([call.get(1, "hx")]))
+    states = tensors_in([call.get(1, "hx")])
     shape = (*source.shape[:-1], 1)
     provenance = merge([(within(call, operand, [-1]), shape) for operand in (source, *states)], shape)
     provenance = with_shared(call, provenance, [source, *states], shape)

@@ -21,6 +21,7 @@ from lightning_memsink.losses.loss_factors import PRODUCTS, LossFactors
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
 from lightning_memsink.losses.row_rules import changes_in_place, follow
+from lightning_memsink.losses.rule_call import tensors_in
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.unreduced import Record, has_reduction
 
@@ -170,7 +171,7 @@ class StepWatch(TorchFunctionMode):
         return args[0].detach().clone() if self.shadows.touches(args) else None
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, before: Tensor | None) -> None:
-        results = tensors_in(result)
+        results = tensors_in([result])
         if results and torch._C._functorch.is_functorch_wrapped_tensor(results[0]):  # void outside of vmap
             return
         name = getattr(func, "__name__", "")
@@ -204,7 +205,7 @@ class StepWatch(TorchFunctionMode):
             for result in results:
                 self._known.pop(id(result), None)
             return
-        tensors = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        tensors = tensors_in(args) + tensors_in(kwargs.values())
         inputs = [known for each in tensors if (known := self.known(each)) is not None]
         first = inputs[0].name if inputs and name in KEEPS_NAME else ""
         is_dynamic = any(known.is_dynamic for known in inputs) or (
@@ -239,21 +240,6 @@ class StepWatch(TorchFunctionMode):
         is_loss = has_reduction(getattr(functional, made_by, None))
         loss = made_by if is_loss else f"{name} of {made_by or 'a tensor'}"
         return Reduced(func, (operand,), {}, loss, factors, versions((operand,)))
-
-
-def tensors_in(thing: Any) -> list[Tensor]:
-    """The tensors among arguments or results, depth first."""
-    if isinstance(thing, Tensor):
-        return [thing]
-    if not isinstance(thing, (list, tuple, dict)):
-        return []
-    found: list[Tensor] = []
-    for part in thing.values() if isinstance(thing, dict) else thing:
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif isinstance(part, (list, tuple, dict)):
-            found += tensors_in(part)
-    return found
 
 
 def versions(args: Iterable[Any]) -> tuple[int, ...]:
