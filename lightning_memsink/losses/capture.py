@@ -82,12 +82,13 @@ class StepCapture:
         self._batch = batch
         self._backwards.clear()
         self._error = None
-        if self.loss is None:
-            self.reader.begin(batch, batch_size, axes)
+        self.reader.begin(batch, batch_size, axes)  # mitigations read the loss even where `loss` gives the losses
 
     def before_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Just before ``loss`` is differentiated, multiplied with ``loss_scale`` as it is: by accumulation, and by a
         gradient scaler, which may choose another scale before the step ends."""
+        if self.automatic:  # what follows, the optimizer's step among it, is none of the loss
+            self.reader.watch.stop()
         if (self.automatic and self._backwards) or self.loss is not None:
             return
         calls: list[LossCall] = []
@@ -98,8 +99,6 @@ class StepCapture:
             refusal = error
         except Exception as error:
             self._error = error
-        if self.automatic:  # what follows, the optimizer's step among it, is none of the loss
-            self.reader.watch.stop()
         self._backwards.append(_Backward(loss.detach(), loss_scale, calls, refusal))
 
     def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:

@@ -101,3 +101,15 @@ def test_a_loss_function_is_watched_and_read_alike(entry):
     assert (found.call.kind, found.call.classes) == (watched.kind, watched.classes)
     assert torch.equal(found.call.losses, watched.losses)
     assert watched.rows.fold(torch.ones_like(watched.losses), B).tolist() == [watched.losses.numel() / B] * B
+
+
+def test_where_the_user_gives_the_losses_mitigations_still_read_the_loss():
+    capture, batch = StepCapture(loss=lambda batch, outputs: torch.zeros(B)), {"x": torch.rand(B, C)}
+    head = torch.nn.Linear(C, C)
+    capture.begin(batch, B)
+    loss = F.cross_entropy(head(batch["x"]), torch.arange(B))
+    capture.before_backward(loss)
+    (found,) = capture.reader.read(loss)
+    assert torch.equal(found.call.losses, F.cross_entropy(head(batch["x"]), torch.arange(B), reduction="none"))
+    assert found.call.rows.owners.flatten().tolist() == list(range(B))
+    assert capture.finish(loss, B).losses.tolist() == [0.0] * B
