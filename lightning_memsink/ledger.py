@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_memsink.mitigation.certificate import Certificate
     from lightning_memsink.mitigation.intervention_log import InterventionLog
     from lightning_memsink.samples.control_table import ControlTable
+    from lightning_memsink.samples.documents import Documents
     from lightning_memsink.samples.loss_table import LossTable
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ class CurrentBatch:
 
     ids: Tensor | None = None
     """``[B]`` int64; None where its samples can't be identified."""
+    documents: Documents | None = None
+    """Where rows hold several documents, which are the samples then: which token is of which."""
     reader: StepReader = field(default_factory=StepReader)
     """Reads the loss calls of a loss before its backward, once for all callbacks."""
 

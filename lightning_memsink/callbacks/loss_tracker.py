@@ -28,8 +28,10 @@ from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.losses.unreadable import InternalError
 from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.control_table import ControlTable
+from lightning_memsink.samples.documents import Segments
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
+from lightning_memsink.samples.tagged_batch import Fetched
 from lightning_memsink.samples.visits import DescribedBatch, Visit
 
 
@@ -42,8 +44,12 @@ class LossTracker(Callback):
     Args:
         identity: what makes two visits the same sample. ``index``: its place in the data set. ``content``: equal
             token sequences (or tensors) share one id, so that duplicates count as visits of one sample.
-            ``key``: ``batch[key]``. ``auto``: the key if the batch has it, else the index, else the content.
+            ``key``: ``batch[key]``. ``auto``: the key if the batch has it, else the content of batches of tokens (a
+            text is one sample, wherever it stands), else the index, else the content.
         key: name of the user's own ids in the batch.
+        segments: ``segments(batch) -> [R, T]``, the number of the document that each token is of, negative for padding,
+            where rows hold several documents and the batch doesn't say so (`samples.documents`). Documents are the
+            samples then.
         depth: recent losses remembered per sample, for you to read in the ledger; 2 bytes each.
         features: ``features(batch) -> [B, F]``, what samples are matched on beside the early loss. For batches of
             tokens the default is n-gram likelihood and compressed size; for others there is none.
@@ -66,6 +72,7 @@ class LossTracker(Callback):
         self,
         identity: Literal["auto", "index", "content", "key"] = "auto",
         key: str = "sample_id",
+        segments: Segments | None = None,
         depth: int = 0,
         features: Callable[[Any], Tensor] | None = None,
         loss: LossOfSamples | None = None,
@@ -76,7 +83,7 @@ class LossTracker(Callback):
         new_ledger: bool = False,
     ) -> None:
         self.probe = ControlProbe(controls, control_fraction, control_every)
-        self.sample_ids = SampleIds(identity, key)
+        self.sample_ids = SampleIds(identity, key, segments)
         self.loader_ids = LoaderIds(self.sample_ids)
         self.features = features
         self.loss = loss
@@ -117,10 +124,10 @@ class LossTracker(Callback):
             ids = None
         self._current = self._described(batch, ids, self.loader_ids.axes)
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
-        self.batch.ids = None
+        self.batch.ids = self.batch.documents = None
         if self._current is not None:
-            self.batch.ids = self._current[0]
-            self.capture.begin(batch, len(self.batch.ids), self.loader_ids.axes)
+            self.batch.ids, self.batch.documents = self._current.ids, self.sample_ids.documents
+            self.capture.begin(batch, len(self.batch.ids), self.loader_ids.axes, self.batch.documents is not None)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._current is not None:
@@ -131,15 +138,14 @@ class LossTracker(Callback):
     ) -> None:
         current, self._current = reported(outputs, self._current), None
         if current is not None:
-            ids, tokens, features = current
-            captured = self.capture.finish(outputs, len(ids))
+            captured = self.capture.finish(outputs, len(current.ids))
             if isinstance(captured, NotCaptured):
                 self._warn(captured)
-                losses = torch.full((len(ids),), torch.nan)
+                losses, counted = torch.full((len(current.ids),), torch.nan), None
             else:
                 self._self_check(captured.explained)
-                losses = captured.losses.detach().float().cpu()
-            self.visits.add(Visit(ids, losses, self._step, tokens, features))
+                losses, counted = captured.losses.detach().float().cpu(), captured.counted
+            self.visits.add(Visit.of(current, losses, self._step, trainer.current_epoch, self._parts(current, counted)))
         if trainer.world_size > 1 or len(self.visits) >= self.flush_every:
             self.visits.flush()
         if self.probe.is_due(trainer.global_step, self.controls.latest_step):
@@ -164,7 +170,8 @@ class LossTracker(Callback):
         ids = self.loader_ids.take(batch, "validate") if counts else None
         self._current = self._described(batch, ids, self.loader_ids.axes)
         if self._current is not None and not trainer.sanity_checking:
-            self.control_capture.begin(batch, len(self._current.ids), self.loader_ids.axes)
+            is_packed = self.sample_ids.documents is not None
+            self.control_capture.begin(batch, len(self._current.ids), self.loader_ids.axes, is_packed)
         self.validation_weights.watch(trainer, pl_module, batch_idx)
 
     def on_validation_batch_end(
@@ -200,6 +207,7 @@ class LossTracker(Callback):
             "controls": self.controls.state_dict(),
             **self.visits.state_dict(),
             "validation_weights": self.validation_weights.state_dict(),
+            "identity": self.sample_ids.source,
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -212,10 +220,29 @@ class LossTracker(Callback):
             self.controls.load_state_dict(state_dict["controls"])
             self.visits.load_state_dict(state_dict)
             self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
+            self.sample_ids.takes_rows = "identity" not in state_dict  # as versions did that have not written it
 
     def _described(self, batch: Any, ids: Tensor | None, axes: Axes | None) -> DescribedBatch | None:
         """The samples of a batch, which lie along ``axes``; None if they can't be identified."""
-        return DescribedBatch.of(batch, ids, self.features, axes) if ids is not None and len(ids) else None
+        if ids is None or not len(ids):
+            return None
+        named = self.sample_ids
+        return DescribedBatch.of(batch, ids, self.features, axes, named.documents, named.rows)
+
+    def _parts(self, samples: DescribedBatch, counted: Tensor | None) -> Tensor | None:
+        """``[B]`` how many elements each loss is of, where samples of one id may be windows of one document."""
+        if self.sample_ids.source != "key" or samples.tokens is None:
+            return None
+        return samples.tokens.mask.sum(1).float() if counted is None else counted.detach().float().cpu()
+
+    def _fetched(
+        self, batch: Any, rows: Tensor | None, fetched: Fetched
+    ) -> tuple[DescribedBatch | None, Axes | None, bool]:
+        """For `ControlProbe.evaluate`."""
+        ids = self.sample_ids.of(batch, rows, fetched)
+        documents = self.sample_ids.documents
+        axes = fetched.axes if documents is None else documents.axes(batch)
+        return self._described(batch, ids, axes), axes, documents is not None
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""
@@ -226,7 +253,7 @@ class LossTracker(Callback):
         batch = reported(outputs, batch)
         if batch is None:
             return
-        ids, tokens, features = batch
+        ids, tokens, features = batch[:3]
         captured = self.control_capture.finish(outputs, len(ids))
         if isinstance(captured, NotCaptured):
             self._warn(captured)
@@ -248,10 +275,9 @@ class LossTracker(Callback):
         self.visits.flush()
         self.controls.begin(trainer.global_step)
         try:
-            with closing(self.probe.evaluate(trainer, pl_module, self.control_capture)) as steps:
-                for batch, rows, outputs in steps:
-                    ids = self.sample_ids.of(batch, rows, self.probe.fetched)
-                    self._add_controls(self._described(batch, ids, self.probe.axes), outputs)
+            with closing(self.probe.evaluate(trainer, pl_module, self.control_capture, self._fetched)) as steps:
+                for samples, outputs in steps:
+                    self._add_controls(samples, outputs)
         except Exception as error:  # an evaluation must not end the training
             self.control_capture.abandon()
             self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before

@@ -13,6 +13,7 @@ USAGE = """usage: memsink COMMAND ...
   validate CONFIG [-c MORE] [--any.option=value]  check a config without training
   audit --model DIR --suspects FILE --controls FILE   test a finished model for memorized texts
   report DIR [--against OTHER]                    write the HTML report of a finished run or audit again
+  samples RUN [--source LABEL] [--text DATA]      list the most memorized samples of a finished run
   recipes ls                                      list the recipes that come with memsink
   recipes cp NAME [DEST] [--force]                copy a recipe, to edit it
 
@@ -39,12 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_memsink.cli.report import run as report
 
         return report(rest)
+    elif command == "samples":
+        from lightning_memsink.cli.samples import run as samples
+
+        return samples(rest)
     elif command == "validate":
         from lightning_memsink.cli.validate import validate
 
         print(validate(rest))
     else:
-        hint = did_you_mean(command, ["fit", "validate", "audit", "report", "recipes"])
+        hint = did_you_mean(command, ["fit", "validate", "audit", "report", "samples", "recipes"])
         raise SystemExit(f"memsink has no command `{command}`{hint or '. List them: memsink --help'}")
     return 0
 

@@ -30,6 +30,7 @@ from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.losses.target_rows import rows_of_target
 from lightning_memsink.losses.unreadable import UnreadableLoss, internal_error
+from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.visits import DescribedBatch
 
 NOTHING = torch.zeros(0)
@@ -77,12 +78,15 @@ class StepCapture:
         self._steps_without_calls = 0  # of those watched in compiled code
         self._error: Exception | None = None  # while reading the graph of this step
 
-    def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
-        """At the start of a training step on ``batch``, whose tensors have their samples along ``axes``."""
+    def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
+        """At the start of a training step on ``batch``, whose tensors have their samples along ``axes``; whether its
+        rows hold several samples."""
         self._batch = batch
         self._backwards.clear()
         self._error = None
-        self.reader.begin(batch, batch_size, axes)  # mitigations read the loss even where `loss` gives the losses
+        self.reader.begin(
+            batch, batch_size, axes, is_packed
+        )  # mitigations read the loss even where `loss` gives the losses
 
     def before_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Just before ``loss`` is differentiated, multiplied with ``loss_scale`` as it is: by accumulation, and by a
@@ -140,7 +144,7 @@ class StepCapture:
         losses = weigh(terms)
         self._remember(terms)
         explained, self.reader.explained = self.reader.explained, None
-        return Captured(losses, explained)
+        return Captured(losses, explained, terms[0].weights if len(terms) == 1 else None)
 
     def _refused(
         self, refusal: UnreadableLoss, compiled: Sequence[LossCall], backwards: Sequence[_Backward], batch_size: int

@@ -24,7 +24,7 @@ from lightning_memsink.losses.sample_rows import SampleAxisLost
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.losses.unreadable import UnreadableLoss
-from lightning_memsink.samples.batch_rows import rows_of
+from lightning_memsink.samples.batch_rows import Axes, rows_of
 
 MOST_DRIFT = 1.5  # of a weight between the last training step and validation
 
@@ -44,12 +44,12 @@ class EvaluationCapture:
         self._batch: Any = None
         self._leaves: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
-        """At the start of a validation step on ``batch``."""
+    def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
+        """At the start of a validation step on ``batch``; the arguments as in training."""
         self._batch, self._shadows = batch, ShadowGraph()
         self._leaves = rows_of(batch, batch_size, axes) if batch_size else []
         if self.training.loss is None:
-            self.watch.start(self._leaves, self._shadows)
+            self.watch.start(self._leaves, self._shadows, is_packed)
 
     def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
         """At the end of a validation step; ``outputs`` and ``batch_size`` as in training."""

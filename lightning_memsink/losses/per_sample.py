@@ -66,11 +66,13 @@ class Captured:
 
     ``losses`` is ``[B]`` float32, in the loss's own units (nats per token); NaN where no element of the sample counted.
     ``explained`` is the share of the step's loss that these calls add up to (1: all of it), known for the first
-    captured step only, because reading it waits for the device.
+    captured step only, because reading it waits for the device. ``counted`` is ``[B]``: the weight of each sample's
+    elements together, their number in an unweighted mean; None if there are several losses.
     """
 
     losses: Tensor
     explained: float | None = None
+    counted: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,13 @@ def _provenance(reduced: Reduced, losses: Tensor, watch: StepWatch) -> Provenanc
         return result  # type: ignore[no-any-return]
 
     provenance = found(watch.provenance_of)
-    if isinstance(provenance, Lost) and MIXED not in provenance.reason:
+    if isinstance(provenance, Lost) and (watch.is_packed or MIXED not in provenance.reason):
         opaque = provenance
 
         def of_target(tensor: Tensor) -> Provenance | None:
             own = watch.provenance_of(tensor)
-            return None if isinstance(own, Lost) and MIXED not in own.reason else own
+            is_hidden = isinstance(own, Lost) and (watch.is_packed or MIXED not in own.reason)
+            return None if is_hidden else own
 
         by_target = found(of_target)
         return by_target if isinstance(by_target, Rows) else opaque

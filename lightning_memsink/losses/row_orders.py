@@ -103,6 +103,29 @@ class RowOrders:
         return [_rows(runs, shape) for runs, shape in zip(orders, shapes, strict=True) if runs is not None]
 
 
+class TargetOrders:
+    """For batches whose rows hold several samples: in which kinds of steps the targets alone say whose rows are whose.
+
+    The order is another one in each batch, and is read off its targets.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, bool] = {}
+
+    @property
+    def are_known(self) -> bool:
+        """Whether no step need be watched."""
+        return bool(self._known) and all(self._known.values())
+
+    def learn(self, key: Hashable, do_say: bool) -> None:
+        self._known[key] = do_say and self._known.get(key, True)
+
+    def require(self, key: Hashable) -> None:
+        """Raises `NotWatched` where the targets of such steps do not say it, or none was watched yet."""
+        if not self._known.get(key, False):
+            raise NotWatched("no step like it was watched before")
+
+
 class NotWatched(SampleAxisLost):
     """The rows of this step would be known if it had been watched."""
 

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes, names_near
+from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import terms_of, weigh
 from lightning_memsink.losses.readers import is_report
 from lightning_memsink.losses.reductions import LossParts, read_reductions, share_explained
-from lightning_memsink.losses.row_orders import NotWatched, RowOrders
+from lightning_memsink.losses.row_orders import NotWatched, RowOrders, TargetOrders
 from lightning_memsink.losses.sample_rows import SampleAxisLost, SampleRows
 from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.losses.target_rows import place_of, rows_of_target
 from lightning_memsink.losses.unreadable import UnreadableLoss
 from lightning_memsink.losses.upstreams import set_upstreams
 from lightning_memsink.samples.batch import tensors_in
-from lightning_memsink.samples.batch_rows import rows_of
+from lightning_memsink.samples.batch_rows import Axes, rows_of
 
 FIRST_STEPS = 8
 EVERY = 50
@@ -55,6 +57,8 @@ class StepReader:
         self.is_compiled = False
         """Whether to watch loss calls inside compiled code, which leaves none in the graph."""
         self.batch_size = 0
+        self.is_packed = False
+        self._targets = TargetOrders()
         self._steps = self._refused = 0
         self._is_always = self._is_armed = False
         self._orders = RowOrders()
@@ -67,19 +71,19 @@ class StepReader:
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._read: tuple[Tensor, LossNodes | Exception] | None = None
 
-    def begin(self, batch: Any, batch_size: int, axes: Sequence[int] | None = None) -> None:
-        """At the start of a training step, before its forward."""
-        self.batch_size, self._read = batch_size, None
+    def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
+        """At the start of a training step, before its forward; ``is_packed``: rows hold several samples."""
+        self.batch_size, self._read, self.is_packed = batch_size, None, is_packed
         self._tensors = list(tensors_in(batch)) if batch_size else []
         self._versions = [tensor._version for tensor in self._tensors if not tensor.is_inference()]
         self.is_watching = self.can_watch and self._is_due()
         self._steps += 1
         self.leaves = []
-        if self.is_watching or not self.can_watch:
+        if self.is_watching or not self.can_watch or is_packed:
             self.leaves = rows_of(batch, batch_size, axes) if batch_size else []
         if self.is_watching or self.is_compiled:
             self._is_armed = False
-            self.watch.start(self.leaves)
+            self.watch.start(self.leaves, is_packed=is_packed)
 
     def read(self, loss: Tensor, loss_scale: float = 1.0) -> LossNodes:
         """The loss calls of ``loss``, before its backward; read once for all callers.
@@ -115,6 +119,8 @@ class StepReader:
             return True
         if self._refused >= FIRST_STEPS:
             return False
+        if self.is_packed:
+            return not self._targets.are_known
         return self._is_always or self._is_armed or (is_new and not self._orders.are_general)
 
     def _nodes(self, loss: Tensor, loss_scale: float) -> LossNodes:
@@ -190,6 +196,9 @@ class StepReader:
         calls = [each.call for each in found]
         if parts is not None:
             self._kinds[key] = [(each.call.kind, each.call.classes) for each in parts.found]
+        if self.is_packed:
+            self._targets.learn(key, agrees and self._targets_say(calls, losses, loss_scale))
+            return found if agrees else None
         if not agrees or not self._orders.learn(
             key, [call.rows for call in calls], [call.shape for call in calls], self.batch_size
         ):
@@ -213,8 +222,17 @@ class StepReader:
             own.call.rows = SampleRows(rows.owners.expand(shape).reshape(own.call.losses.shape))
             own.call.kind, own.call.classes = other.call.kind, other.call.classes
         again = weigh(terms_of([each.call for each in found], self.batch_size, loss_scale))
-        precision = max(1e-3, 2 * torch.finfo(loss.dtype).eps)
-        return torch.allclose(again.float(), losses.float(), rtol=precision, atol=1e-4, equal_nan=True)
+        return _are_close(again, losses, max(1e-3, 2 * torch.finfo(loss.dtype).eps))
+
+    def _targets_say(self, calls: Sequence[LossCall], losses: Tensor, loss_scale: float) -> bool:
+        """Whether the calls' targets alone give the same losses."""
+        alike = [replace(call, rows=self._rows_by_target(call)) for call in calls]
+        if any(isinstance(call.rows, str) for call in alike):
+            return False
+        return _are_close(weigh(terms_of(alike, self.batch_size, loss_scale)), losses)
+
+    def _rows_by_target(self, call: LossCall) -> SampleRows | str:
+        return rows_of_target(call.target, self.leaves, self.batch_size)
 
     def _from_graph(self, loss: Tensor) -> LossNodes:
         """The calls of a step that is not watched."""
@@ -226,11 +244,16 @@ class StepReader:
         calls = [each.call for each in found]
         if not self.can_watch:
             for call in calls:
-                call.rows = rows_of_target(call.target, self.leaves, self.batch_size)
+                call.rows = self._rows_by_target(call)
             return found
         key = self._key(found)
+        rows: Sequence[SampleRows | str]
         try:
-            rows = self._orders.of(key, [call.shape for call in calls], self.batch_size)
+            if self.is_packed:
+                self._targets.require(key)
+                rows = [self._rows_by_target(call) for call in calls]
+            else:
+                rows = self._orders.of(key, [call.shape for call in calls], self.batch_size)
         except NotWatched:
             self._is_armed = True
             self._missed += 1
@@ -248,6 +271,10 @@ class StepReader:
         return changed, tuple(
             (call.kind, call.classes, len(call.shape), place_of(call.target, self._tensors)) for call in calls
         )
+
+
+def _are_close(ours: Tensor, theirs: Tensor, precision: float = 1e-3) -> bool:
+    return torch.allclose(ours.float(), theirs.float(), rtol=precision, atol=1e-4, equal_nan=True)
 
 
 def has_compiled_parts(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -21,7 +21,7 @@ from lightning_memsink.losses.loss_factors import PRODUCTS, LossFactors
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
 from lightning_memsink.losses.row_rules import changes_in_place, follow
-from lightning_memsink.losses.rule_call import tensors_in
+from lightning_memsink.losses.rule_call import ProvenanceOf, tensors_in
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.unreduced import Record, has_reduction
 
@@ -38,6 +38,9 @@ DYNAMIC = frozenset(
     "index_add_ scatter_add scatter_add_ index_copy index_copy_ scatter scatter_ __setitem__ index_put "
     "index_put_".split()
 )
+
+
+PACKED = "it has no targets of the batch, whose rows hold several documents"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class StepWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.entered = self.paused = False
+        self.entered = self.paused = self.is_packed = False
         self.seen = Watched()
         self.shadows: ShadowGraph | None = None
         self.error: Exception | None = None
@@ -100,15 +103,22 @@ class StepWatch(TorchFunctionMode):
         self._known: dict[int, _Known] = {}
         self._factors = LossFactors()
 
-    def start(self, rows: Iterable[tuple[Tensor, Tensor]] = (), shadows: ShadowGraph | None = None) -> None:
+    def start(
+        self,
+        rows: Iterable[tuple[Tensor, Tensor]] = (),
+        shadows: ShadowGraph | None = None,
+        is_packed: bool = False,
+    ) -> None:
         """Enters the mode.
 
         Args:
             rows: the batch's tensors with their owners, as `SampleRows` has them.
             shadows: to be filled, in a step that autograd does not record.
+            is_packed: whether a row of the batch holds several samples. What the model makes of a row is then of none
+                of them alone: a loss is that of the sample whose target it has.
         """
         self.clear()
-        self.error, self.paused, self.shadows = None, False, shadows
+        self.error, self.paused, self.shadows, self.is_packed = None, False, shadows, is_packed
         for tensor, owners in rows:
             self._known[id(tensor)] = _Known(weakref.ref(tensor), Rows((owners,)), "batch")
         if not self.entered:
@@ -180,7 +190,10 @@ class StepWatch(TorchFunctionMode):
         if changes and args and self.known(args[0]) is None:  # unknown before, so a constant; now it has a graph
             first = args[0]
             provenance_of = lambda tensor: None if tensor is first else self.provenance_of(tensor)  # noqa: E731
-        found: Any = follow(func, args, kwargs, result, provenance_of)
+        if self.is_packed:
+            found: Any = self._followed_in_rows(func, args, kwargs, result, provenance_of)
+        else:
+            found = follow(func, args, kwargs, result, provenance_of)
         if changes and args and not results:
             results = [args[0]]
         if results and changes:
@@ -214,6 +227,21 @@ class StepWatch(TorchFunctionMode):
         for result, provenance in zip(results, provenances, strict=False):
             self._known[id(result)] = _Known(weakref.ref(result), provenance, first or name, is_dynamic)
 
+    def _followed_in_rows(
+        self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, provenance_of: ProvenanceOf
+    ) -> Any:
+        """Provenance where rows hold several samples: what parameters have touched has none of its own."""
+        tensors = tensors_in([args, list(kwargs.values())])
+        is_of_model = any(isinstance(tensor, nn.Parameter) for tensor in tensors)
+        found: Any = None
+        if not is_of_model:
+            found = follow(func, args, kwargs, result, lambda tensor: _if_known(provenance_of(tensor)))
+            is_of_model = any(isinstance(provenance_of(tensor), Lost) for tensor in tensors)
+        if found is not None or not is_of_model:
+            return found
+        opaque = Lost(PACKED)
+        return opaque if isinstance(result, Tensor) else [opaque] * len(tensors_in([result]))
+
     def _forget_base(self, view: Tensor, found: Any) -> None:
         """Loses the rows of a tensor that was changed through ``view``, unless they are what they were."""
         base = view._base
@@ -240,6 +268,10 @@ class StepWatch(TorchFunctionMode):
         is_loss = has_reduction(getattr(functional, made_by, None))
         loss = made_by if is_loss else f"{name} of {made_by or 'a tensor'}"
         return Reduced(func, (operand,), {}, loss, factors, versions((operand,)))
+
+
+def _if_known(provenance: Provenance | None) -> Provenance | None:
+    return provenance if isinstance(provenance, Rows) else None
 
 
 def versions(args: Iterable[Any]) -> tuple[int, ...]:

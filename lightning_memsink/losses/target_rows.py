@@ -83,5 +83,5 @@ def _orders(leaf: Tensor, owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     yield leaf.transpose(0, 1), owners.transpose(0, 1)
     if leaf.ndim == 2 and not leaf.is_floating_point():  # tokens to predict from those before them
         yield leaf[:, 1:], owners[:, 1:]
-        yield pad(leaf[:, 1:], (0, 1), value=-100), owners
+        yield pad(leaf[:, 1:], (0, 1), value=-100), torch.cat([owners[:, 1:], owners[:, -1:]], 1)
         yield leaf.T[1:], owners.T[1:]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_memsink.samples.batch import batch_size, describe, describe_tensors
 from lightning_memsink.samples.batch_rows import rows_of
-from lightning_memsink.samples.tokens import tokens_of
+from lightning_memsink.samples.tokens import Tokens, tokens_of
 
 GOLDEN_64 = -0x61C8864680B583EB  # 2^64 / the golden ratio, as int64
 GOLDEN_32 = 0x9E3779B1  # 2^32 / the golden ratio, as a prime
@@ -38,9 +38,7 @@ def content_ids(batch: Any, size: int | None = None, axes: Sequence[int] | None 
     """
     tokens = tokens_of(batch, axes)
     if tokens is not None and size in (None, len(tokens.ids)):
-        rank = tokens.mask.cumsum(1) - 1
-        weights = _weights(tokens.ids.shape[1], tokens.ids.device)[rank]
-        return splitmix64(_folded(tokens.ids * tokens.mask, weights) + splitmix64(tokens.mask.sum(1)))
+        return text_ids(tokens)
     size = batch_size(batch, size, axes) if size is None else size
     rows = [] if size is None else rows_of(batch, size, axes, first_axis=True)
     if size is None or not rows:
@@ -52,6 +50,13 @@ def content_ids(batch: Any, size: int | None = None, axes: Sequence[int] | None 
     for tensor, owners in rows:
         ids = _joined(ids, tensor.detach(), owners)
     return ids
+
+
+def text_ids(tokens: Tokens) -> Tensor:
+    """``[B]`` int64: a hash of the tokens of each text that are not padding, in their order."""
+    rank = tokens.mask.cumsum(1) - 1
+    weights = _weights(tokens.ids.shape[1], tokens.ids.device)[rank]
+    return splitmix64(_folded(tokens.ids * tokens.mask, weights) + splitmix64(tokens.mask.sum(1)))
 
 
 def _joined(ids: Tensor, tensor: Tensor, owners: Tensor) -> Tensor:

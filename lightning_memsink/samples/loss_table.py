@@ -21,19 +21,30 @@ REMEDY = (
 
 
 class Column:
-    """A column of a `LossTable`: read as an attribute, it is a view of one row per known sample, ``[N, ...]``."""
+    """A column of a `LossTable`: read as an attribute, it is a view of one row per known sample, ``[N, ...]``.
 
-    def __init__(self, dtype: torch.dtype, unknown: float) -> None:
+    Args:
+        dtype: of its values.
+        unknown: the value of a row that nothing was written to.
+        is_optional: whether it takes no memory before `LossTable.write` writes to it.
+    """
+
+    def __init__(self, dtype: torch.dtype, unknown: float, is_optional: bool = False) -> None:
         self.dtype = dtype
         self.unknown = unknown
-        """The value of a row that nothing was written to."""
+        self.is_optional = is_optional
         self.name = ""
+
+    def empty(self, rows: int) -> Tensor:
+        """``[rows]`` of rows that nothing was written to."""
+        return torch.full((rows,), self.unknown, dtype=self.dtype)
 
     def __set_name__(self, owner: type[LossTable], name: str) -> None:
         self.name = name
 
     def __get__(self, table: LossTable, owner: type[LossTable]) -> Tensor:
-        return table.columns[self.name][: len(table)]
+        column = table.columns.get(self.name)
+        return self.empty(len(table)) if column is None else column[: len(table)]
 
 
 class LossTable:
@@ -67,6 +78,21 @@ class LossTable:
     """``[N, K]`` the last K losses, newest first. K is 0 by default: nothing in this package reads them."""
     features = Column(torch.float16, 0)
     """``[N, F]`` matching features, as of the last time they were described."""
+    first_row = Column(torch.int64, -1, is_optional=True)
+    """Row of the data set that the text first came from."""
+    rows = Column(torch.int16, 0, is_optional=True)
+    """How many rows it came from, counted in the epoch in which it first came."""
+    source = Column(torch.int16, -1, is_optional=True)
+    """Code of its source's label."""
+    family = Column(torch.int32, -1, is_optional=True)
+    """Lowest row of this table with a near-duplicate of the text; its own if there is none."""
+    window = Column(torch.int64, 0, is_optional=True)
+    """Hash of the first window of the latest visit, of a document that may be cut into several."""
+    window_tokens = Column(torch.int32, 0, is_optional=True)
+    """Tokens of that visit so far."""
+    window_epoch = Column(torch.int16, -1, is_optional=True)
+    window_step = Column(torch.int32, -1, is_optional=True)
+    """Optimizer step at which that visit began."""
 
     def __init__(self, depth: int = 0) -> None:
         self.index = IdIndex()
@@ -76,7 +102,9 @@ class LossTable:
         """Step from which a visit counts as early; None until the controls were evaluated once."""
         sizes = {"recent": (0, depth), "features": (0, 0)}
         self.columns = {
-            name: torch.zeros(sizes.get(name, (0,)), dtype=column.dtype) for name, column in COLUMNS.items()
+            name: torch.zeros(sizes.get(name, (0,)), dtype=column.dtype)
+            for name, column in COLUMNS.items()
+            if not column.is_optional
         }
         """All columns by name, with the rows they have in reserve."""
 
@@ -100,6 +128,13 @@ class LossTable:
         """Bytes of memory: the columns, with the rows they have in reserve, and the index."""
         return self.index.nbytes + sum(column.nbytes for column in self.columns.values())
 
+    def write(self, name: str, rows: Tensor, values: Tensor) -> None:
+        """Writes ``values`` ``[V]`` to an optional column, in the rows ``[V]`` of this table."""
+        if name not in self.columns:
+            self.columns[name] = COLUMNS[name].empty(len(self.columns["exposures"]))
+        column = self.columns[name]
+        column[rows] = values.to(column.dtype)
+
     def describe(self, rows: Tensor, features: Tensor) -> None:
         """Writes matching features ``[V, F]`` of the samples in ``rows`` ``[V]``, which are distinct."""
         if self.features.shape[1] != features.shape[1]:
@@ -110,14 +145,32 @@ class LossTable:
         """``[V]`` one feature of the samples in ``rows``; 0 where it is not known yet."""
         return self.features[rows, column].float() if column < self.features.shape[1] else torch.zeros(len(rows))
 
-    def record(self, ids: Tensor, losses: Tensor, steps: Tensor, elements: Tensor) -> Tensor:
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """``[V]`` int64: the rows of samples, new ones for those that are not known yet."""
+        rows = self.index.intern(ids)
+        self._grow(len(self.index))
+        return rows
+
+    def record(
+        self, ids: Tensor, losses: Tensor, steps: Tensor, elements: Tensor, is_part: Tensor | None = None
+    ) -> Tensor:
         """Records visits in the order they happened, all ``[V]``. Returns their samples' rows ``[V]`` int64.
 
         A visit whose loss is NaN or infinite counts as an exposure and leaves every loss as it was.
+
+        Args:
+            ids: of the samples.
+            losses: of the visits.
+            steps: optimizer steps before them.
+            elements: of each loss.
+            is_part: bool ``[V]``, where a document is cut into windows: the visit goes on, so it is no exposure more,
+                and the loss is that of the visit so far.
         """
-        rows = self.index.intern(ids)
-        self._grow(len(self.index))
-        self.exposures.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
+        rows = self.rows_of(ids)
+        counts = torch.ones_like(rows, dtype=torch.int32) if is_part is None else (~is_part).int()
+        self.exposures.index_add_(0, rows, counts)
+        if is_part is not None:
+            self._go_on(rows[is_part], losses[is_part])
         finite = torch.isfinite(losses).nonzero().flatten()
         by_row, order = rows[finite].sort(stable=True)
         visits = finite[order]
@@ -139,6 +192,13 @@ class LossTable:
             first[1:] = rows_late[1:] != rows_late[:-1]
             self._set_once("early", rows_late[first], losses[visits_late[first]], steps[visits_late[first]])
         return rows
+
+    def _go_on(self, rows: Tensor, losses: Tensor) -> None:
+        """Corrects the losses of visits that go on, where the visit is the sample's first, or its early one."""
+        for which in ("first", "early"):
+            loss, step = self.columns[f"{which}_loss"], self.columns[f"{which}_step"]
+            same = torch.isfinite(losses) & (step[rows] >= self.window_step[rows].clamp(min=0))
+            loss[rows[same]] = losses[same].to(loss.dtype)
 
     def _set_once(self, which: str, rows: Tensor, losses: Tensor, steps: Tensor) -> None:
         """Writes the ``first`` or ``early`` loss and step of rows that have none."""
@@ -196,10 +256,11 @@ class LossTable:
         samples = len(torch.unique(state["ids"]))
         if samples != rows:
             return f"{rows} rows have {samples} different ids"
-        if columns.keys() != self.columns.keys():
+        optional = {name: column.empty(0) for name, column in COLUMNS.items() if column.is_optional}
+        if columns.keys() - optional.keys() != self.columns.keys() - optional.keys():
             return f"it has the columns {', '.join(columns)}, and not {', '.join(self.columns)}"
-        for name, own in self.columns.items():
-            saved = columns[name]
+        for name, saved in columns.items():
+            own = self.columns[name] if name in self.columns else optional[name]
             if len(saved) != rows or saved.dtype != own.dtype or saved.ndim != own.ndim:
                 return f"column {name} is {saved.dtype} {list(saved.shape)} for {rows} samples"
         return ""

@@ -1,6 +1,6 @@
 """One 64-bit id for each sample of a batch: from the batch's key, the row in the data set, or a hash of the content.
 
-B  samples in a batch
+B  samples in a batch      D  documents, which are the samples where rows hold several      R  rows
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch import batch_size, describe_tensors, is_index_of, is_surely_batched, tensors_in
-from lightning_memsink.samples.hashing import content_ids
+from lightning_memsink.samples.documents import Documents, Segments, documents_in, is_of_tokens, text_in
+from lightning_memsink.samples.hashing import content_ids, text_ids
 from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
@@ -29,22 +30,36 @@ class SampleIds:
     Args:
         identity: ``"key"``: what the batch holds under `key`. ``"index"``: the sampler's key, the row of a map-style
             data set; it travels with the sample, so workers may deliver in any order. ``"content"``: a hash, so that
-            equal samples share an id. ``"auto"``: the first of key, index and content that there is.
+            equal samples share an id. ``"auto"``: the key if there is one; else the content of batches of tokens, since
+            a text is one sample wherever it stands; else the index, else the content.
         key: where a batch that is a mapping holds ids of the user's own: integers, strings, tuples, or anything else
-            whose repr is the same in every run.
+            whose repr is the same in every run. Numbers ``[R, T]`` also say which document each token is of.
+        segments: ``segments(batch) -> [R, T]``: the document of each token, where the batch doesn't say it.
 
     Ids are any 64-bit numbers, negative ones included, and a batch may hold one twice. `names` has the keys that are
     no such numbers as they were.
     """
 
-    def __init__(self, identity: Literal["auto", "index", "content", "key"] = "auto", key: str = "sample_id") -> None:
+    def __init__(
+        self,
+        identity: Literal["auto", "index", "content", "key"] = "auto",
+        key: str = "sample_id",
+        segments: Segments | None = None,
+    ) -> None:
         if identity not in _IDENTITIES:
             close = get_close_matches(str(identity), _IDENTITIES, n=1)
             cure = f"Did you mean {close[0]!r}?" if close else f"Choose one of {', '.join(map(repr, _IDENTITIES))}."
             raise ValueError(f"SampleIds knows no identity={identity!r}. {cure}")
         self.identity = identity
         self.key = key
+        self.segments = segments
         self.names = SampleNames()
+        self.documents: Documents | None = None
+        """Of the latest batch, if they are its samples."""
+        self.rows: Tensor | None = None
+        """``[B]`` int64: the row of the data set that each sample of the latest batch came from, if known."""
+        self.takes_rows = False
+        """Whether "auto" takes the index of batches of tokens: so did the version that wrote the restored ledger."""
         self._source: Source | None = None
         self._warned: set[str] = set()
         self._has_columns: bool | None = None  # whether own ids are tuples that default_collate has made columns of
@@ -58,6 +73,10 @@ class SampleIds:
     def uses_index(self) -> bool:
         """Whether ids may be rows of the data set, so that the loaders must deliver them."""
         return self.identity in ("auto", "index")
+
+    def needs_index(self, batch: Any) -> bool:
+        """Whether this batch's ids are rows of the data set, if these are known."""
+        return self.uses_index and not self.reads_key(batch) and not self._is_by_content(batch)
 
     def reads_key(self, batch: Any) -> bool:
         """Whether the batch itself says its ids."""
@@ -75,12 +94,21 @@ class SampleIds:
             RuntimeError: for ids that can't be ids, or not of this batch, with what to type.
         """
         fetched = fetched or Fetched()
+        self.documents, self.rows = self._documents_in(batch), index
+        if self.documents is not None:
+            ids = self._ids_of_documents(batch, self.documents, index, fetched)
+            if self.documents is not None:
+                return ids
         rows = len(index) if index is not None and not fetched.refusal else fetched.rows
         size = batch_size(batch, rows, fetched.axes)
         if self.reads_key(batch):
             self._source = "key"
             return self._key_ids(batch, size, rows)
         usable = index is not None and is_index_of(index, batch, size, fetched.axes)
+        if not usable:
+            self.rows = None
+        if size is not None and self._is_by_content(batch):
+            return self._content_ids(batch, size, fetched)
         if self.identity != "content" and index is not None and usable:
             self._source = "index"
             if fetched.names:
@@ -111,6 +139,70 @@ class SampleIds:
             f"SampleIds(identity='index') needs DataLoaders that collate the rows of a map-style data set, "
             f"but {found}. Use identity='content', or put batch[{self.key!r}] into the batch and use identity='key'."
         )
+
+    def _is_by_content(self, batch: Any) -> bool:
+        return self.identity == "auto" and not self.takes_rows and is_of_tokens(batch)
+
+    def _documents_in(self, batch: Any) -> Documents | None:
+        try:
+            return documents_in(batch, self.key, self.segments)
+        except Exception as error:  # in the user's function; it must not end the training
+            self._warn_of("segments", f"{error} Until then each row of a batch is taken for one sample.")
+            return None
+
+    def _ids_of_documents(
+        self, batch: Any, documents: Documents, index: Tensor | None, fetched: Fetched
+    ) -> Tensor | None:
+        """``[D]`` ids. Sets `documents` to None if the user's ids are those of rows."""
+        self.rows = index if fetched.is_joined else None
+        if index is not None and not fetched.is_joined and len(index) == len(documents.owners):
+            self.rows = index[documents.rows]
+        if documents.keys is not None and self.identity in ("auto", "key"):
+            self._source = "key"
+            return documents.keys
+        if self.reads_key(batch):
+            self._source = "key"
+            return self._keys_of_documents(batch, documents)
+        if self.identity == "index":
+            if index is not None and fetched.is_joined and len(index) == documents.count:
+                self._source = "index"
+                return index
+            raise self.index_error(f"rows of its batches hold several documents, found in {documents.found_in}")
+        text = text_in(batch)
+        if text is None:
+            self._warn_of(
+                "no text",
+                f"The documents in the rows of a batch have no tokens to be known by, {describe_tensors(batch)}: no "
+                f"losses are recorded for them. Put batch[{self.key!r}] with one id for each document into the batch.",
+            )
+            return None
+        self._source = "content"
+        return text_ids(documents.texts(text))
+
+    def _keys_of_documents(self, batch: Any, documents: Documents) -> Tensor | None:
+        value = batch[self.key] if isinstance(batch, Mapping) and self.key in batch else None
+        if isinstance(value, (list, tuple)) and all(isinstance(part, (list, tuple, Tensor)) for part in value):
+            value = [key for part in value for key in part]  # the documents of each row
+        found = plain_keys(value)
+        count, rows = documents.count, len(documents.owners) if documents.owners.ndim > 1 else 1
+        if isinstance(found, str):
+            raise RuntimeError(f"SampleIds needs integers or strings in batch[{self.key!r}], but found {found}.")
+        if len(found) == count:
+            numbers = key_ids(found)
+            self.names.add(named_keys(numbers, found))
+            return torch.tensor(numbers, dtype=torch.int64)
+        if len(found) != rows:
+            raise RuntimeError(
+                f"SampleIds needs one id for each document, but batch[{self.key!r}] holds {len(found)} ids for {count} "
+                f"documents in {rows} rows, found in {documents.found_in}. Return one {self.key!r} with every document."
+            )
+        self.documents = None
+        self._warn_of(
+            "rows",
+            f"batch[{self.key!r}] names the {rows} rows of a batch, in which {documents.found_in} shows {count} "
+            "documents: losses and verdicts are those of whole rows. Give one id for each document to have theirs.",
+        )
+        return None
 
     def _content_ids(self, batch: Any, size: int | None, fetched: Fetched) -> Tensor | None:
         if not any(True for _ in tensors_in(batch)):

@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_memsink.samples.batch_rows import Axes
+from lightning_memsink.samples.documents import Documents, text_in
 from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
 
 
 class DescribedBatch(NamedTuple):
-    """The samples of a batch: ``ids`` ``[B]``, and what they are matched on: text, features ``[B, F]``."""
+    """The samples of a batch: ``ids`` ``[B]``, and what they are matched on: text, features ``[B, F]``; ``rows``
+    ``[B]`` of the data set that they came from, if these are known."""
 
     ids: Tensor
     tokens: Tokens | None
     features: Tensor | None
+    rows: Tensor | None = None
 
     @classmethod
     def of(
@@ -25,13 +29,26 @@ class DescribedBatch(NamedTuple):
         batch: Any,
         ids: Tensor,
         features: Callable[[Any], Tensor] | None,
-        axes: Sequence[int] | None = None,
+        axes: Axes | None = None,
+        documents: Documents | None = None,
+        rows: Tensor | None = None,
     ) -> DescribedBatch:
-        """``features``: the user's, of a batch. ``axes``: where samples lie, as `samples.batch_rows.rows_of` takes."""
-        text = tokens_of(batch, axes)
-        tokens = None if text is None or len(text.ids) != len(ids) else Tokens(text.ids.cpu(), text.mask.cpu())
+        """The samples ``ids`` of a batch.
+
+        Args:
+            batch: what training_step gets.
+            ids: ``[B]``.
+            features: the user's, of a batch.
+            axes: where samples lie, as `samples.batch_rows.rows_of` takes.
+            documents: those of the batch, if they are its samples.
+            rows: ``[B]`` of the data set.
+        """
+        text = text_in(batch) if documents is not None else None
+        tokens = tokens_of(batch, axes) if documents is None else None if text is None else documents.texts(text)
+        if tokens is not None:
+            tokens = None if len(tokens.ids) != len(ids) else Tokens(tokens.ids.cpu(), tokens.mask.cpu())
         extra = None if features is None else features(batch).detach().float().cpu().reshape(len(ids), -1)
-        return cls(ids, tokens, extra)
+        return cls(ids, tokens, extra, rows)
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,15 @@ class Visit:
     step: int
     tokens: Tokens | None
     features: Tensor | None
+    epoch: int = 0
+    rows: Tensor | None = None
+    """``[B]`` rows of the data set that the samples came from."""
+    counted: Tensor | None = None
+    """``[B]`` number of elements in each loss, where samples of one id may be parts of one document."""
+
+    @classmethod
+    def of(cls, samples: DescribedBatch, losses: Tensor, step: int, epoch: int, counted: Tensor | None = None) -> Visit:
+        return cls(samples.ids, losses, step, samples.tokens, samples.features, epoch, samples.rows, counted)
 
     @classmethod
     def restored(cls, plain: dict[str, Any]) -> Visit:
@@ -53,8 +79,8 @@ class Visit:
 
 
 class Visits(NamedTuple):
-    """V samples of several batches: ids, losses, steps and elements of each loss ``[V]``; text and features of all, or
-    of none."""
+    """V samples of several batches: ids, losses, steps, epochs and elements of each loss ``[V]``; rows of the data set
+    ``[V]``, -1 where unknown; text and features of all, or of none."""
 
     ids: Tensor
     losses: Tensor
@@ -62,17 +88,34 @@ class Visits(NamedTuple):
     elements: Tensor
     tokens: Tokens | None
     features: Tensor | None
+    epochs: Tensor
+    rows: Tensor
+    counted: Tensor | None
 
     @classmethod
     def joined(cls, visits: Sequence[Visit]) -> Visits:
         ids = torch.cat([visit.ids for visit in visits])
         tokens = stack(visit.tokens for visit in visits)
+        counted = [visit.counted for visit in visits if visit.counted is not None]
         extra = [visit.features for visit in visits if visit.features is not None]
         return cls(
             ids,
             torch.cat([visit.losses for visit in visits]),
-            torch.cat([torch.full((len(visit.ids),), visit.step, dtype=torch.int32) for visit in visits]),
+            _spread([visit.step for visit in visits], visits),
             torch.ones(len(ids)) if tokens is None else tokens.mask.sum(1),
             tokens,
             torch.cat(extra) if len(extra) == len(visits) else None,
+            _spread([visit.epoch for visit in visits], visits),
+            torch.cat([torch.full_like(visit.ids, -1) if visit.rows is None else visit.rows for visit in visits]),
+            torch.cat(counted) if len(counted) == len(visits) else None,
         )
+
+
+def _spread(numbers: Sequence[int], visits: Sequence[Visit]) -> Tensor:
+    """``[V]`` int32: the number of each visit, for each of its samples."""
+    return torch.cat(
+        [
+            torch.full((len(visit.ids),), number, dtype=torch.int32)
+            for number, visit in zip(numbers, visits, strict=True)
+        ]
+    )

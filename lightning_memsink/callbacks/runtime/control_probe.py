@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.dataloader_ids import is_taggable, tag_loader, untag_loader
 from lightning_memsink.samples.holdout import holdout_split
 from lightning_memsink.samples.tagged_batch import Fetched
+from lightning_memsink.samples.visits import DescribedBatch
 
 
 class ControlProbe:
@@ -95,12 +96,17 @@ class ControlProbe:
             self._source = self.loader = None
 
     def evaluate(
-        self, trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture
-    ) -> Generator[tuple[Any, Tensor | None, Any]]:
-        """Yields each batch of controls, its samples' rows ``[B]`` in the data set, and what training_step returned.
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        capture: EvaluationCapture,
+        described: Callable[[Any, Tensor | None, Fetched], tuple[DescribedBatch | None, Axes | None, bool]],
+    ) -> Generator[tuple[DescribedBatch | None, Any]]:
+        """Yields each batch of controls, and what training_step returned for it.
 
-        Where the loader has no rows, samples are numbered as they come; None where the batch doesn't show how many
-        there are.
+        ``described`` gets a batch, its samples' rows in the data set, and what else the loader says of it; it returns
+        the samples, where they lie in the batch's tensors, and whether rows hold several of them. Where the loader has
+        no rows, samples are numbered as they come; None where the batch doesn't show how many there are.
         """
         if self._view is None:
             self._view = tag_loader(self.loader, self._on_fetch) if is_taggable(self.loader) else self.loader
@@ -115,9 +121,10 @@ class ControlProbe:
                 if rows is None and size is not None and not self.fetched.refusal:
                     rows = torch.arange(start, start + size)
                 batch = trainer.strategy.batch_to_device(batch)
-                capture.begin(batch, size or 0, self.axes)
+                samples, axes, is_packed = described(batch, rows, self.fetched)
+                capture.begin(batch, 0 if samples is None else len(samples.ids), axes, is_packed)
                 outputs = run_training_step(trainer, pl_module, batch, n)
-                yield batch, rows, outputs
+                yield samples, outputs
                 start += size or 0
 
     def _on_fetch(self, batches: object, batch: Any, fetched: Fetched | None) -> None:

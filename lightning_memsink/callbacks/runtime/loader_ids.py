@@ -122,14 +122,16 @@ class LoaderIds:
         """The ids of one loader's batch, in the order of its rows."""
         fetched = Fetched() if taken is None else taken.fetched
         self.axes = fetched.axes
-        index = fetched.ids if self.sample_ids.uses_index else None
+        index = fetched.ids
         if taken is not None and index is not None and not self.sample_ids.reads_key(batch):
             order = self._fetched[stage].order_in(batch, taken)
-            if order.kind == "lost":
+            if order.kind == "lost" and self.sample_ids.needs_index(batch):
                 warn_once(self._warnings, REORDERED.format(key=self.sample_ids.key))
                 return None
-            index = index if order.rows is None else index[order.rows]
+            index = None if order.kind == "lost" else index if order.rows is None else index[order.rows]
         ids = self.sample_ids.of(batch, index, fetched)
+        if self.sample_ids.documents is not None:
+            self.axes = self.sample_ids.documents.axes(batch)
         if taken is not None and ids is not None and taken.contents is not None:
             self._check_contents(ids, taken.contents)
         return ids

@@ -12,8 +12,11 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.samples.content_check import ContentCheck
+from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.loss_table import LossTable
+from lightning_memsink.samples.rows_seen import RowsSeen
 from lightning_memsink.samples.visits import Visit, Visits
+from lightning_memsink.samples.windows import join_windows
 
 
 class VisitRecorder:
@@ -27,6 +30,7 @@ class VisitRecorder:
     def __init__(self, table: LossTable, matching: Matching) -> None:
         self.table, self.matching = table, matching
         self.content_check = ContentCheck()
+        self.rows_seen = RowsSeen()
         self._visits: list[Visit] = []
         self._warnings = WarningCache()
 
@@ -54,6 +58,7 @@ class VisitRecorder:
             "visits": [asdict(visit) for visit in self._visits],
             "counts": self.matching.counts.state_dict(),
             "witnesses": self.content_check.state_dict(),
+            "rows_seen": self.rows_seen.state_dict(),
             "names": self.table.names.state_dict(),
         }
 
@@ -63,14 +68,22 @@ class VisitRecorder:
         self._visits = [*map(Visit.restored, waiting)]
         self.matching.counts.load_state_dict(state["counts"])
         self.content_check.load_state_dict(state["witnesses"])
+        self.rows_seen.load_state_dict(state.get("rows_seen", {}))
         self.table.names.load_state_dict(state.get("names", {}))
 
     def _record(self, visits: list[Visit]) -> None:
-        ids, losses, steps, elements, tokens, features = Visits.joined(visits)
-        known = len(self.table)
-        rows = self.table.record(ids, losses, steps, elements)
+        joined = Visits.joined(visits)
+        ids, losses, elements, tokens = joined.ids, joined.losses, joined.elements, joined.tokens
+        known, is_part = len(self.table), None
+        if joined.counted is not None and tokens is not None:
+            at, windows = self.table.rows_of(ids), text_ids(tokens)
+            losses, elements, is_part = join_windows(
+                self.table, at, losses, joined.counted, windows, joined.epochs, joined.steps
+            )
+        rows = self.table.record(ids, losses, joined.steps, elements, is_part)
+        self.rows_seen.note(self.table, rows, joined, rows >= known)
         if tokens is not None:
             changed = self.content_check.check(ids, tokens)
             if changed is not None:
                 warn_once(self._warnings, changed)
-        self.matching.describe(self.table, rows, rows >= known, tokens, features, trained_on=True)
+        self.matching.describe(self.table, rows, rows >= known, tokens, joined.features, trained_on=True)
