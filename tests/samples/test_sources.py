@@ -141,8 +141,17 @@ def test_an_empty_batch_has_no_labels():
 
 @pytest.mark.parametrize(
     ("label", "text"),
-    [("a", "a"), (3, "3"), (np.str_("s"), "s"), (torch.tensor(4), "4"), (b"\xff", r"b'\xff'"), ("\ud800", r"\ud800")]
-    + [(None, None), (math.nan, None), (np.float64("nan"), None), (True, "True")],
+    [
+        *[
+            ("a", "a"),
+            (3, "3"),
+            (np.str_("s"), "s"),
+            (torch.tensor(4), "4"),
+            (b"\xff", r"b'\xff'"),
+            ("\ud800", r"\ud800"),
+        ],
+        *[(None, None), (math.nan, None), (np.float64("nan"), None), (True, "True")],
+    ],
 )
 def test_labels_as_text(label, text):
     assert label_text(label) == text
