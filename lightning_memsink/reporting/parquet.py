@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,11 +17,15 @@ from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.reporting.name_text import names_of
 from lightning_memsink.samples.control_table import ControlTable
-from lightning_memsink.samples.loss_table import SCHEMA, LossTable
+from lightning_memsink.samples.loss_table import COLUMNS, SCHEMA, LossTable
 from lightning_memsink.samples.sample_names import SampleNames
+from lightning_memsink.samples.sources import NO_SOURCE, OTHER, OTHER_CODE, SourceNames
 
 _KEY = b"memsink"
 _NAME = "sample_name"
+_SOURCE = "source"
+_OF_A_RESUME = {name for name in COLUMNS if name.startswith("window")}
+"""Columns that only a resumed run reads."""
 
 
 def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: Flags, with_names: bool = True) -> None:
@@ -29,6 +34,8 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
     A row of ``samples`` is a sample: its id, the columns of :class:`LossTable`, and the detector's verdict, gap
     (nats), p-value and onset. A row of ``controls`` is a held-out sample with its losses and features. Where samples
     have keys that are no 64-bit integers, a last column ``sample_name`` has these as text, null for a sample without.
+    Columns that a run may not have are there if it has them: ``first_row`` and ``rows`` of the data set that a text
+    came from, its ``source`` as a label, null without one, and its ``family``.
 
     Args:
         folder: is made if it isn't there.
@@ -41,8 +48,10 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
     flags.grow(len(table))
     state = table.state_dict()
     columns = {"sample_id": state["ids"], **state["columns"]}
+    for name in _OF_A_RESUME & columns.keys():
+        del columns[name]
     verdicts = {name: getattr(flags, name) for name in ("gap", "p", "streak", "onset_step", "onset_exposures")}
-    samples = _arrow({**columns, **verdicts})
+    samples = _with_sources(_arrow({**columns, **verdicts}), table.source_names)
     codes = pa.array(flags.verdict.numpy())
     for column in ("word", "reason"):
         meaning = pa.array([getattr(verdict, column) for verdict in Verdict], pa.string())
@@ -58,22 +67,34 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
         }
     )
     metadata = {name: control_state[name] for name in ("curve", "snapshot_steps", "previous_step", "latest_step")}
-    _write(folder / "samples.parquet", samples, {"reference_step": table.reference_step})
+    of_samples: dict[str, object] = {"reference_step": table.reference_step, "sources": table.source_names.labels}
+    _write(folder / "samples.parquet", samples, of_samples)
     _write(folder / "controls.parquet", _with_names(held_out, names), metadata)
 
 
 def read_ledger(folder: Path) -> tuple[LossTable, ControlTable]:
-    """The tables that :func:`write_ledger` wrote. Names of samples are the text that was written.
+    """The tables that :func:`write_ledger` wrote, in this version or an older one. Names of samples are the text that
+    was written.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not a ledger, or has another schema.
     """
-    samples, sample_names, metadata = _read(folder / "samples.parquet")
+    path = folder / "samples.parquet"
+    samples, sample_names, metadata = _read(path)
     ids, table = samples["sample_id"], LossTable()
+    table.source_names.load_state_dict({"labels": metadata.pop("sources", [])})
+    if _SOURCE in pq.read_schema(path).names:
+        labels = pq.read_table(path, columns=[_SOURCE])[_SOURCE].to_pylist()
+        samples[_SOURCE] = table.source_names.codes(labels)
     columns = {
         name: (samples[name] if like.ndim == 1 else _matrix(samples, name, len(ids))).to(like.dtype)
         for name, like in table.state_dict()["columns"].items()
+    }
+    columns |= {
+        name: samples[name].to(column.dtype)
+        for name, column in COLUMNS.items()
+        if column.is_optional and name in samples
     }
     table.load_state_dict({"schema": SCHEMA, "ids": ids, "columns": columns, **metadata})
     table.names.add(sample_names)
@@ -110,6 +131,16 @@ def _arrow(columns: dict[str, Tensor]) -> pa.Table:
         parts = {name: values} if values.ndim == 1 else {f"{name}_{n}": part for n, part in enumerate(values.T)}
         arrays.update({part: pa.array(vector) for part, vector in parts.items()})
     return pa.table(arrays)
+
+
+def _with_sources(table: pa.Table, names: SourceNames) -> pa.Table:
+    """The table with labels in the place of codes of sources."""
+    if _SOURCE not in table.column_names:
+        return table
+    codes = table[_SOURCE].to_numpy().astype("int64")
+    labels = pa.array([*names.labels, OTHER], pa.string())
+    places = pa.array(np.where(codes == OTHER_CODE, len(names), codes), mask=codes == NO_SOURCE)
+    return table.set_column(table.column_names.index(_SOURCE), _SOURCE, labels.take(places))
 
 
 def _with_names(table: pa.Table, names: SampleNames) -> pa.Table:

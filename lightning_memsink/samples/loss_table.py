@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_memsink.samples.id_index import IdIndex
 from lightning_memsink.samples.sample_names import SampleNames
+from lightning_memsink.samples.sources import SourceNames
 
 SCHEMA = 1
 REMEDY = (
@@ -98,6 +99,8 @@ class LossTable:
         self.index = IdIndex()
         self.names = SampleNames()
         """The keys of samples whose ids are hashes of them. Its state is kept apart."""
+        self.source_names = SourceNames()
+        """The labels that the codes in ``source`` stand for. Its state is kept apart, too."""
         self.reference_step: int | None = None
         """Step from which a visit counts as early; None until the controls were evaluated once."""
         sizes = {"recent": (0, depth), "features": (0, 0)}

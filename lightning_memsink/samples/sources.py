@@ -31,7 +31,7 @@ class SourceNames:
         self.most = most
         self.labels: list[str] = []
         """By code."""
-        self._codes: dict[str, int] = {}
+        self._codes: dict[str, int] = {OTHER: OTHER_CODE}
         self._several: Tensor = torch.zeros(0, dtype=torch.bool)
         self._has_warned: set[str] = set()
 
@@ -48,7 +48,7 @@ class SourceNames:
         return OTHER if code == OTHER_CODE else None if code == NO_SOURCE else self.labels[code]
 
     def code(self, label: object) -> int | None:
-        """The code of a label, or of anything with the same text; None if no sample has it."""
+        """The code of a label, or of anything with the same text; None if it has none."""
         return self._codes.get(label_text(label) or "")
 
     def codes(self, labels: Iterable[str | None]) -> Tensor:
@@ -83,7 +83,7 @@ class SourceNames:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the labels; a checkpoint of an older version has none."""
         self.labels = list(state.get("labels", []))
-        self._codes = {label: code for code, label in enumerate(self.labels)}
+        self._codes = {OTHER: OTHER_CODE} | {label: code for code, label in enumerate(self.labels)}
         several = state.get("several", torch.zeros(0, dtype=torch.int64))
         self._several = torch.zeros(int(several.max()) + 1 if len(several) else 0, dtype=torch.bool)
         self._several[several] = True

@@ -175,7 +175,8 @@ def test_labels_beyond_the_codes_are_of_one_source_and_said_once():
     with pytest.warns(UserWarning, match=r"more than 2 sources.*of the source 'other'"):
         codes = names.codes(["a", "b", "c", "d", "a"])
     assert codes.tolist() == [0, 1, OTHER_CODE, OTHER_CODE, 0] and names.label(OTHER_CODE) == OTHER
-    names.codes(["e"])
+    assert names.codes(["e", OTHER]).tolist() == [OTHER_CODE, OTHER_CODE]
+    assert SourceNames().codes([OTHER, "a"]).tolist() == [OTHER_CODE, 0]
     everything = SourceNames()
     codes = everything.codes(map(str, range(OTHER_CODE)))
     assert codes[-1] == OTHER_CODE - 1 and len(everything) == OTHER_CODE
