@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from lightning_memsink.detection.source_budget import SourceBudget
     from lightning_memsink.detection.verdicts import Flags, Onset
     from lightning_memsink.extraction.history import ExtractionHistory
     from lightning_memsink.localization.history import LocalizationHistory
@@ -88,6 +89,7 @@ class Ledger:
     batch: Slot[CurrentBatch] = Slot("LossTracker")
     flags: Slot[Flags] = Slot("MemorizationDetector")
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
+    budget: Slot[SourceBudget | None] = Slot("LiveCurves")
     attribution: Slot[LocalizationHistory] = Slot("SinkLocalizer")
     sinks: Slot[Sinks | None] = Slot("SinkLocalizer")
     extraction: Slot[ExtractionHistory] = Slot("ExtractionProbe")

@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.batch_description import BatchDescription
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
 from lightning_memsink.callbacks.runtime.control_messages import not_evaluated
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
@@ -26,12 +27,11 @@ from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reporte
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.losses.unreadable import InternalError
-from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.documents import Segments
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.tagged_batch import Fetched
+from lightning_memsink.samples.source_labels import SourceOf
 from lightning_memsink.samples.visits import DescribedBatch, Visit
 
 
@@ -53,6 +53,10 @@ class LossTracker(Callback):
         depth: recent losses remembered per sample, for you to read in the ledger; 2 bytes each.
         features: ``features(batch) -> [B, F]``, what samples are matched on beside the early loss. For batches of
             tokens the default is n-gram likelihood and compressed size; for others there is none.
+        source: where a batch says the source of its samples (data set, licence, customer): a key of the batch, or
+            ``source(batch)`` -> labels, one a sample, one a row (its documents inherit it), a list a row, or integers
+            ``[R, T]``. None: no sources.
+        families: look for near-duplicates among texts, beside training.
         loss: ``loss(batch, outputs) -> [B]``, each sample's loss from what ``training_step`` (and ``validation_step``)
             returned, where it can't be read from the step itself; it wins over what could be read.
         controls: a loader of held-out samples, if the validation set is not the one to compare with.
@@ -75,6 +79,8 @@ class LossTracker(Callback):
         segments: Segments | None = None,
         depth: int = 0,
         features: Callable[[Any], Tensor] | None = None,
+        source: SourceOf | None = "source",
+        families: bool = True,
         loss: LossOfSamples | None = None,
         controls: Iterable[Any] | None = None,
         control_fraction: float | None = None,
@@ -85,7 +91,7 @@ class LossTracker(Callback):
         self.probe = ControlProbe(controls, control_fraction, control_every)
         self.sample_ids = SampleIds(identity, key, segments)
         self.loader_ids = LoaderIds(self.sample_ids)
-        self.features = features
+        self.describe = BatchDescription(self.sample_ids, features, source)
         self.loss = loss
         self.flush_every = flush_every
         self.new_ledger = new_ledger
@@ -122,12 +128,12 @@ class LossTracker(Callback):
         ids = self.loader_ids.take(batch, "train")
         if trainer.fit_loop._skip_backward:  # SWA's last epoch, which only updates batch norm, trains on no sample
             ids = None
-        self._current = self._described(batch, ids, self.loader_ids.axes)
+        self._current = self.describe.of_training(batch, ids, self.loader_ids.axes)
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
         self.batch.ids = self.batch.documents = None
         if self._current is not None:
             self.batch.ids, self.batch.documents = self._current.ids, self.sample_ids.documents
-            self.capture.begin(batch, len(self.batch.ids), self.loader_ids.axes, self.batch.documents is not None)
+            self.capture.begin(batch, len(self.batch.ids), self.loader_ids.axes, self.describe.is_packed)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._current is not None:
@@ -145,7 +151,8 @@ class LossTracker(Callback):
             else:
                 self._self_check(captured.explained)
                 losses, counted = captured.losses.detach().float().cpu(), captured.counted
-            self.visits.add(Visit.of(current, losses, self._step, trainer.current_epoch, self._parts(current, counted)))
+            counted = self.describe.counted(current, counted)
+            self.visits.add(Visit.of(current, losses, self._step, trainer.current_epoch, counted))
         if trainer.world_size > 1 or len(self.visits) >= self.flush_every:
             self.visits.flush()
         if self.probe.is_due(trainer.global_step, self.controls.latest_step):
@@ -168,10 +175,10 @@ class LossTracker(Callback):
     ) -> None:
         counts = self._validation_counts(trainer) or trainer.sanity_checking
         ids = self.loader_ids.take(batch, "validate") if counts else None
-        self._current = self._described(batch, ids, self.loader_ids.axes)
+        self._current = self.describe.of(batch, ids, self.loader_ids.axes)
         if self._current is not None and not trainer.sanity_checking:
-            is_packed = self.sample_ids.documents is not None
-            self.control_capture.begin(batch, len(self._current.ids), self.loader_ids.axes, is_packed)
+            samples = len(self._current.ids)
+            self.control_capture.begin(batch, samples, self.loader_ids.axes, self.describe.is_packed)
         self.validation_weights.watch(trainer, pl_module, batch_idx)
 
     def on_validation_batch_end(
@@ -222,28 +229,6 @@ class LossTracker(Callback):
             self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
             self.sample_ids.takes_rows = "identity" not in state_dict  # as versions did that have not written it
 
-    def _described(self, batch: Any, ids: Tensor | None, axes: Axes | None) -> DescribedBatch | None:
-        """The samples of a batch, which lie along ``axes``; None if they can't be identified."""
-        if ids is None or not len(ids):
-            return None
-        named = self.sample_ids
-        return DescribedBatch.of(batch, ids, self.features, axes, named.documents, named.rows)
-
-    def _parts(self, samples: DescribedBatch, counted: Tensor | None) -> Tensor | None:
-        """``[B]`` how many elements each loss is of, where samples of one id may be windows of one document."""
-        if self.sample_ids.source != "key" or samples.tokens is None:
-            return None
-        return samples.tokens.mask.sum(1).float() if counted is None else counted.detach().float().cpu()
-
-    def _fetched(
-        self, batch: Any, rows: Tensor | None, fetched: Fetched
-    ) -> tuple[DescribedBatch | None, Axes | None, bool]:
-        """For `ControlProbe.evaluate`."""
-        ids = self.sample_ids.of(batch, rows, fetched)
-        documents = self.sample_ids.documents
-        axes = fetched.axes if documents is None else documents.axes(batch)
-        return self._described(batch, ids, axes), axes, documents is not None
-
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""
         fits = trainer.state.fn == "fit" and not trainer.sanity_checking
@@ -275,7 +260,9 @@ class LossTracker(Callback):
         self.visits.flush()
         self.controls.begin(trainer.global_step)
         try:
-            with closing(self.probe.evaluate(trainer, pl_module, self.control_capture, self._fetched)) as steps:
+            with closing(
+                self.probe.evaluate(trainer, pl_module, self.control_capture, self.describe.of_fetched)
+            ) as steps:
                 for samples, outputs in steps:
                     self._add_controls(samples, outputs)
         except Exception as error:  # an evaluation must not end the training

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_memsink.samples.batch import leaves, tensors_in
 from lightning_memsink.samples.batch_rows import Entry
-from lightning_memsink.samples.tokens import Tokens
+from lightning_memsink.samples.tokens import Tokens, unmasked
 
 NUMBERED = ("document_ids", "sequence_ids", "seq_idx")
 """Names under which a batch numbers the document of each token."""
@@ -137,6 +137,12 @@ def text_in(batch: Any) -> Tensor | None:
     if not isinstance(ids, Tensor) or ids.is_nested or ids.ndim not in (1, 2) or ids.is_floating_point():
         return None
     return ids if ids.ndim == 2 or isinstance(batch, Mapping) else None
+
+
+def whole_text_in(batch: Any) -> Tensor | None:
+    """`text_in`, with tokens put back that were masked to be predicted."""
+    text = text_in(batch)
+    return unmasked(text, batch.get("labels")) if text is not None and isinstance(batch, Mapping) else text
 
 
 def is_of_tokens(batch: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch import batch_size, describe_tensors, is_index_of, is_surely_batched, tensors_in
-from lightning_memsink.samples.documents import Documents, Segments, documents_in, is_of_tokens, text_in
+from lightning_memsink.samples.documents import Documents, Segments, documents_in, is_of_tokens, whole_text_in
 from lightning_memsink.samples.hashing import content_ids, text_ids
 from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
 from lightning_memsink.samples.sample_names import SampleNames
@@ -77,6 +77,10 @@ class SampleIds:
     def needs_index(self, batch: Any) -> bool:
         """Whether this batch's ids are rows of the data set, if these are known."""
         return self.uses_index and not self.reads_key(batch) and not self._is_by_content(batch)
+
+    def is_of_texts(self, batch: Any) -> bool:
+        """Whether this batch's samples are texts, wherever they stand, although no one has asked for it."""
+        return self._is_by_content(batch) and not self.reads_key(batch)
 
     def reads_key(self, batch: Any) -> bool:
         """Whether the batch itself says its ids."""
@@ -168,7 +172,7 @@ class SampleIds:
                 self._source = "index"
                 return index
             raise self.index_error(f"rows of its batches hold several documents, found in {documents.found_in}")
-        text = text_in(batch)
+        text = whole_text_in(batch)
         if text is None:
             self._warn_of(
                 "no text",

@@ -22,10 +22,10 @@ class Tokens:
 def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
     """The tokens of a batch, or None if it holds no text.
 
-    Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or
-    one that comes first in a tuple or list, as in ``(x, y)``. Padding is known only
-    from a mapping's ``attention_mask`` of the same shape; a mask of another shape (packed, 4-D) is ignored. A tensor
-    whose samples lie along its second axis, by ``axes`` (see `samples.batch_rows.rows_of`), is turned.
+    Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or one
+    that comes first in a tuple or list, as in ``(x, y)``. Padding is known only from a mapping's ``attention_mask`` of
+    the same shape; a mask of another shape (packed, 4-D) is ignored. Tokens that were masked to be predicted are put back from the ``labels``. A tensor whose samples lie along its second axis, by
+    ``axes`` (see `samples.batch_rows.rows_of`), is turned.
     """
     if isinstance(batch, Mapping):
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -35,9 +35,28 @@ def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
         return None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         mask = torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(batch, Mapping):
+        ids = unmasked(ids, batch.get("labels"))
     if axes is not None and 1 in axes and _axis_of(ids, batch, axes) == 1:
         ids, mask = ids.T, mask.T
     return Tokens(ids.long(), mask != 0)
+
+
+def unmasked(ids: Tensor, labels: Any) -> Tensor:
+    """The text as it was before tokens were masked at random for a model to predict: another place each time.
+
+    It was masked where most of the ``labels`` that differ from ``ids`` stand where these have one and the same token;
+    labels that are the next tokens differ as well.
+    """
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
+        return ids
+    counted = labels >= 0
+    replaced = ids[counted & (labels != ids)]
+    is_next = labels[..., :-1] == ids[..., 1:]
+    if not len(replaced) or bool((is_next | ~counted[..., :-1]).all()):
+        return ids
+    is_mask = replaced == replaced.mode().values
+    return torch.where(counted, labels.to(ids.dtype), ids) if 2 * int(is_mask.sum()) > len(replaced) else ids
 
 
 def _axis_of(tensor: Tensor, batch: Any, axes: Sequence[int]) -> int | None:

@@ -44,7 +44,7 @@ class TwoTerms(TinyLM):
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_losses_of_several_terms_are_told_in_the_scale_of_their_step(scaler, accumulated):
     model = TwoTerms()
-    run = trainer([LossTracker()], max_epochs=1, accumulate_grad_batches=accumulated, **half(**scaler))
+    run = trainer([LossTracker(identity="index")], max_epochs=1, accumulate_grad_batches=accumulated, **half(**scaler))
     run.fit(model, train_loader())
     # Every row is seen once, and the ledger has them in the order of first sight.
     torch.testing.assert_close(Ledger.of(run).losses.last_loss, torch.cat(model.seen))

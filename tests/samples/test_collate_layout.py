@@ -245,7 +245,7 @@ def tokenized(samples: list[str]) -> dict[str, Any]:
 
 
 def test_text_that_is_tokenized_by_the_collate_is_batch_first_by_convention():
-    watch = fit_checked(loader_of(words, tokenized, 4, shuffle=True))
+    watch = fit_checked(loader_of(words, tokenized, 4, shuffle=True), identity="index")
     assert all(claimed == {"4x1"} for claimed in watch.claimed)
     layout = CollateLayout(tokenized)
     samples = [words(row) for row in range(4)]

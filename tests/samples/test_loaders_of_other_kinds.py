@@ -118,7 +118,7 @@ def test_owners_of_two_loaders_are_counted_through(structure):
         return torch.stack([sample["x"] for sample in samples], 1)
 
     rows = CodedRows(lambda row: {"x": coded(row, 4)}, 12)
-    watch, model = Watch(LoaderIds(SampleIds())), Check()
+    watch, model = Watch(LoaderIds(SampleIds("index"))), Check()
     loaders = [DataLoader(rows, 4, collate_fn=time_major), DataLoader(rows, 2, shuffle=True)]
     fit(CombinedLoader(structure(loaders), "max_size_cycle"), ids=False, model=model, callbacks=[watch])
     assert model.claimed == 2 * len(watch.taken["train"])

@@ -37,9 +37,15 @@ ANEW = (
     "so its losses are those of several. Use LossTracker(identity='content'), or put batch[{key!r}] into the batch "
     "with an id that stays with its content."
 )
+TEXTS = (
+    "Texts are the samples here, and one that never comes again has a single visit and no verdict. If rows are other "
+    "views of the same sample each time, use LossTracker(identity='index'); if documents are cut anew, put "
+    "batch[{key!r}] into the batch with an id that stays with each document."
+)
 NOT_UNIQUE = (
     "batch[{key!r}] doesn't name one sample (are rows numbered within shards, or documents packed anew?), so its "
-    "losses are those of several. Make it unique, as in f'{{shard}}-{{row}}', or use LossTracker(identity='content')."
+    "losses are those of several. Make it unique, as in f'{{shard}}-{{row}}', or use LossTracker(identity='content'). "
+    "Texts that share an id are taken for windows of one document: if they are, all is well."
 )
 
 
@@ -133,7 +139,9 @@ class LoaderIds:
         if self.sample_ids.documents is not None:
             self.axes = self.sample_ids.documents.axes(batch)
         if taken is not None and ids is not None and taken.contents is not None:
-            self._check_contents(ids, taken.contents)
+            named = index if self.sample_ids.is_of_texts(batch) else ids
+            if named is not None:
+                self._check_contents(named, taken.contents)
         return ids
 
     def _merged_ids(self, batch: Any, taken: list[FetchedBatch | None]) -> Tensor | None:
@@ -149,11 +157,11 @@ class LoaderIds:
         return self.sample_ids.identity != "content" and self._contents.wants(index)
 
     def _check_contents(self, ids: Tensor, contents: Contents) -> None:
-        if len(ids) != len(contents.rows) or self.sample_ids.source == "content":
+        if len(ids) != len(contents.rows):
             return
         found = self._contents.check(ids, contents)
         if found is not None:
-            cure = ANEW if self.sample_ids.source == "index" else NOT_UNIQUE
+            cure = {"index": ANEW, "key": NOT_UNIQUE}.get(self.sample_ids.source or "", TEXTS)
             warn_once(self._warnings, f"{found}. {cure.format(key=self.sample_ids.key)}")
 
     def _tag(self, loader: Any) -> object:

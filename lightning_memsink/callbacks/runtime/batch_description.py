@@ -1,0 +1,68 @@
+"""What is known of the samples of a batch beside their losses: ids, text, features, where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_memsink.samples.batch_rows import Axes
+from lightning_memsink.samples.sample_ids import SampleIds
+from lightning_memsink.samples.source_labels import SourceLabels, SourceOf
+from lightning_memsink.samples.tagged_batch import Fetched
+from lightning_memsink.samples.visits import DescribedBatch
+
+
+class BatchDescription:
+    """Describes the batch whose ids `sample_ids` has read last.
+
+    Args:
+        sample_ids: of the run.
+        features: ``features(batch) -> [B, F]``, or None.
+        source: where a batch says the sources of its samples.
+    """
+
+    def __init__(
+        self, sample_ids: SampleIds, features: Callable[[Any], Tensor] | None, source: SourceOf | None
+    ) -> None:
+        self.sample_ids = sample_ids
+        self.features = features
+        self.source_labels = SourceLabels(source)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows of that batch hold several samples."""
+        return self.sample_ids.documents is not None
+
+    def of_training(self, batch: Any, ids: Tensor | None, axes: Axes | None) -> DescribedBatch | None:
+        """The samples of a batch that is trained on, which lie along ``axes``; None if they can't be identified."""
+        samples = self.of(batch, ids, axes)
+        if samples is None:
+            return None
+        return samples._replace(sources=self.source_labels.of(batch, len(samples.ids), self.sample_ids.documents))
+
+    def of(self, batch: Any, ids: Tensor | None, axes: Axes | None) -> DescribedBatch | None:
+        """The same without sources, which held-out samples need none of."""
+        if ids is None or not len(ids):
+            return None
+        known = self.sample_ids
+        return DescribedBatch.of(batch, ids, self.features, axes, known.documents, known.rows)
+
+    def of_fetched(
+        self, batch: Any, rows: Tensor | None, fetched: Fetched
+    ) -> tuple[DescribedBatch | None, Axes | None, bool]:
+        """For `ControlProbe.evaluate`, of a batch whose ids were not read yet."""
+        ids = self.sample_ids.of(batch, rows, fetched)
+        documents = self.sample_ids.documents
+        axes = fetched.axes if documents is None else documents.axes(batch)
+        return self.of(batch, ids, axes), axes, documents is not None
+
+    def counted(self, samples: DescribedBatch, counted: Tensor | None) -> Tensor | None:
+        """``[B]`` how many elements each loss is of, where samples of one id may be windows of one document.
+
+        ``counted``: as captured, None if that is unknown.
+        """
+        if self.sample_ids.source != "key" or samples.tokens is None:
+            return None
+        return samples.tokens.mask.sum(1).float() if counted is None else counted.detach().float().cpu()
