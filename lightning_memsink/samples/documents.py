@@ -116,17 +116,20 @@ def documents_in(batch: Any, key: str = "sample_id", segments: Segments | None =
     text = text_in(batch)
     if segments is not None:
         return _of_function(batch, text, segments)
-    if text is None or not text.numel():
+    if text is None:
         return None
+    if not text.numel():
+        return Documents(torch.zeros(text.shape, dtype=torch.int64), 0, "input_ids") if _is_joined(batch) else None
     named = _named(batch, text, key)
     if named is None:
         return None
     numbers, name = named
-    numbers = torch.where(_padding(batch, text), OF_NO_DOCUMENT, numbers)
-    documents = _numbered(numbers, name)
+    padding = _padding(batch, text)
+    documents = _numbered(torch.where(padding, OF_NO_DOCUMENT, numbers), name)
     if name == key:
         return _with_keys(documents, batch[key])
-    return None if documents.is_one_a_row or not documents.count else documents
+    says_more = not documents.is_one_a_row or bool(((documents.owners < 0) & ~padding).any())
+    return documents if says_more else None
 
 
 def text_in(batch: Any) -> Tensor | None:
@@ -170,6 +173,11 @@ def _of_function(batch: Any, text: Tensor | None, segments: Segments) -> Documen
             "of each token, negative for padding."
         )
     return _numbered(found.detach().cpu().long(), name)
+
+
+def _is_joined(batch: Any) -> bool:
+    """Whether a batch is of the kind that has no padding, and no rows either."""
+    return isinstance(batch, Mapping) and any(name in batch for name in (*ENDS, *NUMBERED, "position_ids"))
 
 
 def _named(batch: Any, text: Tensor, key: str) -> tuple[Tensor, str] | None:
