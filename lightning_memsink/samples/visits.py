@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch_rows import Axes
-from lightning_memsink.samples.documents import Documents, text_in
+from lightning_memsink.samples.documents import Documents, whole_text_in
+from lightning_memsink.samples.sources import Labels
 from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
 
 
 class DescribedBatch(NamedTuple):
     """The samples of a batch: ``ids`` ``[B]``, and what they are matched on: text, features ``[B, F]``; ``rows``
-    ``[B]`` of the data set that they came from, if these are known."""
+    ``[B]`` of the data set that they came from, and labels of their ``sources``, if these are known."""
 
     ids: Tensor
     tokens: Tokens | None
     features: Tensor | None
     rows: Tensor | None = None
+    sources: Labels | None = None
 
     @classmethod
     def of(
@@ -43,7 +45,7 @@ class DescribedBatch(NamedTuple):
             documents: those of the batch, if they are its samples.
             rows: ``[B]`` of the data set.
         """
-        text = text_in(batch) if documents is not None else None
+        text = whole_text_in(batch) if documents is not None else None
         tokens = tokens_of(batch, axes) if documents is None else None if text is None else documents.texts(text)
         if tokens is not None:
             tokens = None if len(tokens.ids) != len(ids) else Tokens(tokens.ids.cpu(), tokens.mask.cpu())
@@ -66,10 +68,13 @@ class Visit:
     """``[B]`` rows of the data set that the samples came from."""
     counted: Tensor | None = None
     """``[B]`` number of elements in each loss, where samples of one id may be parts of one document."""
+    sources: Labels | None = None
+    """B labels of the samples' sources. Not codes: each process would give others."""
 
     @classmethod
     def of(cls, samples: DescribedBatch, losses: Tensor, step: int, epoch: int, counted: Tensor | None = None) -> Visit:
-        return cls(samples.ids, losses, step, samples.tokens, samples.features, epoch, samples.rows, counted)
+        ids, tokens, features, rows, sources = samples
+        return cls(ids, losses, step, tokens, features, epoch, rows, counted, sources)
 
     @classmethod
     def restored(cls, plain: dict[str, Any]) -> Visit:
@@ -80,7 +85,7 @@ class Visit:
 
 class Visits(NamedTuple):
     """V samples of several batches: ids, losses, steps, epochs and elements of each loss ``[V]``; rows of the data set
-    ``[V]``, -1 where unknown; text and features of all, or of none."""
+    ``[V]``, -1 where unknown; text and features of all, or of none; V labels of sources if there is any."""
 
     ids: Tensor
     losses: Tensor
@@ -91,6 +96,7 @@ class Visits(NamedTuple):
     epochs: Tensor
     rows: Tensor
     counted: Tensor | None
+    sources: Labels | None
 
     @classmethod
     def joined(cls, visits: Sequence[Visit]) -> Visits:
@@ -108,7 +114,14 @@ class Visits(NamedTuple):
             _spread([visit.epoch for visit in visits], visits),
             torch.cat([torch.full_like(visit.ids, -1) if visit.rows is None else visit.rows for visit in visits]),
             torch.cat(counted) if len(counted) == len(visits) else None,
+            _labels(visits),
         )
+
+
+def _labels(visits: Sequence[Visit]) -> Labels | None:
+    if all(visit.sources is None for visit in visits):
+        return None
+    return [label for visit in visits for label in visit.sources or [None] * len(visit.ids)]
 
 
 def _spread(numbers: Sequence[int], visits: Sequence[Visit]) -> Tensor:

@@ -11,6 +11,7 @@ from lightning_memsink._distributed import gather, is_first
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.difficulty import Matching
+from lightning_memsink.detection.family_features import FamilyRecord
 from lightning_memsink.samples.content_check import ContentCheck
 from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.loss_table import LossTable
@@ -29,6 +30,8 @@ class VisitRecorder:
 
     def __init__(self, table: LossTable, matching: Matching) -> None:
         self.table, self.matching = table, matching
+        self.families: FamilyRecord | None = None
+        """Where near-duplicates are looked for."""
         self.content_check = ContentCheck()
         self.rows_seen = RowsSeen()
         self._visits: list[Visit] = []
@@ -60,6 +63,8 @@ class VisitRecorder:
             "witnesses": self.content_check.state_dict(),
             "rows_seen": self.rows_seen.state_dict(),
             "names": self.table.names.state_dict(),
+            "sources": self.table.source_names.state_dict(),
+            **({} if self.families is None else {"families": self.families.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -70,6 +75,9 @@ class VisitRecorder:
         self.content_check.load_state_dict(state["witnesses"])
         self.rows_seen.load_state_dict(state.get("rows_seen", {}))
         self.table.names.load_state_dict(state.get("names", {}))
+        self.table.source_names.load_state_dict(state.get("sources", {}))
+        if self.families is not None:
+            self.families.load_state_dict(state.get("families", {}))
 
     def _record(self, visits: list[Visit]) -> None:
         joined = Visits.joined(visits)
@@ -82,8 +90,13 @@ class VisitRecorder:
             )
         rows = self.table.record(ids, losses, joined.steps, elements, is_part)
         self.rows_seen.note(self.table, rows, joined, rows >= known)
+        if joined.sources is not None:
+            names = self.table.source_names
+            self.table.write("source", *names.note(self.table.source[rows], rows, names.codes(joined.sources)))
         if tokens is not None:
             changed = self.content_check.check(ids, tokens)
             if changed is not None:
                 warn_once(self._warnings, changed)
+        if tokens is not None and self.families is not None:
+            self.families.add(rows, tokens)
         self.matching.describe(self.table, rows, rows >= known, tokens, joined.features, trained_on=True)
