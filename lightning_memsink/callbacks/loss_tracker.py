@@ -24,6 +24,7 @@ from lightning_memsink.callbacks.runtime.visit_recorder import VisitRecorder
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reported
+from lightning_memsink.losses.document_attention import ATTENDS_ACROSS
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.losses.unreadable import InternalError
@@ -145,6 +146,8 @@ class LossTracker(Callback):
         current, self._current = reported(outputs, self._current), None
         if current is not None:
             captured = self.capture.finish(outputs, len(current.ids))
+            if self.capture.attends_across:
+                warn_once(self._warnings, ATTENDS_ACROSS)
             if isinstance(captured, NotCaptured):
                 self._warn(captured)
                 losses, counted = torch.full((len(current.ids),), torch.nan), None

@@ -70,6 +70,8 @@ class StepCapture:
         self.automatic = bool(getattr(module, "automatic_optimization", True))
         self.loss = loss
         self.reader = StepReader(module)
+        self.attends_across = False
+        """Whether tokens of several documents in a row were seen to depend on one another."""
         self.terms: tuple[Term, ...] = ()
         """Of the last captured step, without its samples."""
         self._read = read or self.reader.read
@@ -111,6 +113,7 @@ class StepCapture:
         batch, self._batch = self._batch, None
         compiled = calls_of_compiled(self.reader.watch, self.reader.leaves, batch_size)
         error = self._error or self.reader.watch.error
+        self.attends_across |= self.reader.watch.seen.attends_across
         self.reader.end()
         step = f"{self.module_name}.training_step"
         reported = read_report(outputs, batch_size, step)

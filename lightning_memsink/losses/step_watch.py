@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_memsink.losses.document_attention import attends_across, row_owners
 from lightning_memsink.losses.loss_factors import PRODUCTS, LossFactors
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
@@ -85,6 +86,8 @@ class Watched:
     """Reductions that had no node yet: in a checkpointed region, which gives them one later."""
     compiled: list[tuple[Record, Tensor]] = field(default_factory=list)
     """Loss calls inside compiled code, with their targets."""
+    attends_across: bool = False
+    """Whether tokens of several documents in a row depend on one another."""
 
 
 class StepWatch(TorchFunctionMode):
@@ -98,6 +101,7 @@ class StepWatch(TorchFunctionMode):
         self.entered = self.paused = self.is_packed = False
         self.seen = Watched()
         self.shadows: ShadowGraph | None = None
+        self._row_owners: Tensor | None = None
         self.error: Exception | None = None
         """The first exception while watching, which the user's own call must not see."""
         self._known: dict[int, _Known] = {}
@@ -119,6 +123,8 @@ class StepWatch(TorchFunctionMode):
         """
         self.clear()
         self.error, self.paused, self.shadows, self.is_packed = None, False, shadows, is_packed
+        rows = list(rows)
+        self._row_owners = row_owners(rows) if is_packed else None
         for tensor, owners in rows:
             self._known[id(tensor)] = _Known(weakref.ref(tensor), Rows((owners,)), "batch")
         if not self.entered:
@@ -190,6 +196,8 @@ class StepWatch(TorchFunctionMode):
         if changes and args and self.known(args[0]) is None:  # unknown before, so a constant; now it has a graph
             first = args[0]
             provenance_of = lambda tensor: None if tensor is first else self.provenance_of(tensor)  # noqa: E731
+        if self._row_owners is not None and not self.seen.attends_across:
+            self.seen.attends_across = attends_across(name, args, kwargs, result, self._row_owners)
         if self.is_packed:
             found: Any = self._followed_in_rows(func, args, kwargs, result, provenance_of)
         else:
