@@ -247,7 +247,8 @@ class LossTracker(Callback):
             self._warn(captured)
         else:
             losses = captured.losses.detach().float().cpu()
-            self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features))
+            elements = self.describe.counted(batch, captured.counted)
+            self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features), elements)
 
     def _close_evaluation(self, ledger: Ledger) -> None:
         """Gathers this evaluation's controls. Processes wait for one another here only: they may have had different

@@ -82,7 +82,7 @@ class EvaluationCapture:
         calls = calls_of_compiled(self.watch, self._leaves, batch_size) or self._calls(outputs, batch_size)
         terms = self._as_in_training(calls, batch_size)
         if terms:
-            return Captured(weigh(terms))
+            return Captured(weigh(terms), counted=terms[0].weights if len(terms) == 1 else None)
         found = ", ".join(dict.fromkeys(call.kind for call in calls)) or "no loss that could be read"
         trained = ", ".join(dict.fromkeys(term.kind for term in self.training.terms)) or "nothing that could be read"
         return NotCaptured(remedy(step, f"calls {found}, where training_step was seen to use {trained}."))

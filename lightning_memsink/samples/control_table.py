@@ -12,8 +12,9 @@ from lightning_memsink.samples.unique import first_of_each
 
 SNAPSHOTS = 8
 
-ControlBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""``ids`` and ``losses`` ``[B]``, ``features`` ``[B, F]`` of held-out samples."""
+ControlBatch: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""``ids`` and ``losses`` ``[B]``, ``features`` ``[B, F]`` of held-out samples; the elements of each loss ``[B]``, where
+samples of one id may be windows of one document."""
 
 
 class ControlTable:
@@ -50,9 +51,9 @@ class ControlTable:
         """Begins an evaluation at ``step``."""
         self.collected, self._open_step = [], step
 
-    def add(self, ids: Tensor, losses: Tensor, features: Tensor) -> None:
-        """Adds a batch to the open evaluation: ``ids``, ``losses`` ``[B]``, ``features`` ``[B, F]``."""
-        self.collected.append((ids, losses, features))
+    def add(self, ids: Tensor, losses: Tensor, features: Tensor, elements: Tensor | None = None) -> None:
+        """Adds a batch to the open evaluation, as `ControlBatch` has it."""
+        self.collected.append((ids, losses, features, elements))
 
     def close_evaluation(self, collected: Sequence[list[ControlBatch]]) -> None:
         """Ends the evaluation and records it. ``collected``: the attribute `collected` of every process's table.
@@ -65,20 +66,23 @@ class ControlTable:
         step, self._open_step, self.collected = self._open_step, None, []
         batches = [batch for process in collected for batch in process]
         if batches:
-            ids, losses, features = (torch.cat(parts) for parts in zip(*batches, strict=True))
-            self.record(step, ids, losses, features)
+            ids, losses, features = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
+            elements = [batch[3] for batch in batches if batch[3] is not None]
+            self.record(step, ids, losses, features, torch.cat(elements) if len(elements) == len(batches) else None)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def record(self, step: int, ids: Tensor, losses: Tensor, features: Tensor) -> None:
+    def record(self, step: int, ids: Tensor, losses: Tensor, features: Tensor, elements: Tensor | None = None) -> None:
         """Records one evaluation of all controls: ``ids``, ``losses`` ``[M]``, ``features`` ``[M, F]``.
 
-        A control that came twice counts once. If the controls are others than before, the history starts anew: a gap
+        A control that came twice counts once; with the number of ``elements`` ``[M]`` of each loss, its loss is the
+        mean over the elements of all windows. If the controls are others than before, the history starts anew: a gap
         to the earlier controls would compare two populations.
         """
+        losses = losses.float() if elements is None else _of_windows(ids, losses.float(), elements)
         ids, first = first_of_each(ids)
-        losses, features = losses.float()[first], features.float()[first]
+        losses, features = losses[first], features.float()[first]
         if torch.equal(ids, self.ids):
             self.previous, self.previous_step = self.latest, self.latest_step
         else:
@@ -139,6 +143,15 @@ _FACTS = (
     *("ids", "features", "previous", "latest", "previous_step", "latest_step"),
     *("curve", "snapshots", "snapshot_steps"),
 )
+
+
+def _of_windows(ids: Tensor, losses: Tensor, elements: Tensor) -> Tensor:
+    """``[M]``: for each window the mean over the elements of all windows of its id that have a finite loss."""
+    _, which = ids.unique(return_inverse=True)
+    known = torch.isfinite(losses)
+    weights = torch.where(known, elements.float(), 0.0)
+    sums = torch.zeros(len(ids)).index_add(0, which, torch.where(known, losses, 0.0) * weights)
+    return (sums / torch.zeros(len(ids)).index_add(0, which, weights))[which]
 
 
 def _between(at: Tensor, values: Tensor, steps: Tensor) -> Tensor:

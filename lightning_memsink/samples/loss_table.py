@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_memsink.samples.id_index import IdIndex
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.sources import SourceNames
+from lightning_memsink.samples.unique import last_of_each
 
 SCHEMA = 1
 REMEDY = (
@@ -172,8 +173,6 @@ class LossTable:
         rows = self.rows_of(ids)
         counts = torch.ones_like(rows, dtype=torch.int32) if is_part is None else (~is_part).int()
         self.exposures.index_add_(0, rows, counts)
-        if is_part is not None:
-            self._go_on(rows[is_part], losses[is_part])
         finite = torch.isfinite(losses).nonzero().flatten()
         by_row, order = rows[finite].sort(stable=True)
         visits = finite[order]
@@ -194,10 +193,14 @@ class LossTable:
             first = torch.ones_like(rows_late, dtype=torch.bool)
             first[1:] = rows_late[1:] != rows_late[:-1]
             self._set_once("early", rows_late[first], losses[visits_late[first]], steps[visits_late[first]])
+        if is_part is not None:
+            self._go_on(rows[is_part], losses[is_part])
         return rows
 
     def _go_on(self, rows: Tensor, losses: Tensor) -> None:
         """Corrects the losses of visits that go on, where the visit is the sample's first, or its early one."""
+        rows, last = last_of_each(rows)
+        losses = losses[last]
         for which in ("first", "early"):
             loss, step = self.columns[f"{which}_loss"], self.columns[f"{which}_step"]
             same = torch.isfinite(losses) & (step[rows] >= self.window_step[rows].clamp(min=0))
