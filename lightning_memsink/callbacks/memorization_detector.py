@@ -7,6 +7,7 @@ from collections.abc import Sized
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.evaluate import evaluate
+from lightning_memsink.detection.family_features import FamilyRecord
+from lightning_memsink.detection.family_verdicts import FamilyVerdicts, judge_families
 from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.onset import estimate_onset
 from lightning_memsink.detection.statistics import controls_for
 from lightning_memsink.detection.verdicts import Flags, Onset
-from lightning_memsink.ledger import Ledger
+from lightning_memsink.ledger import Ledger, Slot
 from lightning_memsink.samples.loss_table import REMEDY
 
 
@@ -111,6 +114,7 @@ class MemorizationDetector(Callback):
             evaluation = evaluate(
                 ledger.losses, ledger.controls, self.flags, self.rule, self.consecutive, trainer.current_epoch
             )
+            self._judge_families(ledger, evaluated)
             self.flags.evaluations.append(evaluation)
         self._report_power(len(ledger.losses), evaluation.controls)
         memorized = self.flags.memorized
@@ -120,6 +124,28 @@ class MemorizationDetector(Callback):
             [past.step for past in self.flags.evaluations],
         )
         return True
+
+    def _judge_families(self, ledger: Ledger, since: int) -> None:
+        """Writes the family of each text to the table, and judges the families; nothing where none are looked for.
+
+        ``since``: step of the evaluation before.
+        """
+        slot: Slot[FamilyRecord] | None = getattr(Ledger, "families", None)
+        record, table = None if slot is None else ledger.get(slot), ledger.losses
+        if record is None:
+            return
+        family = record.numbers(len(table))
+        table.write("family", torch.arange(len(table)), family)
+        self.flags.families = judge_families(
+            table,
+            ledger.controls,
+            family,
+            record.features,
+            self.flags.families or FamilyVerdicts.none(),
+            self.rule,
+            self.consecutive,
+            since,
+        )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the last evaluation to Lightning's monitors.
@@ -138,12 +164,19 @@ class MemorizationDetector(Callback):
             pl_module.log(f"memsink/{name}", finite, prog_bar=on_bar, logger=False, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"flags": self.flags.state_dict(), "onset": None if self.onset is None else asdict(self.onset)}
+        families = self.flags.families
+        return {
+            "flags": self.flags.state_dict(),
+            "onset": None if self.onset is None else asdict(self.onset),
+            **({} if families is None else {"families": families.state_dict()}),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("MemorizationDetector"):
             self.flags.load_state_dict(state_dict["flags"])
             self.onset = None if state_dict["onset"] is None else Onset(**state_dict["onset"])
+            families = state_dict.get("families")
+            self.flags.families = None if families is None else FamilyVerdicts.from_state(families)
 
     def _report_power(self, samples: int, controls: int) -> None:
         """Reports once how many samples this number of controls can flag, and warns once if it can flag none."""

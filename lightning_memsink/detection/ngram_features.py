@@ -78,8 +78,11 @@ class NgramCounts:
         Text with near-duplicates in the training text has a low loss even if it was never trained on, and the lower
         the more of them there are: a template filled in a hundred ways is easier than prose with as many known runs.
         """
-        elsewhere = self.runs[text.run] - exposures.float()[:, None] * _own(text.run, text.whole)
-        return _masked_mean(elsewhere.clamp(min=0).log1p(), text.whole)
+        return self.familiarity_without(text, exposures.float()[:, None] * own_counts(text.run, text.whole))
+
+    def familiarity_without(self, text: Ngrams, runs: Tensor) -> Tensor:
+        """`familiarity` where ``runs`` ``[B, T-3]`` are left out of the counts of the text's runs."""
+        return _masked_mean((self.runs[text.run] - runs).clamp(min=0).log1p(), text.whole)
 
     def nll(self, text: Ngrams, exposures: Tensor) -> Tensor:
         """``[B, 2]`` mean unigram and bigram negative log-likelihood, in nats per token.
@@ -88,9 +91,15 @@ class NgramCounts:
         ``exposures`` ``[B]``: how often each sample itself was counted; that many of its own counts are left out.
         """
         times = exposures.float()[:, None]
-        count = (self.unigrams[text.single] - times * _own(text.single, text.counted)).clamp(min=0)
-        pair_count = (self.bigrams[text.pair] - times * _own(text.pair, text.paired)).clamp(min=0)
-        total = (self.unigrams.sum() - times * text.counted.sum(1, keepdim=True)).clamp(min=0)
+        singles, pairs = own_counts(text.single, text.counted), own_counts(text.pair, text.paired)
+        return self.nll_without(text, times * singles, times * pairs, times * text.counted.sum(1, keepdim=True))
+
+    def nll_without(self, text: Ngrams, singles: Tensor, pairs: Tensor, tokens: Tensor) -> Tensor:
+        """`nll` where ``singles`` ``[B, T]`` and ``pairs`` ``[B, T-1]`` are left out of the counts of the text's tokens
+        and pairs, and ``tokens`` ``[B, 1]`` of the number of tokens."""
+        count = (self.unigrams[text.single] - singles).clamp(min=0)
+        pair_count = (self.bigrams[text.pair] - pairs).clamp(min=0)
+        total = (self.unigrams.sum() - tokens).clamp(min=0)
         known = (self.unigrams > 0).sum().clamp(min=1)
         unigram = (count + 1) / (total + known)
         bigram = (pair_count + 4 * unigram[:, 1:]) / (count[:, :-1] + 4)  # a pseudo-count of 4
@@ -122,7 +131,7 @@ def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
     return torch.tensor([8.0 * len(row) for row in rows]) / mask.sum(1).clamp(min=1)
 
 
-def _own(buckets: Tensor, mask: Tensor) -> Tensor:
+def own_counts(buckets: Tensor, mask: Tensor) -> Tensor:
     """``[B, T]`` how often each bucket occurs in its own row, where the mask is True; elsewhere 1."""
     if not buckets.numel():
         return buckets.float()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from lightning_memsink.detection.family_verdicts import FamilyVerdicts
     from lightning_memsink.samples.loss_table import LossTable
 
 
@@ -127,6 +128,8 @@ class Flags:
         self.onset_exposures = torch.zeros(0, dtype=torch.int16)
         self.null_gaps = torch.zeros(0)
         self.evaluations: list[Evaluation] = []
+        self.families: FamilyVerdicts | None = None
+        """Of near-duplicate texts, where these are looked for. Its state is kept apart."""
 
     def grow(self, rows: int) -> None:
         """Extends all columns to ``rows`` samples; new ones are unseen."""

@@ -28,8 +28,8 @@ from lightning_memsink.samples.near_duplicates import NearDuplicates
 from lightning_memsink.samples.shingles import hashes_of, shingle_length
 from lightning_memsink.samples.tokens import Tokens
 
-LIMIT = 1 << 22
-"""Texts compared by default: about 1.3 GB."""
+LIMIT = 1 << 20
+"""Texts compared by default: about 330 MB."""
 WAITING = 64
 """Batches of texts that wait for the thread at most."""
 TOKENS_AT_A_TIME = 1 << 19
@@ -76,8 +76,8 @@ class Families:
         """Bytes of memory, less 32 MiB that every one takes."""
         return self._index.nbytes + self._added.nbytes + sum(rows.nbytes for rows in self._rows)
 
-    def add(self, rows: Tensor, tokens: Tokens) -> None:
-        """Adds texts; those that were added before are passed over. Returns before they are compared.
+    def add(self, rows: Tensor, tokens: Tokens) -> Tensor:
+        """Adds texts; those that were added before are passed over. Returns, before they are compared, which are new.
 
         If 64 batches wait already, it waits for the thread, so that memory stays bounded.
 
@@ -85,20 +85,24 @@ class Families:
             rows: ``[V]`` of the table, not negative; of a row that comes twice the first text counts.
             tokens: of each row, ``[V, T]`` on the CPU. Nobody may change them afterwards.
 
+        Returns:
+            Bool ``[V]``: which rows were added now.
+
         Raises:
             ValueError: there is not one text for each row, or a row is negative.
         """
         if len(rows) != len(tokens.ids) or tokens.mask.shape != tokens.ids.shape:
             raise ValueError(f"{len(rows)} rows come with texts {list(tokens.ids.shape)}, not one for each.")
         self._warn()
-        numbers = rows.detach().long().numpy()
+        numbers, new = rows.detach().long().numpy(), torch.zeros(len(rows), dtype=torch.bool)
         if self._failed is not None or not len(numbers):
-            return
+            return new
         if int(numbers.min()) < 0:
             raise ValueError(f"A row of a table is not negative, but one is {int(numbers.min())}.")
         at = self._not_added(numbers)
+        new[at] = True
         if not len(at):
-            return
+            return new
         ids, mask = (tensor.detach().numpy()[at] for tensor in (tokens.ids.long(), tokens.mask != 0))
         if self._length is None:
             self._length = shingle_length(ids, mask)
@@ -112,6 +116,7 @@ class Families:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="memsink-families", daemon=True)
                 self._thread.start()
+        return new
 
     def settled(self) -> None:
         """Returns when every text that was added has been compared. Warns, once, if the thread has failed."""

@@ -238,8 +238,9 @@ class _Similarity:
 
     def _share(self, similarity: float, weight: float) -> NDArray[np.bool_]:
         """Whether two texts share this part of the similarity to expect of variants, and shingles of this weight."""
-        found: NDArray[np.bool_] = self.shared_weight >= similarity * self._expected * self.weight
-        return found & (self.shared_weight >= weight)
+        needed = np.maximum(similarity * self._expected * self.weight, weight)
+        found: NDArray[np.bool_] = self.shared_weight >= needed
+        return found
 
 
 def _most_often(candidates: Numbers, numbers: Numbers) -> Numbers:
