@@ -117,10 +117,9 @@ class Run:
             losses = 4 + 0.1 * torch.randn(40, generator=generator)
             losses[:12] -= family_gap * (step > 10)
             self.visit(losses, step)
-            self.controls.begin(step + 5)
             features = self.matching.of_controls(torch.arange(200), self.held_out, None)
             of_controls = 4 + 0.1 * torch.randn(200, generator=generator)
-            self.controls.close_evaluation([[(torch.arange(200), of_controls, features)]])
+            self.controls.record(step + 5, torch.arange(200), of_controls, features)
 
     def visit(self, losses: Tensor, step: int) -> None:
         count = len(losses)
