@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.rank_zero import WarningCache
 
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
+from lightning_memsink.detection.source_budget import SourceBudget
+from lightning_memsink.detection.source_summary import SourceSummary, summarize_sources
+from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.extraction.canaries import CanaryGroup, HasCanaryGroups
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.history import EvaluationProfile
@@ -19,7 +23,9 @@ from lightning_memsink.reporting.loggers import logged_run
 from lightning_memsink.reporting.loggers.logged_run import LoggedEnd, LoggedEvaluation, LoggedRun
 from lightning_memsink.reporting.mitigation_summary import action_series, side_by_side
 from lightning_memsink.reporting.provenance import settings_of, versions
-from lightning_memsink.reporting.scalars import PlantedIds, any_known, scalars
+from lightning_memsink.reporting.scalars import PlantedIds, any_known, scalars, source_series
+from lightning_memsink.reporting.source_section import crossing, source_rows
+from lightning_memsink.samples.loss_table import LossTable
 
 MOST_ROWS = 1000
 
@@ -36,16 +42,28 @@ class LiveCurves(Callback):
             without one, curves are by number of exposures, beside that of all controls.
         top: memorized samples listed per evaluation, at most 1000.
         text: turns a sample id into text for the list. Without it no text leaves the machine.
+        budget: by source, the largest share of its samples, 0…1, that may be memorized; ``default`` is that of all
+            others: ``{"customer-a": 0.001, "default": 0.01}``. A source that crosses its budget is warned of once, in
+            W&B with an alert; the report lists all, and ``memsink gate`` ends with an exit code. See
+            `detection.source_budget` for what counts as crossed.
+
+    Raises:
+        ValueError: ``top`` is out of range, or a budget is no share.
     """
 
     saves_samples = True
 
     def __init__(
-        self, rungs: Sequence[CanaryGroup] | None = None, top: int = 20, text: Callable[[int], str] | None = None
+        self,
+        rungs: Sequence[CanaryGroup] | None = None,
+        top: int = 20,
+        text: Callable[[int], str] | None = None,
+        budget: Mapping[str, float] | None = None,
     ) -> None:
         if not 0 <= top <= MOST_ROWS:
             raise ValueError(f"top is a number of samples from 0 to {MOST_ROWS}, but it is {top}.")
         self.rungs, self.top, self.text = rungs, top, text
+        self.budget = None if budget is None else SourceBudget(budget)
         self.history: list[dict[str, float]] = []
         self._planted: list[PlantedIds] = []
         self._runs: dict[int, LoggedRun] = {}
@@ -54,7 +72,8 @@ class LiveCurves(Callback):
         self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Ledger.of(trainer).history = self.history
+        ledger = Ledger.of(trainer)
+        ledger.history, ledger.budget = self.history, self.budget
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -81,16 +100,23 @@ class LiveCurves(Callback):
         if not self.history:
             return
         ledger = Ledger.of(trainer)
-        end = LoggedEnd(self.history[-1], ledger.onset, ledger.get(Ledger.certificate), ledger.get(Ledger.attribution))
+        certificate, attribution = ledger.get(Ledger.certificate), ledger.get(Ledger.attribution)
+        sources = source_rows(ledger.losses, ledger.flags) if trainer.is_global_zero else []
+        end = LoggedEnd(self.history[-1], ledger.onset, certificate, attribution, sources)
         self._log(trainer, lambda run: run.end(end))
+        if self.budget is not None:
+            self._warn_of_unknown(ledger.losses, ledger.flags, self.budget)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(row) for row in self.history], "announced": self._announced}
+        state = {"history": [dict(row) for row in self.history], "announced": self._announced}
+        return state if self.budget is None else {**state, "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("LiveCurves"):
             self.history[:] = state_dict["history"]  # in place: some strategies restore after it was published
             self._announced = state_dict["announced"]
+            if self.budget is not None:
+                self.budget.load_state_dict(state_dict.get("budget", {}))
 
     def _log_evaluation(self, trainer: Trainer) -> None:
         """Logs the last evaluation, if it is not in the history yet."""
@@ -100,8 +126,10 @@ class LiveCurves(Callback):
             return
         ledger.close(Ledger.attribution)
         profile = _profile(ledger)
-        row = self._row(ledger, profile)
+        sources = summarize_sources(ledger.losses, flags) if self._needs_sources(ledger) else None
+        row = self._row(ledger, profile, sources)
         self.history.append(row)
+        crossed = [] if self.budget is None else self.budget.update(ledger.losses, flags, sources)
         if not trainer.is_global_zero:
             return
         if self._planted and not any_known(ledger.losses, self._planted):
@@ -112,11 +140,21 @@ class LiveCurves(Callback):
             )
         onset = None if self._announced else ledger.onset
         self._announced = ledger.onset is not None
-        evaluation = LoggedEvaluation(row, ledger.losses, flags, self.top, profile, onset)
+        sentences = [crossing(source) for source in crossed]
+        evaluation = LoggedEvaluation(row, ledger.losses, flags, self.top, profile, onset, sentences)
         self._log(trainer, lambda run: run.evaluation(evaluation))
+        for sentence in sentences:
+            rank_zero_warn(sentence)
 
-    def _row(self, ledger: Ledger, profile: EvaluationProfile | None) -> dict[str, float]:
+    def _needs_sources(self, ledger: Ledger) -> bool:
+        return self.budget is not None or "source" in ledger.losses.columns
+
+    def _row(
+        self, ledger: Ledger, profile: EvaluationProfile | None, sources: SourceSummary | None
+    ) -> dict[str, float]:
         row = scalars(ledger.losses, ledger.controls, ledger.flags, ledger.onset, self._planted)
+        if sources is not None:
+            row |= source_series(ledger.losses, sources)
         actions = action_series(ledger.interventions)
         if actions:
             row |= actions | side_by_side(row)
@@ -126,6 +164,15 @@ class LiveCurves(Callback):
         if profile is not None:
             row |= series(profile)
         return row
+
+    def _warn_of_unknown(self, table: LossTable, flags: Flags, budget: SourceBudget) -> None:
+        unknown = budget.unknown(table, summarize_sources(table, flags))
+        if unknown:
+            warn_once(
+                self._warnings,
+                f"No sample of this run has the source {', '.join(map(repr, unknown))}, which LiveCurves(budget=...) "
+                f"names. Its sources are {_some(table.source_names.labels)}.",
+            )
 
     def _log(self, trainer: Trainer, log: Callable[[LoggedRun], object]) -> None:
         """Calls ``log`` with the run of every logger, on the first process only."""
@@ -149,6 +196,12 @@ class LiveCurves(Callback):
             run.start(self._config)
             self._runs[id(logger)] = run
         return self._runs[id(logger)]
+
+
+def _some(labels: list[str], most: int = 10) -> str:
+    """The first labels of a list, for a message."""
+    more = f" and {len(labels) - most:,} others" if len(labels) > most else ""
+    return ", ".join(map(repr, labels[:most])) + more if labels else "unknown: batches have no labels"
 
 
 def _profile(ledger: Ledger) -> EvaluationProfile | None:

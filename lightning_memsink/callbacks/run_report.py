@@ -50,6 +50,7 @@ class RunReport(Callback):
             ledger.get(Ledger.extraction),
             settings_of(trainer.callbacks),  # type: ignore[attr-defined]
             versions(),
+            ledger.get(Ledger.budget),
             _logged_runs(trainer),
         )
         lines = list(findings.logged_runs)

@@ -1,4 +1,4 @@
-"""Budgets: the largest share of a source's texts that may be memorized, and whether it is crossed.
+"""Budgets: the largest share of a source's samples that may be memorized, and whether it is crossed.
 
 S  sources
 """
@@ -19,7 +19,7 @@ from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sources import NO_SOURCE, OTHER, OTHER_CODE, label_text
 
 DEFAULT = "default"
-"""The name of the budget of all sources without one of their own, and of texts without a source."""
+"""The name of the budget of all sources without one of their own, and of samples without a source."""
 UNLABELLED = "no source"
 LEVEL = 0.05
 """Largest probability that false flags alone explain what is above a budget, where it counts as crossed."""
@@ -36,13 +36,13 @@ class BudgetRow:
     reason: str
     """Why it is undecided; empty otherwise."""
     share: float = torch.nan
-    """Memorized texts as a share of those measured; NaN where none was."""
+    """Memorized samples as a share of those measured; NaN where none was."""
     share_low: float = torch.nan
     share_high: float = torch.nan
-    """The 95 % interval of the share among texts like these."""
+    """The 95 % interval of the share among samples like these."""
     memorized: int = 0
     measured: int = 0
-    texts: int = 0
+    samples: int = 0
     crossed_at: int | None = None
     """Optimizer step of the first evaluation that found it crossed."""
 
@@ -50,18 +50,18 @@ class BudgetRow:
 class SourceBudget:
     """Watches the budgets of sources over evaluations.
 
-    A budget is crossed where more of the source's measured texts are memorized than it allows, by a number that false
+    A budget is crossed where more of the source's measured samples are memorized than it allows, by a number that false
     flags don't explain. They come at most at the rate at which controls, which were never trained on, pass the
     threshold of a flag, and at most at the false-discovery rate; the number above the budget must be one that has a
     probability of at most `LEVEL` under the smaller of the two. So a single false flag in a large source is no alarm,
-    and a source of two texts that are both memorized is one. The interval of the share is not what decides: it is of
-    texts like these, and a budget is of these.
+    and a source of two samples that are both memorized is one. The interval of the share is not what decides: it is of
+    samples like these, and a budget is of these.
 
     A source is undecided where the share is above the budget by no more than false flags explain, and where fewer than
-    half of its repeated texts were measured; a text that was seen once can't be judged.
+    half of its repeated samples were measured; a sample that was seen once can't be judged.
 
     Args:
-        budget: by source, the largest share of its texts in 0…1 that may be memorized; ``default`` is that of all
+        budget: by source, the largest share of its samples in 0…1 that may be memorized; ``default`` is that of all
             others.
 
     Raises:
@@ -78,8 +78,8 @@ class SourceBudget:
         for source, share in budget.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise ValueError(
-                    f"budget[{source!r}] is the largest share of its texts that may be memorized, from 0 to 1 (0.001: "
-                    f"one in a thousand), but it is {share!r}."
+                    f"budget[{source!r}] is the largest share of its samples that may be memorized, from 0 to 1 "
+                    f"(0.001: one in a thousand), but it is {share!r}."
                 )
             self.shares[label_text(source) or ""] = float(share)
         self.crossed_at: dict[str, int] = {}
@@ -101,7 +101,7 @@ class SourceBudget:
         summary = summarize_sources(table, flags) if summary is None else summary
         rows = self._rows(table, summary, _false_flag_rate(summary, flags))
         rows += [
-            BudgetRow(name, self.shares[name], "undecided", "no text of this source was seen")
+            BudgetRow(name, self.shares[name], "undecided", "no sample of this source was seen")
             for name in self.unknown(table, summary)
         ]
         order = ("crossed", "undecided", "inside")
@@ -138,7 +138,7 @@ class SourceBudget:
             "share": summary.share,
             "share_low": low,
             "share_high": high,
-            **{name: getattr(summary, name) for name in ("memorized", "measured", "texts")},
+            **{name: getattr(summary, name) for name in ("memorized", "measured", "samples")},
         }
         rows = []
         for place, name in enumerate(names):
@@ -158,7 +158,7 @@ def budget_numbers(rows: list[BudgetRow]) -> list[dict[str, Any]]:
 
 
 def _allowed(summary: SourceSummary, budgets: Tensor) -> Tensor:
-    """``[S]`` how many of the measured texts may be memorized."""
+    """``[S]`` how many of the measured samples may be memorized."""
     return (budgets * summary.measured + 1e-9).floor()
 
 
@@ -174,7 +174,7 @@ def _is_crossed(summary: SourceSummary, budgets: Tensor, rate: float) -> Tensor:
 
 
 def _false_flag_rate(summary: SourceSummary, flags: Flags) -> float:
-    """An upper estimate of the probability that a text that is not memorized is flagged all the same."""
+    """An upper estimate of the probability that a sample that is not memorized is flagged all the same."""
     if not flags.evaluations:
         return 1.0
     last = flags.evaluations[-1]
@@ -187,7 +187,7 @@ def _false_flag_rate(summary: SourceSummary, flags: Flags) -> float:
 def _undecided(summary: SourceSummary, place: int, is_above: bool) -> str:
     measured, repeated = int(summary.measured[place]), int(summary.repeated[place])
     if not measured:
-        return "no text of it was measured" if repeated else "its texts were seen once, which can't be judged"
+        return "no sample of it was measured" if repeated else "its samples were seen once, which can't be judged"
     if 2 * measured < repeated:
-        return f"only {measured:,} of {repeated:,} repeated texts were measured"
+        return f"only {measured:,} of {repeated:,} repeated samples were measured"
     return "its share is above the budget, by no more than false flags explain" if is_above else ""

@@ -1,6 +1,6 @@
-"""How much of each source is memorized, from the loss table and the verdicts on its texts.
+"""How much of each source is memorized, from the loss table and the verdicts on its samples.
 
-N  texts known, the samples      S  sources      M  controls
+N  samples known      S  sources      M  controls
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sources import NO_SOURCE
 
 MEASURED = (Verdict.LEARNED, Verdict.HARD, Verdict.MEMORIZED, Verdict.WAITING)
-"""Verdicts on texts whose loss could be compared with matched controls."""
-CONTROLS_OF_A_TEXT = 8
-"""With how many the detector compares a text, by default."""
+"""Verdicts on samples whose loss could be compared with matched controls."""
+CONTROLS_OF_A_SAMPLE = 8
+"""With how many the detector compares a sample, by default."""
 Z = 1.959964
 """Standard deviations of a normal interval of 95 %."""
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """A row per source that has texts, in the order of codes: all ``[S]``."""
+    """A row per source that has samples, in the order of codes: all ``[S]``."""
 
     codes: Tensor
-    """int64; `NO_SOURCE` for the texts without one, if there are any."""
-    texts: Tensor
+    """int64; `NO_SOURCE` for the samples without one, if there are any."""
+    samples: Tensor
     tokens: Tensor
-    """Of its texts, each once; float64."""
+    """Of its samples, each once; float64."""
     exposures: Tensor
-    """Visits of its texts."""
+    """Visits of its samples."""
     repeated: Tensor
-    """Texts with more than one exposure: the others can't be judged."""
+    """Samples with more than one exposure: the others can't be judged."""
     measured: Tensor
-    """Texts that were compared with matched controls."""
+    """Samples that were compared with matched controls."""
     memorized: Tensor
-    """Measured texts with the verdict ``memorized``."""
+    """Measured samples with the verdict ``memorized``."""
     bits: Tensor
-    """Memorized bits of all measured texts, float64: see `summarize_sources`. NaN where none was measured."""
+    """Memorized bits of all measured samples, float64: see `summarize_sources`. NaN where none was measured."""
     bits_low: Tensor
     bits_high: Tensor
     """The 95 % interval of ``bits``."""
@@ -58,14 +58,14 @@ class SourceSummary:
         return self.memorized.double() / self.measured
 
     def share_interval(self) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of the share among texts like those measured (`clopper_pearson`)."""
+        """The 95 % interval of the share among samples like those measured (`clopper_pearson`)."""
         return clopper_pearson(self.memorized, self.measured)
 
     def only(self, rows: Tensor) -> SourceSummary:
         """The sources in ``rows``, a mask or positions."""
         return SourceSummary(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
-    def largest(self, count: int, by: str = "texts") -> SourceSummary:
+    def largest(self, count: int, by: str = "samples") -> SourceSummary:
         """The ``count`` sources with the largest value in a column, largest first; those without a label are left
         out."""
         labelled = self.only(self.codes != NO_SOURCE)
@@ -76,14 +76,15 @@ class SourceSummary:
 def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     """The sources of a table, at the last evaluation.
 
-    Bits sum, over all measured texts of a source, the gap above the mean gap of controls, times tokens. Flagged texts
-    alone would give too much of what is flagged (a text is flagged because its gap came out large) and nothing of the
-    rest; over all texts the errors of single gaps cancel. The sum may be negative where nothing is memorized.
+    Bits sum, over all measured samples of a source, the gap above the mean gap of controls, times tokens. Flagged
+    samples alone would give too much of what is flagged (a sample is flagged because its gap came out large) and
+    nothing of the rest; over all samples the errors of single gaps cancel. The sum may be negative where nothing is
+    memorized.
 
-    Its interval has two parts: what a single text's loss deviates from that of its matched controls, which the
-    controls' own gaps show, and what the controls deviate as a whole, which is common to all texts of a source. Of the
-    M controls a source is taken to be compared with its share, as if they were drawn as the texts are, and at least
-    with those of one text.
+    Its interval has two parts: what a single sample's loss deviates from that of its matched controls, which the
+    controls' own gaps show, and what the controls deviate as a whole, which is common to all samples of a source. Of
+    the M controls a source is taken to be compared with its share, as if they were drawn as the samples are, and at
+    least with those of one sample.
     """
     codes = table.source.long() + 1
     count = int(codes.max()) + 1 if len(codes) else 0
@@ -101,14 +102,14 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     null = flags.null_gaps[torch.isfinite(flags.null_gaps)].double()
     mean, variance = (null.mean(), null.var()) if len(null) > 1 else (torch.tensor(torch.nan),) * 2
     measured, token_sum = sums(of_measured), sums(of_measured, their_tokens)
-    own_controls = (len(null) * measured / max(1, len(rows))).clamp(min=CONTROLS_OF_A_TEXT)
+    own_controls = (len(null) * measured / max(1, len(rows))).clamp(min=CONTROLS_OF_A_SAMPLE)
     bits = sums(of_measured, (flags.gap[rows].double() - mean) * their_tokens) / LN2
     error = (variance * (sums(of_measured, their_tokens.square()) + token_sum.square() / own_controls)).sqrt() / LN2
     bits = torch.where(measured > 0, bits, torch.nan)
-    texts = sums(codes)
+    samples = sums(codes)
     summary = SourceSummary(
         codes=torch.arange(-1, count - 1),
-        texts=texts,
+        samples=samples,
         tokens=sums(codes, tokens),
         exposures=sums(codes, exposures.double()).long(),
         repeated=sums(codes[exposures > 1]),
@@ -118,11 +119,11 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
         bits_low=bits - Z * error,
         bits_high=bits + Z * error,
     )
-    return summary.only(texts > 0)
+    return summary.only(samples > 0)
 
 
 def source_onsets(table: LossTable, flags: Flags, codes: Tensor) -> dict[int, Onset]:
-    """By code, the onset of each of the sources ``codes`` ``[S]`` that has memorized texts."""
+    """By code, the onset of each of the sources ``codes`` ``[S]`` that has memorized samples."""
     rows = flags.memorized.nonzero().flatten()
     of_rows = table.source[rows].long()
     order = of_rows.argsort(stable=True)
@@ -140,5 +141,5 @@ def source_onsets(table: LossTable, flags: Flags, codes: Tensor) -> dict[int, On
 
 def plain_row(summary: SourceSummary, place: int) -> dict[str, Any]:
     """The numbers of one source by name, as Python's, with its share; its place is that in the ``summary``."""
-    names = ("texts", "tokens", "exposures", "measured", "memorized", "bits", "bits_low", "bits_high")
+    names = ("samples", "tokens", "exposures", "measured", "memorized", "bits", "bits_low", "bits_high")
     return {name: getattr(summary, name)[place].item() for name in names} | {"share": summary.share[place].item()}

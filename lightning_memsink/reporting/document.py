@@ -11,6 +11,9 @@ VERSION = 1
 """Of the JSON schema ``report.schema.json``. It grows when readers of old reports would not understand a new one."""
 NAMES = "name"
 """Head of a table's column with samples' names, which Markdown shows letter by letter."""
+LABELS = "source"
+"""Head of a table's column with sources' labels, which Markdown shows letter by letter, too: they are the user's words.
+"""
 State = Literal["yes", "no", "partly", "unknown"]
 
 
@@ -133,4 +136,4 @@ def _table(grid: Grid) -> list[str]:
 
 
 def _cell(head: str, cell: str) -> str:
-    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", cell) if head == NAMES else cell.replace("|", "\\|")
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", cell) if head in (NAMES, LABELS) else cell.replace("|", "\\|")

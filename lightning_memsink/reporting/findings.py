@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from lightning_memsink.detection.source_budget import BudgetRow, SourceBudget
+from lightning_memsink.detection.source_summary import SourceSummary, summarize_sources
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset
 from lightning_memsink.extraction.history import ExtractionHistory
 from lightning_memsink.localization.history import LocalizationHistory
@@ -37,6 +40,8 @@ class Findings:
     """Arguments by callback."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """By package."""
+    budget: SourceBudget | None = None
+    """Of sources; None without one."""
     logged_runs: Sequence[str] = ()
     """How to open each run that a logger recorded."""
     shows_names: bool = True
@@ -52,6 +57,16 @@ class Findings:
     def evaluation(self) -> Evaluation:
         """The last evaluation. IndexError if there was none."""
         return self.flags.evaluations[-1]
+
+    @cached_property
+    def sources(self) -> SourceSummary:
+        """How much of each source is memorized."""
+        return summarize_sources(self.table, self.flags)
+
+    @cached_property
+    def budget_rows(self) -> list[BudgetRow]:
+        """The budgets of sources at the last evaluation, crossed ones first; empty without any."""
+        return [] if self.budget is None else self.budget.rows(self.table, self.flags, self.sources)
 
     @property
     def unit(self) -> str:

@@ -13,6 +13,7 @@ from lightning_memsink.reporting.formatting import count_of, percent
 from lightning_memsink.reporting.provenance import seed
 from lightning_memsink.reporting.run_figures import figures_of
 from lightning_memsink.reporting.run_sections import SECTIONS, TOP, fingerprint
+from lightning_memsink.reporting.source_section import source_numbers
 
 
 def run_document(findings: Findings, date: str) -> Document:
@@ -121,6 +122,7 @@ def _numbers(findings: Findings) -> dict[str, Any]:
             "seed": seed(),
             "settings": findings.settings,
             "versions": findings.versions,
+            **source_numbers(findings),
         }
     )
     return numbers

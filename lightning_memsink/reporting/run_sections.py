@@ -18,6 +18,7 @@ from lightning_memsink.reporting.localization_summary import where
 from lightning_memsink.reporting.mitigation_summary import what_was_done
 from lightning_memsink.reporting.name_text import shown
 from lightning_memsink.reporting.provenance import seed
+from lightning_memsink.reporting.source_section import has_sources, source_sentences, source_tables, top_sources
 from lightning_memsink.samples.loss_table import LossTable
 
 TOP, TOP_IN_SENTENCES = 20, 5
@@ -228,6 +229,13 @@ SECTIONS = (
     RunSection("Nothing was judged", lambda findings: not _evaluated(findings), no_verdicts),
     RunSection("When", _evaluated, _when),
     RunSection("Which", _evaluated, _which, _sample_table, in_place_of_tables=_top_samples),
+    RunSection(
+        "Sources",
+        lambda it: _evaluated(it) and has_sources(it),
+        source_sentences,
+        source_tables,
+        in_place_of_tables=top_sources,
+    ),
     RunSection("Where", lambda it: _evaluated(it) and it.attribution is not None, _localization),
     RunSection("What can be extracted", lambda it: _evaluated(it) and bool(_extraction(it)), _extraction),
     RunSection("What was done", lambda it: _evaluated(it) and bool(_mitigation(it)), _mitigation),

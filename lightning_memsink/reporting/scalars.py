@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from lightning_memsink.detection.source_summary import SourceSummary
 from lightning_memsink.detection.statistics import LN2, finite_mean
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
 from lightning_memsink.extraction.canaries import CanaryGroup
@@ -27,6 +28,8 @@ EVALUATION = (
 """Series of every evaluation, named like the fields of ``Evaluation``."""
 ONSET = ("step", "step_low", "step_high", "exposures", "exposures_low", "exposures_high")
 """Series ``onset_*``, which begin when an onset is known."""
+MOST_SOURCES, LABEL_LENGTH = 20, 60
+"""Sources that have series, and letters of a label in their names."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,23 @@ def scalars(
     else:
         row |= exposure_series(table, flags, evaluation)
     return {name: float(value) for name, value in row.items() if math.isfinite(value)}
+
+
+def source_series(table: LossTable, sources: SourceSummary, most: int = MOST_SOURCES) -> dict[str, float]:
+    """``source/LABEL/share`` and ``source/LABEL/bits`` of the largest sources; the report has the others, too.
+
+    Loggers make paths and files of names, so a label keeps its letters, digits, dots and dashes only. Where two sources
+    are alike then, the code of the later one is added.
+    """
+    series: dict[str, float] = {}
+    largest = sources.largest(most)
+    shares, bits = largest.share.tolist(), largest.bits.tolist()
+    for place, code in enumerate(largest.codes.tolist()):
+        label = re.sub(r"[^\w.-]+", "_", table.source_names.label(code) or "", flags=re.ASCII)[:LABEL_LENGTH] or "_"
+        if f"source/{label}/share" in series:
+            label = f"{label}_{code}"
+        series |= {f"source/{label}/share": shares[place], f"source/{label}/bits": bits[place]}
+    return {name: value for name, value in series.items() if math.isfinite(value)}
 
 
 def canary_series(

@@ -100,10 +100,10 @@ def test_names_that_no_text_has_are_undecided_and_other_sources_have_no_budget()
     table, flags = sourced({"a": {V.LEARNED: 10}, 7: {V.LEARNED: 10}} | {None: {V.MEMORIZED: 1}})
     rows = SourceBudget({"b": 0.1, "a": 0.1}).rows(table, flags)
     assert [(row.source, row.state, row.reason) for row in rows] == [
-        ("b", "undecided", "no text of this source was seen"),
+        ("b", "undecided", "no sample of this source was seen"),
         ("a", "inside", ""),
     ]
-    assert math.isnan(rows[0].share) and budget_numbers(rows)[1]["texts"] == 10
+    assert math.isnan(rows[0].share) and budget_numbers(rows)[1]["samples"] == 10
 
 
 def test_texts_without_a_source_have_the_default_budget():

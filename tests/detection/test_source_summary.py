@@ -41,7 +41,7 @@ def test_every_number_is_a_sum_over_the_texts_of_the_source():
         bits = sum((float(flags.gap[n]) - float(null.mean())) * float(table.elements[n]) for n in measured) / math.log(
             2
         )
-        assert summary.texts[place] == len(own) and summary.measured[place] == len(measured)
+        assert summary.samples[place] == len(own) and summary.measured[place] == len(measured)
         assert summary.tokens[place] == sum(float(table.elements[n]) for n in own)
         assert summary.exposures[place] == sum(int(table.exposures[n]) for n in own)
         assert summary.repeated[place] == sum(int(table.exposures[n]) > 1 for n in own)
@@ -108,7 +108,7 @@ def test_an_empty_ledger_and_one_without_sources():
     table = LossTable()
     table.record(torch.arange(3), torch.ones(3), torch.zeros(3), torch.ones(3))
     summary = summarize_sources(table, Flags())
-    assert summary.codes.tolist() == [-1] and summary.texts.tolist() == [3] and summary.measured.tolist() == [0]
+    assert summary.codes.tolist() == [-1] and summary.samples.tolist() == [3] and summary.measured.tolist() == [0]
     assert len(summary.largest(20)) == 0
 
 

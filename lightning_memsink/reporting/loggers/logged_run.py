@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ class LoggedEvaluation:
     """Of the layers; None without a ``SinkLocalizer``."""
     onset: Onset | None = None
     """Only at the evaluation that first knows it."""
+    crossed: Sequence[str] = ()
+    """A sentence for each source whose budget this evaluation is the first to find crossed."""
 
     @property
     def step(self) -> int:
@@ -54,6 +56,8 @@ class LoggedEnd:
     onset: Onset | None
     certificate: Certificate | None
     attribution: LocalizationHistory | None
+    sources: Sequence[Mapping[str, Any]] = ()
+    """A row of numbers by name per source, those with the most memorized bits first."""
 
 
 class LoggedRun(Protocol):

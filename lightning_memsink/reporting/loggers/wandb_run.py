@@ -70,6 +70,8 @@ class WandbRun:
             self._layers(evaluation.step, evaluation.profile.shares)
         if evaluation.onset is not None:
             self._alert(evaluation.onset)
+        for sentence in evaluation.crossed:
+            self._run.alert(title="A budget of memorization is crossed", text=sentence)
 
     def end(self, end: LoggedEnd) -> None:
         """Writes the summary and logs the heat map of the layers."""
@@ -78,6 +80,12 @@ class WandbRun:
             self._certificate(end.certificate)
         if end.attribution is not None and end.attribution.rows:
             self._heat_map(end.attribution)
+        if end.sources:
+            import wandb
+
+            columns = [*end.sources[0]]
+            rows = [[row[column] for column in columns] for row in end.sources]
+            self._run.log({STEP: int(end.row["step"]), "memsink/sources": wandb.Table(columns=columns, data=rows)})
 
     def how_to_open(self) -> str | None:
         """The address of an online run, the commands for an offline one, None for a disabled one."""
