@@ -14,6 +14,7 @@ USAGE = """usage: memsink COMMAND ...
   audit --model DIR --suspects FILE --controls FILE   test a finished model for memorized texts
   report DIR [--against OTHER]                    write the HTML report of a finished run or audit again
   samples RUN [--source LABEL] [--text DATA]      list the most memorized samples of a finished run
+  gate RUN                                        exit with 1 if the run is over a budget, with 2 without an answer
   recipes ls                                      list the recipes that come with memsink
   recipes cp NAME [DEST] [--force]                copy a recipe, to edit it
 
@@ -44,12 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_memsink.cli.samples import run as samples
 
         return samples(rest)
+    elif command == "gate":
+        from lightning_memsink.cli.gate import run as gate
+
+        return gate(rest)
     elif command == "validate":
         from lightning_memsink.cli.validate import validate
 
         print(validate(rest))
     else:
-        hint = did_you_mean(command, ["fit", "validate", "audit", "report", "samples", "recipes"])
+        hint = did_you_mean(command, ["fit", "validate", "audit", "report", "samples", "gate", "recipes"])
         raise SystemExit(f"memsink has no command `{command}`{hint or '. List them: memsink --help'}")
     return 0
 
