@@ -17,6 +17,7 @@ from lightning_memsink.attribution.broadcast_gradients import BroadcastGradients
 from lightning_memsink.attribution.ghost_norms import Contribution, Outer, Tied, samples_of, squared_norm, tie
 from lightning_memsink.attribution.gradient_rules import GradientRule, rule_of, samples_first, wants_gradient
 from lightning_memsink.attribution.module_hooks import ModuleCalls, first_tensor
+from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.attribution.unit_effects import divide_by_weights
 from lightning_memsink.attribution.update_norms import block_of
 
@@ -44,12 +45,16 @@ class GradientNorms:
         model: anything made of modules.
         batch_axis: where the samples are in inputs of three axes and more: 1 if sequences come first.
 
+    Where rows hold several documents, set ``owners`` after `open` and before the backward: norms are those of documents
+    then, ``[D]``, exact where no layer mixes tokens otherwise than attention does.
+
     A parameter of several modules counts for the first of them. Below a BatchNorm in training, a sample's norm is that
     of the part of the gradient that runs through the sample: a gradient of its own does not exist there.
     """
 
     def __init__(self, model: nn.Module, batch_axis: int = 0) -> None:
         self.batch_axis = batch_axis
+        self.owners: TokenOwners | None = None
         self._rules: dict[str, GradientRule] = {}
         self._modules: dict[str, nn.Module] = {}
         self._parameters: dict[int, nn.Parameter] = {}
@@ -96,6 +101,7 @@ class GradientNorms:
     def open(self) -> None:
         """Records from the next forward on."""
         self._reset()
+        self.owners = None
         self._missed.clear()
         self._calls.open()
 
@@ -211,11 +217,27 @@ class GradientNorms:
             inputs, gradient = per_sample
         axis = 0 if rule.batch_first else self.batch_axis
         inputs, gradient = samples_first(inputs, axis, features=not is_lookup), samples_first(gradient, axis)
+        if self.owners is not None:
+            unpacked = self._unpacked(self.owners, rule, inputs, gradient, is_lookup)
+            if unpacked is None:
+                self._missed[name] = f"its input {list(inputs.shape)} is not of the tokens of documents alone"
+                return
+            inputs, gradient = unpacked
         keys = self._keys[name]
         for local, contribution in rule.read(module, inputs, gradient).items():
             self._add(name, keys[local], contribution)
         if all(self._expected_calls[key] <= 1 for key in keys.values()):
             self._kept_inputs.pop(name, None)
+
+    def _unpacked(
+        self, owners: TokenOwners, rule: GradientRule, inputs: Tensor, gradient: Tensor, is_lookup: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """A layer's input and its output's gradient, a document a row; None if it doesn't take token by token."""
+        is_flat_of_columns = self.batch_axis == 1 and gradient.ndim == 2 and 1 not in owners.shape
+        if rule.batch_first or is_flat_of_columns:  # convolutions and group norms see a token's neighbours
+            return None
+        own = owners.unpacked(inputs, 0 if is_lookup else 1), owners.unpacked(gradient)
+        return None if own[0] is None or own[1] is None else (own[0], own[1])
 
     def _add(self, name: str, key: int, contribution: Contribution) -> None:
         if key in self._norms:
@@ -229,9 +251,12 @@ class GradientNorms:
     def _tied(self, key: int, outer: Outer) -> Outer | Tied:
         """What to keep of an output layer's gradient until that of the embedding it shares comes."""
         ids = [each for user in self._users[key] for each in self._ids.get(user, [])]
-        if self._expected_calls[key] != 2 or len(ids) != 1 or ids[0].shape[:1] != outer.left.shape[:1]:
+        if self._expected_calls[key] != 2 or len(ids) != 1 or self.batch_axis:
             return outer
-        return outer if self.batch_axis else tie(outer, ids[0].reshape(len(ids[0]), -1))
+        own = ids[0] if self.owners is None else self.owners.unpacked(ids[0], 0)
+        if own is None or own.shape[:1] != outer.left.shape[:1]:
+            return outer
+        return tie(outer, own.reshape(len(own), -1))
 
     def _compute_norm(self, key: int) -> None:
         contributions = self._contributions.pop(key)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_memsink.attribution.gradient_rules import outer_of, samples_first
 from lightning_memsink.attribution.module_hooks import ModuleCalls
+from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.attribution.unit_effects import divide_by_weights
 
 
@@ -61,6 +62,8 @@ class GradientSketches:
 
     def __init__(self, model: nn.Module, rank: int = 16, seed: int = 0, batch_axis: int = 0) -> None:
         self.rank, self.seed, self.batch_axis = rank, seed, batch_axis
+        self.owners: TokenOwners | None = None
+        """Of the tokens, where rows hold several documents; set after `open`. Sketches are of documents then."""
         self._modules: dict[str, nn.Module] = {}
         self._first_user: dict[str, str] = {}  # the first layer with the same weight
         first_users: dict[int, str] = {}
@@ -80,6 +83,7 @@ class GradientSketches:
     def open(self) -> None:
         """Records from the next forward on."""
         self._sketches.clear()
+        self.owners = None
         self._calls.open()
 
     def paused(self) -> AbstractContextManager[None]:
@@ -111,13 +115,19 @@ class GradientSketches:
         make_outer = outer_of(self._modules[name])
         if make_outer is None:  # frozen since
             return
-        outer = make_outer(samples_first(inputs, self.batch_axis), samples_first(gradient, self.batch_axis))
+        parts = samples_first(inputs, self.batch_axis), samples_first(gradient, self.batch_axis)
+        if self.owners is not None:
+            own = [self.owners.unpacked(part) for part in parts]
+            if own[0] is None or own[1] is None:
+                return
+            parts = own[0], own[1]
+        outer = make_outer(*parts)
         key = self._first_user[name]
         left = self._projection(key, "left", outer.left)
         with torch.autocast(gradient.device.type, enabled=False):
-            own = sketch(outer.left, outer.right, left, self._projection(key, "right", outer.right))
+            sketched = sketch(outer.left, outer.right, left, self._projection(key, "right", outer.right))
         before = self._sketches.get(key)
-        self._sketches[key] = own if before is None or len(before) != len(own) else before + own
+        self._sketches[key] = sketched if before is None or len(before) != len(sketched) else before + sketched
 
     def _projection(self, name: str, side: Literal["left", "right"], like: Tensor) -> Tensor:
         cached = self._projections.get((name, side))

@@ -1,6 +1,6 @@
 """Unit effects: activation x gradient of each hidden unit and sample, to first order the effect of zeroing the unit.
 
-B  samples in a batch      U  units of a hidden layer
+B  samples in a batch      U  units of a hidden layer      D  documents, where rows of the batch hold several
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_memsink.attribution.token_owners import of_documents
 from lightning_memsink.losses.autograd_graph import walk
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import terms_of
@@ -40,6 +41,21 @@ def unit_effects(hidden: Tensor, gradient: Tensor, batch_axis: int = 0, unit_axi
     rest = [axis for axis in range(hidden.ndim) if axis not in (batch, unit)]
     effects = product.sum(rest) if rest else product
     return -(effects if batch < unit else effects.T)
+
+
+def document_effects(hidden: Tensor, gradient: Tensor, owners: Tensor, count: int, unit_axis: int = -1) -> Tensor:
+    """``[D, U]``: `unit_effects` of the documents in the rows, of which effects are sums over tokens.
+
+    Args:
+        hidden: activations with axes of tokens and an axis of units.
+        gradient: same shape.
+        owners: the document of each token, as `token_owners.at_tokens` gives them.
+        count: D.
+        unit_axis: of ``hidden``.
+    """
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    product = hidden.detach().to(precise) * gradient.detach().to(precise)
+    return -of_documents(product, owners, count, unit_axis)
 
 
 def shares(effects: Mapping[str, Tensor], signed: bool = False) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, base_layer
 from lightning_memsink.attribution.module_hooks import ModuleCalls, first_tensor
-from lightning_memsink.attribution.unit_effects import divide_by_weights, unit_effects
+from lightning_memsink.attribution.token_owners import TokenOwners, at_tokens
+from lightning_memsink.attribution.unit_effects import divide_by_weights, document_effects, unit_effects
 
 
 class UnitRecorder:
@@ -22,10 +23,13 @@ class UnitRecorder:
 
     Attributes:
         left_out: layers without effects at the last `finish`, each with its reason.
+        owners: of the tokens, where rows hold several documents; set after `open` and before the backward. Effects are
+            ``[D, U]`` then.
     """
 
     def __init__(self, layers: Sequence[HiddenLayer]) -> None:
         self.left_out: dict[str, str] = {}
+        self.owners: TokenOwners | None = None
         self._layers = {layer.name: layer for layer in layers}
         self._effects: dict[str, Tensor] = {}
         self._kept_inputs: dict[str, list[Tensor]] = {}
@@ -37,7 +41,7 @@ class UnitRecorder:
     def open(self) -> None:
         """Records from the next forward on; what was recorded and not finished is dropped."""
         self._reset()
-        self.left_out = {}
+        self.left_out, self.owners = {}, None
         self._calls.open()
 
     def inputs(self) -> list[Tensor]:
@@ -98,12 +102,25 @@ class UnitRecorder:
             return
         kept = self._kept_inputs.get(name, [])
         self._kept_inputs[name] = [inputs for inputs in kept if inputs.data_ptr() != hidden.data_ptr()]
-        effect = unit_effects(hidden, gradient, layer.batch_axis, layer.unit_axis)
+        effect = self._effect(layer, hidden, gradient)
+        if effect is None:
+            return
         before = self._effects.get(name)
         if before is not None and before.shape != effect.shape:
             self.left_out[name] = f"it was called on {len(before)} rows, then on {len(effect)}"
             return
         self._effects[name] = effect if before is None else before.add_(effect)
+
+    def _effect(self, layer: HiddenLayer, hidden: Tensor, gradient: Tensor) -> Tensor | None:
+        """``[B, U]``, or ``[D, U]`` of documents; None if the layer's tokens are not those of the rows."""
+        if self.owners is None:
+            return unit_effects(hidden, gradient, layer.batch_axis, layer.unit_axis)
+        places = at_tokens(self.owners.owners, hidden, layer.batch_axis, layer.unit_axis)
+        if places is None:
+            tokens = "{} x {}".format(*self.owners.shape)
+            self.left_out[layer.name] = f"its input {list(hidden.shape)} is not of the {tokens} tokens of the documents"
+            return None
+        return document_effects(hidden, gradient, places, self.owners.count, layer.unit_axis)
 
 
 def _is_freed(inputs: Tensor, weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from lightning_memsink._distributed import gather
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.gradient_norms import GradientNorms, block_norms
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, describe, find_hidden_layers
+from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.attribution.unit_effects import concatenated, margins, shares
 from lightning_memsink.attribution.unit_recorder import UnitRecorder
 from lightning_memsink.attribution.update_norms import UpdateNorms, block_of
@@ -77,6 +78,7 @@ class SinkLocalizer(Callback):
         self.update_norms: UpdateNorms | None = None
         self.gradient_alignment: GradientAlignment | None = None
         self._is_recording = False
+        self._has_norms = True  # of the current step
         self._margin_effects: dict[str, Tensor] = {}
         self._warnings = WarningCache()
 
@@ -126,7 +128,7 @@ class SinkLocalizer(Callback):
             rank_zero_info(f"SinkLocalizer takes gradient norms without {names}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._is_recording = trainer.global_step % self.every == 0
+        self._is_recording, self._has_norms = trainer.global_step % self.every == 0, True
         if self._is_recording:
             if self.gradient_alignment is not None:  # before the others, which must not record its backward
                 self._open_alignment(trainer, pl_module, self.gradient_alignment)
@@ -136,6 +138,9 @@ class SinkLocalizer(Callback):
                 self.gradient_norms.open()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        documents = Ledger.of(trainer).batch.documents if self._is_recording else None
+        if documents is not None:
+            self._set_owners(TokenOwners(documents.owners, documents.count))
         if self._is_recording and self.objective == "margin":
             self._attribute_margin(loss, Ledger.of(trainer).batch.ids)
 
@@ -199,6 +204,24 @@ class SinkLocalizer(Callback):
         self.attribution.close_evaluation(ledger.losses, ledger.flags)
         ledger.sinks = self.attribution.sinks
 
+    def _set_owners(self, owners: TokenOwners) -> None:
+        """Has the recorders attribute documents instead of rows, in the backward that follows."""
+        if self.unit_recorder is not None:
+            self.unit_recorder.owners = owners
+        self._has_norms = owners.can_unpack
+        if not self._has_norms:
+            warn_once(
+                self._warnings,
+                "SinkLocalizer takes no gradient norms and no agreement in steps whose documents differ so much in "
+                "length that each by itself would not fit into memory.",
+                key="lengths",
+            )
+            return
+        if self.gradient_norms is not None:
+            self.gradient_norms.owners = owners
+        if self.gradient_alignment is not None:
+            self.gradient_alignment.set_owners(owners)
+
     def _attribute_margin(self, loss: Tensor, ids: Tensor | None) -> None:
         """Runs one more backward, down to the hidden units only. The units are not recorded in the user's backward."""
         recorder = self.unit_recorder
@@ -227,9 +250,9 @@ class SinkLocalizer(Callback):
             warn_once(self._warnings, f"SinkLocalizer attributes nothing to {name}: {reason}.", key=name)
         norms, alignment = None, None
         by_unit = concatenated(shares(effects, signed=True), self._units(), len(ids))
-        if self.gradient_norms is not None:
+        if self.gradient_norms is not None and self._has_norms:
             norms = block_norms(self.gradient_norms.finish(len(ids)), self.attribution.blocks, len(ids))
-        if self.gradient_alignment is not None:
+        if self.gradient_alignment is not None and self._has_norms:
             alignment = self.gradient_alignment.finish(len(ids))
         return StepAttribution(ids, by_unit, norms, None if alignment is None else alignment.float().cpu())
 

@@ -186,7 +186,9 @@ class RunningSums:
                 self._add(f"shares/{group}", layers[rows].sum(0))
                 if alignment is not None:
                     self._add(f"agreement/{group}", torch.stack([alignment[rows].sum(), rows.sum()]))
-                if norms is not None:
+                if norms is None:
+                    self._add(f"without_norms/{group}", rows.sum())
+                else:
                     squared = norms[rows].square()
                     self._add(f"norms/{group}", (squared / squared.sum(1, keepdim=True).clamp(min=1e-30)).sum(0))
         if norms is not None:
@@ -199,9 +201,10 @@ class RunningSums:
     def profile(self, step: int, concentration: Concentration | None) -> EvaluationProfile:
         """The means of all sums, for the evaluation at ``step``."""
         visits = {group: int(self.sums[f"visits/{group}"]) for group in GROUPS if f"visits/{group}" in self.sums}
+        without = {"norms": {group: int(self.sums.get(f"without_norms/{group}", 0)) for group in visits}}
         means = {
             kind: {
-                group: (self.sums[f"{kind}/{group}"] / count).tolist()
+                group: (self.sums[f"{kind}/{group}"] / (count - without.get(kind, {}).get(group, 0))).tolist()
                 for group, count in visits.items()
                 if f"{kind}/{group}" in self.sums
             }

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_memsink._evaluation import run_training_step, without_trace
 from lightning_memsink.attribution.gradient_sketches import GradientSketches, cosine
+from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.samples.batch import batch_size
 
 
@@ -48,6 +49,10 @@ class GradientAlignment:
     def paused(self) -> AbstractContextManager[None]:
         """Inside, a backward is not recorded."""
         return self._sketches.paused()
+
+    def set_owners(self, owners: TokenOwners) -> None:
+        """After `open` and before the backward, where rows hold several documents: cosines are of documents then."""
+        self._sketches.owners = owners
 
     def finish(self, size: int) -> Tensor | None:
         """``[B]`` cosines in -1…1, after the backward; None before the first validation."""
