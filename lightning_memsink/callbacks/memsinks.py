@@ -28,7 +28,6 @@ from lightning_memsink.mitigation.designed_sinks import (
     register_input_hook,
 )
 from lightning_memsink.mitigation.intervention_log import InterventionLog
-from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.tokens import tokens_of
 
 MAX_SAFE_POOL = 0.9
@@ -66,15 +65,16 @@ class MemSinks(Mitigation):
     shared units alone. Activations are not rescaled. The weights keep the pool: `bake` removes it before the model is
     served.
 
-    A step without ids runs without the pool, as in evaluation. So does a layer whose rows are not the samples of the
-    batch, as in a mixture of experts. A warning reports this once.
+    Where rows hold several documents, each token runs with the units of its own document. A step without ids runs
+    without the pool, as in evaluation. So does a layer whose rows are not the samples of the batch, as in a mixture of
+    experts. A warning reports this once.
 
     Args:
         pool_fraction: share of each layer's hidden units to reserve as the pool.
         active_fraction: share of the pool that each sample owns.
         modules: name patterns (``"model.*.mlp.down_proj"``) of the modules that read the hidden units. None finds them.
-        key: name of per-token ids ``[B, T]`` in the batch, where several documents are packed into one sample. None
-            uses the sample ids.
+        key: name of per-token ids ``[B, T]`` in the batch, where the units are not to follow the samples. None uses the
+            sample ids, which are those of documents where rows hold several.
         seed: of the assignment of units to ids.
         certify: number of samples to measure at the end of fit for the certificate in the ledger; 0 for none. Each
             process measures as many of its own, and the same sample counts once.
@@ -139,7 +139,7 @@ class MemSinks(Mitigation):
         ledger.certificate = self.certificate  # once more: FSDP2 restores after on_fit_start
         ledger.require(Ledger.batch, Ledger.losses)
         self._batch = ledger.batch
-        self._recorder.start(pl_module)
+        self._recorder.start(pl_module, self._batch.reader)
         if self._recorder.samples and not self._recorder.is_active:
             rank_zero_info(
                 "MemSinks gives no certificate under manual optimization: calling training_step again would train."
@@ -148,10 +148,10 @@ class MemSinks(Mitigation):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._step = _Step(batch, shallow_copy(batch))
-        self._recorder.begin_step(batch, batch_size(batch) or 0)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._recorder.before_backward(loss, trainer)
+        if self._batch.ids is not None:
+            self._recorder.before_backward(loss, trainer)
         if self._recorder.is_active and self._step is not None and not self._step.is_kept:
             self._keep_for_certificate(self._step, Ledger.of(trainer))
 
@@ -238,7 +238,12 @@ class MemSinks(Mitigation):
         """``[B]`` or ``[B, T]`` ids whose pool units are on; None without ids. Read late: LossTracker, which sets the
         sample ids, may come after this callback."""
         if self.key is None:
-            return self._batch.ids
+            ids, documents = self._batch.ids, self._batch.documents
+            if ids is None or documents is None:
+                return ids
+            # Padding has the units of the first one, so that no other id has a part in the certificate's placebo.
+            by_token: Tensor = torch.atleast_2d(documents.by_token(ids, int(ids[0])))
+            return by_token
         return None if self._step is None else self._step.ids_at(self.key)
 
     def _missing_ids(self, step: _Step) -> str:
@@ -256,7 +261,8 @@ class MemSinks(Mitigation):
         """``[..., U]`` in the dtype of ``hidden``, computed once a step."""
         kind = (units, hidden.dtype, hidden.device)
         if kind not in step.masks:
-            step.masks[kind] = self.pool.own(owners, units).to(hidden)
+            unique, inverse = owners.unique(return_inverse=True)  # of tokens there are many more than ids
+            step.masks[kind] = self.pool.own(unique, units).to(hidden)[inverse.to(hidden.device)]
         return step.masks[kind]
 
     def _tokens(self, step: _Step) -> int | None:
@@ -271,7 +277,7 @@ class MemSinks(Mitigation):
             return
         # Exposures are read here, in a hook that writes no losses, so that they don't depend on the order of callbacks.
         exposures = ledger.losses.exposures_of(ids) + 1
-        self._recorder.keep(KeptBatch(step.original, ids, owners, exposures))
+        self._recorder.keep(KeptBatch(step.original, ids, owners, exposures, self._batch.documents))
 
     def _detach(self) -> None:
         for handle in self._handles:

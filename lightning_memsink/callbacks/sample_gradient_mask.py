@@ -225,12 +225,16 @@ class SampleGradientMask(LossWeighing):
             self.latched = latch(self.latched, flagged)
 
     def _samples_to_route(self) -> Tensor | None:
-        """Bool ``[B]`` in a training forward; None if no sample of the batch is to be routed."""
+        """Bool ``[B]``, or ``[R, T]`` of tokens where rows hold several documents, in a training forward; None if no
+        sample of the batch is to be routed."""
         ids = None if self._ledger is None else self._ledger.batch.ids
         if ids is None:
             return None
         flagged = is_latched(ids, self.latched)
-        return flagged if bool(flagged.any()) else None
+        if not bool(flagged.any()):
+            return None
+        documents = self._ledger.batch.documents if self._ledger is not None else None
+        return flagged if documents is None else torch.atleast_2d(documents.by_token(flagged))
 
     def _detach(self) -> None:
         super()._detach()

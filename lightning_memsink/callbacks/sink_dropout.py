@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
+from lightning_memsink.attribution.token_owners import at_tokens
 from lightning_memsink.callbacks.runtime.mitigation import Mitigation
 from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
@@ -23,6 +24,7 @@ from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.unit_dropout import dropout_mask, samples_in, zero_units
 from lightning_memsink.samples.batch import batch_size
+from lightning_memsink.samples.documents import Documents, documents_in
 
 
 class SinkDropout(Mitigation):
@@ -101,6 +103,8 @@ class SinkDropout(Mitigation):
         self._ledger = Ledger.of(trainer)
         key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         self._batch = _Batch(key, batch_size(batch) or 0, self.given or self._ledger.sinks)
+        if self._ledger.get(Ledger.batch) is None:  # else LossTracker knows them, maybe not before the forward
+            self._batch.set_documents(documents_in(batch))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,25 +126,25 @@ class SinkDropout(Mitigation):
             if self._batch is None or not pl_module.training or self._batch.units(layer) is None:
                 return None
             dropped = self._dropped(self._batch, number, layer, args)
-            return None if dropped is None else (zero_units(args[0], dropped, layer), *args[1:])
+            if dropped is None:
+                return None
+            return (zero_units(args[0], dropped, layer, self._batch.places(args[0], layer)), *args[1:])
 
         return drop
 
     def _dropped(self, batch: _Batch, number: int, layer: HiddenLayer, args: tuple[Any, ...]) -> Tensor | None:
         """Bool ``[B, U]``; None if no unit is to be dropped."""
         if batch.samples is None:  # in the forward, since the batch's ids are not known before
+            if self._ledger.get(Ledger.batch) is not None:
+                batch.set_documents(self._ledger.batch.documents)
             batch.size = self._ledger.current_batch_size(batch.size)
             batch.samples = self._chosen_samples(batch.size)
         if not batch.samples.any():
             return None
-        rows = samples_in(args[0], layer) if args and isinstance(args[0], Tensor) else None
-        if rows != batch.size:
-            found = "no batch axis" if rows is None else f"{rows} rows"
+        refusal = batch.mismatch(args[0], layer) if args and isinstance(args[0], Tensor) else "has no batch axis"
+        if refusal:
             warn_once(
-                self._warnings,
-                f"SinkDropout drops nothing in {layer.name}: its input has {found} where the batch has {batch.size} "
-                "samples.",
-                key=layer.name,
+                self._warnings, f"SinkDropout drops nothing in {layer.name}: its input {refusal}.", key=layer.name
             )
             return None
         if number not in batch.dropped:
@@ -182,6 +186,27 @@ class _Batch:
     """``[B]`` bool, the samples that units may be dropped for; None before the forward."""
     dropped: dict[int, Tensor] = field(default_factory=dict)
     """``[B, U]`` bool by the layer's number, drawn at the layer's first call."""
+    owners: Tensor | None = None
+    """``[R, T]`` or ``[N]``: the sample of each token, where rows hold several documents."""
+
+    def set_documents(self, documents: Documents | None) -> None:
+        """Has draws made for each document where the rows of the batch hold several."""
+        if documents is not None:
+            self.size, self.owners = documents.count, documents.owners
+
+    def places(self, hidden: Tensor, layer: HiddenLayer) -> Tensor | None:
+        """The sample of each token in the order of ``hidden``; None if each row is a sample."""
+        return None if self.owners is None else at_tokens(self.owners, hidden, layer.batch_axis, layer.unit_axis)
+
+    def mismatch(self, hidden: Tensor, layer: HiddenLayer) -> str:
+        """Why the rows of a layer's input are not the samples of the batch; empty if they are."""
+        if self.owners is not None:
+            fits = hidden.shape[layer.unit_axis] == layer.units and self.places(hidden, layer) is not None
+            tokens = list(self.owners.shape)
+            return "" if fits else f"{list(hidden.shape)} is not of the {tokens} tokens of the documents in the batch"
+        rows = samples_in(hidden, layer)
+        found = "no batch axis" if rows is None else f"{rows} rows"
+        return "" if rows == self.size else f"has {found} where the batch has {self.size} samples"
 
     def units(self, layer: HiddenLayer) -> Tensor | None:
         """``[k]`` the sinks of a layer; None if it has none."""

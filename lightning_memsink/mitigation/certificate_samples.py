@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.mitigation.hold import Reference
 from lightning_memsink.samples.control_table import ControlTable
+from lightning_memsink.samples.documents import Documents
 from lightning_memsink.samples.unique import first_of_each
 
 UNUSED_ID_BITS = 0x3C6EF372FE94F82A
@@ -33,6 +34,8 @@ class KeptBatch:
     """``[B]`` or ``[B, T]``: the ids whose pool units are on."""
     exposures: Tensor
     """``[B]`` visits, this one included."""
+    documents: Documents | None = None
+    """Where rows hold several documents, which are the samples then."""
 
     @cached_property
     def mean_exposures(self) -> float:

@@ -31,11 +31,12 @@ def dropped_targets(targets: Tensor, samples: Tensor, counted: Tensor, k: int, c
     """Bool ``[R]``: the targets to drop, about one in ``k``.
 
     A target is kept if its sample has fewer than ``context`` targets before it, or if one among those is not counted
-    (padding, a masked prompt): its context is not that of the passage.
+    (padding, a masked prompt): its context is not that of the passage. So is one that is of no sample, as the first
+    token of a document that another one precedes in its row.
 
     Args:
         targets: ``[R]`` int64 token ids, in the order of each sample's text; samples may be interleaved.
-        samples: ``[R]`` number of the sample that each target belongs to.
+        samples: ``[R]`` number of the sample that each target belongs to; negative for none.
         counted: bool ``[R]``, False for ignored targets.
         k: one in k targets is dropped.
         context: h, the number of targets hashed.
@@ -51,7 +52,7 @@ def dropped_targets(targets: Tensor, samples: Tensor, counted: Tensor, k: int, c
     before = (text[:-1].unfold(0, context, 1) * weights).sum(1)  # odd weights, all different: order counts
     chosen = logical_shift(splitmix64(before + key), 64 - _BITS) < (1 << _BITS) // k
     whole = counted[:-1].unfold(0, context, 1).all(1) & (owner[:-context] == owner[context:]) & counted[context:]
-    drop[order[context:]] = chosen & whole
+    drop[order[context:]] = chosen & whole & (owner[context:] >= 0)
     return drop
 
 

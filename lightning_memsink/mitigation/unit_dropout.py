@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.attribution.hidden_layers import HiddenLayer
+from lightning_memsink.attribution.token_owners import of_tokens
 
 
 def dropout_mask(key: tuple[int, ...], samples: Tensor, units: Tensor, size: int, p: float) -> Tensor:
@@ -32,8 +33,13 @@ def dropout_mask(key: tuple[int, ...], samples: Tensor, units: Tensor, size: int
     return dropped
 
 
-def zero_units(hidden: Tensor, dropped: Tensor, layer: HiddenLayer) -> Tensor:
-    """A copy of ``hidden`` with zeros where ``dropped`` ``[B, U]`` is true, at all positions of a sample."""
+def zero_units(hidden: Tensor, dropped: Tensor, layer: HiddenLayer, owners: Tensor | None = None) -> Tensor:
+    """A copy of ``hidden`` with zeros where ``dropped`` ``[B, U]`` is true, at all positions of a sample.
+
+    ``owners`` are the samples of tokens, as `token_owners.at_tokens` gives them, where rows hold several.
+    """
+    if owners is not None:
+        return hidden.masked_fill(of_tokens(dropped, owners, layer.unit_axis), 0)
     shape = [1] * hidden.ndim
     shape[layer.batch_axis], shape[layer.unit_axis] = dropped.shape
     return hidden.masked_fill(dropped.to(hidden.device).view(shape), 0)

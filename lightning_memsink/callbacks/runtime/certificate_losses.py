@@ -25,6 +25,7 @@ from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.capture import StepCapture
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.losses.per_sample import NotCaptured
+from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.mitigation.certificate import Certificate, certify
 from lightning_memsink.mitigation.certificate_samples import (
     UNUSED_ID_BITS,
@@ -55,15 +56,10 @@ class CertificateRecorder:
         self._is_capturing = False  # in the first step, which shows how the losses are laid out
         self._warnings = WarningCache()
 
-    def start(self, module: LightningModule) -> None:
-        """When training starts."""
-        self._capture = StepCapture(module)
+    def start(self, module: LightningModule, reader: StepReader) -> None:
+        """When training starts; ``reader`` reads the steps' losses for all callbacks."""
+        self._capture = StepCapture(module, read=reader.read)
         self.is_active = self._is_capturing = self.samples > 0 and module.automatic_optimization
-
-    def begin_step(self, batch: Any, visits: int) -> None:
-        """Before the forward of a training step."""
-        if self._is_capturing:
-            self._capture.begin(batch, visits)
 
     def before_backward(self, loss: Tensor, trainer: Trainer) -> None:
         """Reads how the losses of the first step are laid out."""
@@ -76,7 +72,7 @@ class CertificateRecorder:
 
     def end_step(self, outputs: Any, visits: int) -> None:
         """After a training step that returned ``outputs`` for ``visits`` samples."""
-        if self._is_capturing:
+        if self._is_capturing and visits:
             self._is_capturing = False
             self._capture.finish(outputs, visits)
 
@@ -150,7 +146,8 @@ class MaskedLosses:
     def _step(self, kept: KeptBatch) -> Tensor:
         """float32 ``[B]`` on the CPU: the losses of one batch."""
         batch = shallow_copy(kept.batch)
-        self.capture.begin(batch, len(kept.ids))
+        axes = None if kept.documents is None else kept.documents.axes(batch)
+        self.capture.begin(batch, len(kept.ids), axes, is_packed=kept.documents is not None)
         try:
             outputs = run_training_step(self.trainer, self.module, batch)
             captured = self.capture.finish(outputs, len(kept.ids))

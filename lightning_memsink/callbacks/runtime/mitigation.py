@@ -20,6 +20,7 @@ from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.losses.unreadable import InternalError, UnreadableLoss, internal_error
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.samples.batch import batch_size
+from lightning_memsink.samples.documents import documents_in
 
 
 class Mitigation(Callback, ABC):
@@ -97,9 +98,11 @@ class LossWeighing(Mitigation):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._size = batch_size(batch)
+        documents = None if self._own_reader is None else documents_in(batch)
+        self._size = batch_size(batch) if documents is None else documents.count
         if self._own_reader is not None and self._size:
-            self._own_reader.begin(batch, self._size)
+            axes = None if documents is None else documents.axes(batch)
+            self._own_reader.begin(batch, self._size, axes, is_packed=documents is not None)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         ledger = Ledger.of(trainer)
