@@ -164,7 +164,7 @@ class LossTracker(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("train")
         self.capture.abandon()  # a hook of the user's may have skipped the rest of the epoch within a batch
-        self.visits.flush()
+        self.visits.end_epoch()
         if self.probe.has_controls and self.controls.latest_step < trainer.global_step:
             self._evaluate_controls(trainer, pl_module)
 

@@ -69,17 +69,20 @@ def test_a_text_remembers_its_first_row_and_how_many_there_are():
     assert first.tolist()[5:] == list(range(5, 20))
 
 
-def test_rows_are_samples_for_whom_asks_for_them():
-    table = tracked(identity="index").table
+def test_rows_are_samples_for_whom_asks_for_them_and_what_they_share_is_said():
+    with pytest.warns(UserWarning, match=r"5 texts come under several ids, 10 ids together \(one text under 2\)"):
+        table = tracked(identity="index").table
     assert sorted(table.ids.tolist()) == list(range(33)) and set(table.exposures.tolist()) == {2}
 
 
 def test_a_ledger_that_named_rows_goes_on_naming_rows():
     """Written by a version whose default was the row: with other ids every sample would come twice."""
-    old = tracked(identity="index")
+    with pytest.warns(UserWarning, match="come under several ids"):
+        old = tracked(identity="index")
     state = {name: part for name, part in old.state_dict().items() if name != "identity"}
     tracker = LossTracker()
     tracker.load_state_dict(state)
     tokens = torch.cat([chain(20, seed=1), chain(20, seed=1)[:5], chain(8, seed=2)])
-    fit([tracker], train=DataLoader(Rows(tokens), 8), max_epochs=1, val_check_interval=2)
+    with pytest.warns(UserWarning, match="come under several ids"):
+        fit([tracker], train=DataLoader(Rows(tokens), 8), max_epochs=1, val_check_interval=2)
     assert sorted(tracker.table.ids.tolist()) == list(range(33)) and set(tracker.table.exposures.tolist()) == {3}

@@ -16,6 +16,7 @@ from lightning_memsink.samples.content_check import ContentCheck
 from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.rows_seen import RowsSeen
+from lightning_memsink.samples.shared_texts import SharedTexts
 from lightning_memsink.samples.visits import Visit, Visits
 from lightning_memsink.samples.windows import join_windows
 
@@ -34,6 +35,7 @@ class VisitRecorder:
         """Where near-duplicates are looked for."""
         self.content_check = ContentCheck()
         self.rows_seen = RowsSeen()
+        self.shared_texts = SharedTexts()
         self._visits: list[Visit] = []
         self._warnings = WarningCache()
 
@@ -54,6 +56,13 @@ class VisitRecorder:
                 self.table.names.add_plain(names)
             if visits:
                 self._record(visits)
+
+    def end_epoch(self) -> None:
+        """Records what is left of an epoch, and says once which texts have several ids. Every process calls it."""
+        self.flush()
+        said = self.shared_texts.said()
+        if said is not None:
+            warn_once(self._warnings, said)
 
     def state_dict(self) -> dict[str, Any]:
         """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
@@ -94,6 +103,7 @@ class VisitRecorder:
             names = self.table.source_names
             self.table.write("source", *names.note(self.table.source[rows], rows, names.codes(joined.sources)))
         if tokens is not None:
+            self.shared_texts.note(ids, tokens)
             changed = self.content_check.check(ids, tokens)
             if changed is not None:
                 warn_once(self._warnings, changed)
