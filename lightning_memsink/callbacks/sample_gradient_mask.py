@@ -20,6 +20,7 @@ from lightning_memsink.mitigation.gradient_routing import reserved_units, routin
 from lightning_memsink.mitigation.hold import Reference, hold_weights, match_batch
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.sample_weights import SampleWeights, is_latched, latch, latched_weights
+from lightning_memsink.samples.chosen_sources import ChosenSources
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 
@@ -49,9 +50,12 @@ class SampleGradientMask(LossWeighing):
         weight: 0…1, the factor on a flagged sample's gradient in mode ``attenuate``.
         reserved: share of each hidden layer's units, its last ones, open to flagged samples in mode ``route``.
         modules: name patterns of the modules that read the hidden units, in mode ``route``. None finds them.
+        sources: labels of the sources whose samples it acts on (``LossTracker(source=...)``); samples of others train
+            as usual. None acts on all.
 
     Raises:
-        ValueError: for a number out of range, or (``route``, at the start of fit) a model without hidden layers.
+        ValueError: for a number out of range, sources that are no list, or (``route``, at the start of fit) a model
+            without hidden layers.
     """
 
     saves_samples = True
@@ -64,6 +68,7 @@ class SampleGradientMask(LossWeighing):
         weight: float = 0.1,
         reserved: float = 0.1,
         modules: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is one of {', '.join(map(repr, get_args(Mode)))}, but it is {mode!r}.")
@@ -78,6 +83,7 @@ class SampleGradientMask(LossWeighing):
         if not 0 < reserved < 1:
             raise ValueError(f"reserved is a share of each layer's units between 0 and 1, but it is {reserved}.")
         super().__init__()
+        self.sources = None if sources is None else ChosenSources(sources)
         self.mode, self.at, self.k, self.weight, self.reserved, self.modules = mode, at, k, weight, reserved, modules
         descriptions = {
             "hold": f"leaves out the gradient of samples more than {at:g} nats below their matched controls",
@@ -85,7 +91,8 @@ class SampleGradientMask(LossWeighing):
             "attenuate": f"multiplies the gradient of samples by {weight:g} from the moment they are flagged",
             "route": f"routes the gradient of flagged samples to {reserved:.0%} of the hidden units",
         }
-        self.interventions = InterventionLog(descriptions[mode], "gradient")
+        of_sources = "" if self.sources is None else f" ({self.sources})"
+        self.interventions = InterventionLog(descriptions[mode] + of_sources, "gradient")
         self.latched = torch.zeros(0, dtype=torch.int64)
         """Sorted ids of samples that were ever flagged. A flag alone would not last: the loss of a sample that is left
         out rises again."""
@@ -149,6 +156,15 @@ class SampleGradientMask(LossWeighing):
             self.interventions.add(len(weights.weights), acted, removed, **more)
         self._ledger = self._weights = None
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        table = Ledger.of(trainer).get(Ledger.losses)
+        if self.sources is not None and table is not None and self.sources.missing(table):
+            rank_zero_warn(
+                f"SampleGradientMask(sources=[...]) names {', '.join(map(repr, self.sources.missing(table)))}, and no "
+                "sample of this run has that source. Labels come from batch['source'], or LossTracker(source=...)."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "latched": self.latched,
@@ -193,7 +209,10 @@ class SampleGradientMask(LossWeighing):
         self._unmatched += batch.unmatched
         # Each of several backwards in a step has a part of the loss only; the ledger has all of it, at the last visit.
         losses = opened.losses() if self._backwards_before == 1 else table.last_loss[rows.clamp(min=0)]
-        weights = hold_weights(losses, batch.expected, batch.matched, self.at)
+        matched = batch.matched
+        if self.sources is not None:
+            matched = matched & self.sources.includes(table, rows)
+        weights = hold_weights(losses, batch.expected, matched, self.at)
         return SampleWeights(weights, opened.shares(), batch.unmatched, batch.unknown)
 
     def _reference_of(self, ledger: Ledger) -> Reference | None:
@@ -221,8 +240,10 @@ class SampleGradientMask(LossWeighing):
         evaluations = len(ledger.flags.evaluations)
         if evaluations != self._evaluations:
             self._evaluations = evaluations
-            flagged = ledger.losses.ids[: len(ledger.flags.verdict)][ledger.flags.memorized]
-            self.latched = latch(self.latched, flagged)
+            rows = ledger.flags.memorized.nonzero().flatten()
+            if self.sources is not None:
+                rows = rows[self.sources.includes(ledger.losses, rows)]
+            self.latched = latch(self.latched, ledger.losses.ids[rows])
 
     def _samples_to_route(self) -> Tensor | None:
         """Bool ``[B]``, or ``[R, T]`` of tokens where rows hold several documents, in a training forward; None if no

@@ -4,7 +4,7 @@ import torch
 
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.loss_table import LossTable
-from lightning_memsink.samples.sources import SourceNames
+from lightning_memsink.samples.sources import label_text
 
 TOKENS = 20
 
@@ -13,13 +13,12 @@ def sourced(counts: dict[str | None, dict[Verdict, int]], controls: int = 400) -
     """By source, how many texts have which verdict. Memorized texts have a gap of 3 nats, the others of 0."""
     verdicts = [(label, verdict) for label, some in counts.items() for verdict, n in some.items() for _ in range(n)]
     table, flags = LossTable(), Flags()
-    table.source_names = SourceNames()
     ids = torch.arange(len(verdicts))
     visits = ids.repeat(2)
     table.record(visits, torch.ones(len(visits)), ids.new_zeros(len(visits)), torch.full((len(visits),), TOKENS))
     unseen = torch.tensor([verdict == Verdict.UNSEEN for _, verdict in verdicts], dtype=torch.bool)
     table.columns["exposures"][: len(ids)][unseen] = 1
-    codes = table.source_names.codes([label for label, _ in verdicts])
+    codes = table.source_names.codes([label_text(label) for label, _ in verdicts])
     table.write("source", ids, codes)
     flags.grow(len(table))
     flags.verdict[:] = torch.tensor([int(verdict) for _, verdict in verdicts], dtype=torch.uint8)
