@@ -31,8 +31,8 @@ def row_owners(leaves: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
 def attends_across(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, owners: Tensor) -> bool:
     """Whether a call of the function ``name`` mixes tokens of different documents.
 
-    Seen are torch's attention, a softmax over ``[R, ..., T, T]`` scores, and recurrent layers over a row. Kernels of
-    other libraries and code that is compiled are not looked into.
+    It looks at torch's attention, at a softmax over ``[R, ..., T, T]`` scores, and at recurrent layers over a row;
+    kernels of other libraries and code that is compiled are not looked into.
     """
     if name == "scaled_dot_product_attention":
         return _by_mask(args, kwargs, owners)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.samples.batch import leaves, tensors_in
+from lightning_memsink.samples.batch import leaves
 from lightning_memsink.samples.batch_rows import Entry
 from lightning_memsink.samples.tokens import Tokens, unmasked
 
@@ -146,19 +146,6 @@ def whole_text_in(batch: Any) -> Tensor | None:
     """`text_in`, with tokens put back that were masked to be predicted."""
     text = text_in(batch)
     return unmasked(text, batch.get("labels")) if text is not None and isinstance(batch, Mapping) else text
-
-
-def is_of_tokens(batch: Any) -> bool:
-    """Whether a batch is of tokens ``[B, T]`` and nothing else that makes a sample: no labels of whole rows, and no
-    other text to translate to."""
-    text = text_in(batch)
-    if text is None or text.ndim != 2 or text.dtype == torch.bool:
-        return False
-    if isinstance(batch, Mapping):
-        labels = [batch[name] for name in ("labels", "label") if isinstance(batch.get(name), Tensor)]
-        return all(tensor.shape == text.shape for tensor in labels)
-    others = [tensor for tensor in tensors_in(batch) if tensor is not text]
-    return all(tensor.shape == text.shape and not tensor.is_floating_point() for tensor in others)
 
 
 def _of_function(batch: Any, text: Tensor | None, segments: Segments) -> Documents:

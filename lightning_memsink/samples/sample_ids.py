@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch import batch_size, describe_tensors, is_index_of, is_surely_batched, tensors_in
-from lightning_memsink.samples.documents import Documents, Segments, documents_in, is_of_tokens, whole_text_in
+from lightning_memsink.samples.documents import Documents, Segments, documents_in, whole_text_in
 from lightning_memsink.samples.hashing import content_ids, text_ids
 from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
+from lightning_memsink.samples.text_batches import TextBatches
 
 Source = Literal["index", "content", "key"]
 _IDENTITIES = ("auto", "index", "content", "key")
@@ -62,6 +63,7 @@ class SampleIds:
         """Whether "auto" takes the index of batches of tokens: so did the version that wrote the restored ledger."""
         self._source: Source | None = None
         self._warned: set[str] = set()
+        self._text_batches = TextBatches()
         self._has_columns: bool | None = None  # whether own ids are tuples that default_collate has made columns of
 
     @property
@@ -145,7 +147,7 @@ class SampleIds:
         )
 
     def _is_by_content(self, batch: Any) -> bool:
-        return self.identity == "auto" and not self.takes_rows and is_of_tokens(batch)
+        return self.identity == "auto" and not self.takes_rows and self._text_batches.has(batch)
 
     def _documents_in(self, batch: Any) -> Documents | None:
         try:

@@ -24,8 +24,9 @@ def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
 
     Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or one
     that comes first in a tuple or list, as in ``(x, y)``. Padding is known only from a mapping's ``attention_mask`` of
-    the same shape; a mask of another shape (packed, 4-D) is ignored. Tokens that were masked to be predicted are put back from the ``labels``. A tensor whose samples lie along its second axis, by
-    ``axes`` (see `samples.batch_rows.rows_of`), is turned.
+    the same shape; a mask of another shape (packed, 4-D) is ignored. Tokens that were masked to be predicted are put
+    back from the ``labels``. A tensor whose samples lie along its second axis, by ``axes`` (see
+    `samples.batch_rows.rows_of`), is turned.
     """
     if isinstance(batch, Mapping):
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -45,18 +46,25 @@ def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
 def unmasked(ids: Tensor, labels: Any) -> Tensor:
     """The text as it was before tokens were masked at random for a model to predict: another place each time.
 
-    It was masked where most of the ``labels`` that differ from ``ids`` stand where these have one and the same token;
-    labels that are the next tokens differ as well.
+    It was masked where ``ids`` that differ from ``labels`` are mostly one and the same token, or a good part of them
+    one that stands nowhere else: of a few tokens, most may have been replaced by others at random. Labels that are the
+    next tokens differ as well.
     """
     if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
         return ids
     counted = labels >= 0
-    replaced = ids[counted & (labels != ids)]
-    is_next = labels[..., :-1] == ids[..., 1:]
-    if not len(replaced) or bool((is_next | ~counted[..., :-1]).all()):
+    is_replaced = counted & (labels != ids)
+    replaced = ids[is_replaced]
+    if not len(replaced):
         return ids
-    is_mask = replaced == replaced.mode().values
-    return torch.where(counted, labels.to(ids.dtype), ids) if 2 * int(is_mask.sum()) > len(replaced) else ids
+    followed = counted[..., :-1]
+    is_next = labels[..., :-1] == ids[..., 1:]
+    if bool(followed.any()) and bool((is_next | ~followed).all()):
+        return ids
+    mask = replaced.mode().values
+    share = float((replaced == mask).float().mean())
+    is_alone = not bool((ids[~is_replaced] == mask).any() | (labels == mask).any())
+    return torch.where(counted, labels.to(ids.dtype), ids) if share > 0.5 or (is_alone and share >= 0.25) else ids
 
 
 def _axis_of(tensor: Tensor, batch: Any, axes: Sequence[int]) -> int | None:

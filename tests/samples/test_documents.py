@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from lightning_memsink.samples.documents import documents_in, is_of_tokens
+from lightning_memsink.samples.documents import documents_in
 from lightning_memsink.samples.hashing import content_ids
 from lightning_memsink.samples.sample_ids import SampleIds
+from lightning_memsink.samples.text_batches import TextBatches, is_of_tokens
 
 TEXTS = [[5, 6, 7], [8, 9], [5, 6, 7], [3, 4, 3, 4, 3], [2]]
 ROWS = [TEXTS[:2], TEXTS[2:]]  # of five and nine tokens, in rows of ten
@@ -209,3 +210,25 @@ def test_text_that_is_masked_anew_is_the_same_text():
         found.append(SampleIds().of(batch, None))
     assert found[0] is not None and all(found[0].tolist() == ids.tolist() for ids in found if ids is not None)
     assert found[0].tolist() == content_ids({"input_ids": texts}).tolist()
+
+
+def test_a_translation_as_long_as_its_text_is_no_text_alone():
+    """A collator pads both to the longest, which may be equal by chance."""
+    batches = TextBatches()
+    text, other = torch.arange(20, 32).reshape(2, 6), torch.arange(40, 52).reshape(2, 6)
+    assert not batches.has({"input_ids": text, "labels": other[:, :4]})
+    assert not batches.has({"input_ids": text, "labels": other})
+    assert not is_of_tokens({"input_ids": text, "labels": other})
+
+
+def test_the_first_batch_of_a_kind_says_whether_it_is_of_texts():
+    batches = TextBatches()
+    assert batches.has({"input_ids": IDS, "labels": IDS})
+    assert batches.has({"input_ids": IDS, "labels": IDS + 30})
+    assert not batches.has({"input_ids": IDS, "labels": torch.zeros(len(IDS), dtype=torch.int64)})
+
+
+@pytest.mark.parametrize("pixels", [torch.zeros(2, 3, 4, 4), torch.zeros(9, 12)], ids=["an image a row", "patches"])
+def test_a_text_with_an_image_is_no_text_alone(pixels):
+    assert not is_of_tokens({"input_ids": IDS, "labels": IDS, "pixel_values": pixels})
+    assert is_of_tokens({"input_ids": IDS, "labels": IDS, "weights": torch.ones(IDS.shape)})
