@@ -8,7 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from lightning_memsink.callbacks.goldfish import Goldfish
 from lightning_memsink.callbacks.loss_tracker import LossTracker
@@ -24,7 +26,7 @@ from lightning_memsink.localization.sample_attribution import StepAttribution
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.tokens import Tokens
-from tests.support.packed import LAYOUTS, PackedGPT, loader, texts
+from tests.support.packed import LAYOUTS, PackedGPT, laid_out, loader, texts
 from tests.support.small_runs import trainer, weights
 
 STEPS = 5
@@ -172,3 +174,69 @@ def test_effects_norms_and_agreement_are_those_of_documents(layout, objective, m
         assert_close(found.norms, expected.norms, **CLOSE)
         assert bool((expected.shares.abs().sum(1) > 0.9).sum() == 8)  # the document of one token has no loss
         assert bool((expected.norms.sum(1) > 0).sum() == 8)
+
+
+class Shifted(PackedGPT):
+    """Gives the model all tokens but the last, so that its rows are shorter than those of the batch."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        shorter = {name: values if name == "labels" else values[:, :-1] for name, values in batch.items()}
+        return F.cross_entropy(self(shorter).flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: MemSinks(certify=0),
+            r"reads \[\d, 23, 20\], and the ids of the batch are \[\d, 24\].*drops the pool there",
+        ),
+        (lambda: Latched("route"), r"is \[\d, 23, 20\], without the \[\d, 24\] tokens"),
+        (lambda: SinkDropout(sinks=SINKS, who="all"), r"its input \[\d, 23, 20\] is not of the \[\d, 24\] tokens"),
+        (lambda: SinkLocalizer(every=1), r"its input \[\d, 23, 20\] is not of the \d x 24 tokens of the documents"),
+    ],
+    ids=["sinks", "route", "dropout", "localizer"],
+)
+def test_a_layer_of_other_tokens_is_left_alone_and_this_is_said(make, said):
+    plain = weights(fit(watch(), "packed", Shifted())[1])
+    with pytest.warns(UserWarning, match=said) as warned:
+        found = weights(fit([*watch(), make()], "packed", Shifted())[1])
+    messages = [str(each.message) for each in warned if "blocks." in str(each.message)]
+    assert len(messages) == len(set(messages)) <= 2  # once for each layer
+    assert torch.equal(found, plain) or isinstance(make(), MemSinks)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Goldfish(k=2, context=2), lambda: LossTruncation(0.3, window=5), lambda: Latched("skip")]
+)
+def test_a_loss_is_weighed_by_document_where_the_rows_are_shorter(make):
+    """The loss is followed by its targets, whatever the layers read."""
+    expected = weights(fit([*watch(), make()], "packed")[1])
+    assert_close(weights(fit([*watch(), make()], "packed", Shifted())[1]), expected, **CLOSE)
+
+
+def test_norms_are_left_out_where_each_document_by_itself_would_not_fit(monkeypatch):
+    monkeypatch.setattr("lightning_memsink.attribution.token_owners.MOST_PADDING", 0)
+    steps: list[StepAttribution] = []
+    monkeypatch.setattr(LocalizationHistory, "record", lambda self, step, *rest: steps.append(step))
+    with pytest.warns(UserWarning, match="no gradient norms and no agreement in steps whose documents differ so much"):
+        fit([*watch(), SinkLocalizer(every=1, agreement=True)], "packed")
+    assert len(steps) == STEPS and all(step.norms is None and step.alignment is None for step in steps)
+    assert all(bool(step.shares.any()) for step in steps)
+
+
+def test_a_batch_of_padding_only_is_no_step_of_any_sample():
+    """Nor does it end the training."""
+
+    class Padded(PackedGPT):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+            return self(batch).square().mean()
+
+    steps = [texts(9, seed=1), [torch.zeros(0, dtype=torch.int64)] * 2]
+    batches = [laid_out("packed", documents) for documents in steps]
+    callbacks = [LossTracker(), MemSinks(certify=0), Goldfish(k=2, context=2), SinkDropout(sinks=SINKS, who="all")]
+    run = trainer(callbacks, max_epochs=1, limit_val_batches=0)
+    model = Padded()
+    with pytest.warns(UserWarning):
+        run.fit(model, DataLoader(batches, batch_size=None))
+    assert run.global_step == 2 and bool(weights(model).isfinite().all())

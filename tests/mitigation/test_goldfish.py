@@ -68,6 +68,17 @@ def test_a_target_goes_by_its_context_alone(rows, length, context, seed, time_ma
     assert got.tolist() == expected.tolist()
 
 
+def test_the_first_target_of_a_document_behind_another_is_kept_and_no_ones_context():
+    texts = [tokens(40, seed=1), tokens(30, seed=2)]
+    targets = torch.cat([tokens(20, seed=3), texts[0], tokens(20, seed=4), texts[1]])
+    samples = torch.cat([torch.full((20,), -1), torch.zeros(40), torch.full((20,), -1), torch.ones(30)]).long()
+    drop = dropped_targets(targets, samples, torch.ones_like(samples) == 1, 2, 3)
+    assert not drop[samples < 0].any()
+    for number, text in enumerate(texts):
+        expected = alone(text, k=2, context=3)
+        assert expected.any() and torch.equal(drop[samples == number], expected)
+
+
 def test_a_passage_loses_the_same_tokens_wherever_it_occurs():
     passage = tokens(200, seed=1)
     own = alone(passage)[13:]

@@ -18,6 +18,7 @@ from lightning_memsink._evaluation import run_training_step, without_trace
 from lightning_memsink.attribution.gradient_sketches import GradientSketches, cosine
 from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.samples.batch import batch_size
+from lightning_memsink.samples.documents import documents_in
 
 
 class GradientAlignment:
@@ -67,9 +68,12 @@ class GradientAlignment:
     def _mean_sketch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
         """``[D]`` mean over the samples of ``batch``."""
         trained = [weight for weight in module.parameters() if weight.requires_grad]
+        documents, size = documents_in(batch), batch_size(batch) or 0
         with without_trace(module), torch.enable_grad():
             self._sketches.open()
+            if documents is not None:  # in one row of all of them there would be one gradient
+                self._sketches.owners, size = TokenOwners(documents.owners, documents.count), documents.count
             outputs = run_training_step(trainer, module, batch)
             loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
             torch.autograd.grad(loss, trained, allow_unused=True)
-        return self._sketches.finish(batch_size(batch) or 0).mean(0)
+        return self._sketches.finish(size).mean(0)
