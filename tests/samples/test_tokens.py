@@ -52,3 +52,23 @@ def test_text_is_found_with_its_mask(name):
 )
 def test_nothing_else_is_text(batch):
     assert tokens_of(batch) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "replaced"),
+    [([3], [1]), ([3], [9]), ([6], [1]), ([2, 5], [1, 30]), ([2, 5], [30, 1]), ([1, 2, 6], [1, 30, 31])],
+    ids=["masked", "another token", "at the end", "one masked", "the other", "one of three"],
+)
+def test_few_tokens_that_were_masked_are_put_back(places, replaced):
+    """One in ten is replaced by a random token: of a few, half may be."""
+    text = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])
+    ids, labels = text.clone(), torch.full_like(text, -100)
+    labels[0, places], ids[0, places] = text[0, places], torch.tensor(replaced)
+    found = tokens_of({"input_ids": ids, "labels": labels})
+    assert found is not None and torch.equal(found.ids, text)
+
+
+def test_classes_of_tokens_are_not_put_into_the_text():
+    text = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [12, 11, 18, 19, 20, 21, 22]])
+    found = tokens_of({"input_ids": text, "labels": torch.tensor([[0, 1, 0, -100, 2, 0, 0], [1, 0, 0, 2, 0, -100, 0]])})
+    assert found is not None and torch.equal(found.ids, text)
