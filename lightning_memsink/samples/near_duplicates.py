@@ -29,6 +29,8 @@ KIN, KIN_SHINGLES = 0.17, 1.5
 NEARLY_EQUAL, EQUAL_SHINGLES = 0.6, 6
 """Similarity, and shared shingles, of texts that are joined however common their shingles are."""
 
+PASSES = 16
+"""Of grouping. Only a long chain of texts, each similar to the next, takes more, and leaves its last texts alone."""
 BLOCK = 1 << 13
 """Texts or pairs that are computed at a time."""
 
@@ -87,25 +89,24 @@ class NearDuplicates:
         A group is a star: each text is similar to its first one, and has been found through others of the group that it
         is similar to. So a chain of texts, of which each resembles the next one only, is no group.
         """
-        first = np.arange(self._count)
-        pairs = np.concatenate(self._pairs).astype(np.int64) if self._pairs else np.zeros((0, 2), dtype=np.int64)
-        if not len(pairs):
-            return first
+        every = np.arange(self._count)
+        pairs = np.concatenate([np.zeros((0, 2), dtype=np.int64), *self._pairs])
         pairs = pairs[self._in_blocks(pairs, "are_alike")]
-        free = np.ones(self._count, dtype=bool)
-        while len(pairs):
-            own = np.where(free, np.arange(self._count), first)
-            self._join(own, pairs)
-            members = np.flatnonzero(free & (own != np.arange(self._count)))
-            stays = self._in_blocks(np.stack([members, own[members]], 1), "are_related")
-            settled = members[stays]
-            first[settled] = own[settled]
-            free[settled] = False
-            free[own[settled]] = False
-            before, pairs = len(pairs), pairs[free[pairs].all(1)]
-            if len(pairs) == before:
+        texts, joined = np.unique(pairs, return_inverse=True)
+        pairs, alone = joined.reshape(-1, 2), np.arange(len(texts))
+        first, free = alone.copy(), np.ones(len(texts), dtype=bool)
+        for _ in range(PASSES):
+            if not len(pairs):
                 break
-        return first
+            own = np.where(free, alone, first)
+            self._join(own, pairs, texts)
+            members = np.flatnonzero(free & (own != alone))
+            settled = members[self._in_blocks(texts[np.stack([members, own[members]], 1)], "are_related")]
+            first[settled] = own[settled]
+            free[settled] = free[own[settled]] = False
+            pairs = pairs[free[pairs].all(1)]
+        every[texts] = texts[first]
+        return every
 
     def state_dict(self, texts: int) -> dict[str, Any]:
         """Of the first ``texts`` ones."""
@@ -155,17 +156,18 @@ class NearDuplicates:
         parts = [getattr(self._similar(pairs[n : n + BLOCK]), name) for n in range(0, len(pairs), BLOCK)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
-    def _join(self, first: Numbers, pairs: Numbers) -> None:
+    def _join(self, first: Numbers, pairs: Numbers, texts: Numbers) -> None:
         """Joins groups, given by the ``first`` of each text, that a pair is across, where their first ones are similar.
 
-        ``first`` is changed in place. Each round joins a group to one earlier group only, so it takes a few.
+        ``first`` is changed in place. Each round joins a group to one earlier group only, so it takes a few. All three
+        are places in ``texts``.
         """
         refused = np.zeros((0, 2), dtype=np.int64)
-        while len(pairs):
+        for _ in range(PASSES):
             across = np.unique(np.sort(first[pairs], 1), axis=0)
             across = across[across[:, 0] != across[:, 1]]
             across = _without(across, refused, len(first))
-            fits = self._in_blocks(across, "are_related")
+            fits = self._in_blocks(texts[across], "are_related")
             refused = np.concatenate([refused, across[~fits]])
             across = across[fits]
             if not len(across):

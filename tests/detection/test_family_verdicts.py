@@ -169,6 +169,8 @@ def test_texts_seen_once_are_measured_after_others_of_their_family():
     run, texts = Run(), variants(6, 40, 5)
     run.table, run.matching, run.tokens = LossTable(), Matching(), whole(texts)
     run.record = FamilyRecord(run.matching.counts)
+    other = whole(drawn(100, 40, seed=9))
+    run.matching.counts.update(run.matching.counts.look_up(other.ids, other.mask))
     for row in range(6):
         loss, step = torch.tensor([4.0 if row == 0 else 0.5]), torch.tensor([36 + row % 4])
         rows = run.table.record(torch.tensor([row]), loss, step, torch.tensor([40.0]))
