@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_memsink import LiveCurves, RunReport
+from lightning_memsink import LiveCurves, LossTracker, RunReport
 from lightning_memsink.examples.resumable import EpochShuffledSampler
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.hashing import content_ids
+from tests.support import packed
 from tests.support.small_runs import CANARIES, TRAIN, Rows, fit, watch
 
 LABELS = ["web", "books"]
@@ -190,3 +191,43 @@ def test_a_logger_that_raises_hides_no_crossing(tmp_path):
 def test_a_budget_that_is_none_is_refused_where_it_is_written():
     with pytest.raises(ValueError, match="from 0 to 1"):
         LiveCurves(budget={"a": 1.5})
+
+
+LAYOUTS = ["unpacked", *packed.LAYOUTS]
+NAMES = ["web", "books", "code"]
+
+
+class LabelledLayout:
+    """Documents in a layout, each with a label by its length; or integers by token."""
+
+    def __init__(self, layout, by_token):
+        self.layout, self.by_token = layout, by_token
+
+    def __call__(self, documents):
+        batch = packed.laid_out(self.layout, documents)
+        labels = [len(each) % 3 for each in documents]
+        if not self.by_token:
+            return {**batch, "source": [NAMES[label] for label in labels]}
+        tokens = packed.laid_out(self.layout, [torch.full_like(each, len(each) % 3) for each in documents])["input_ids"]
+        return {**batch, "source": torch.where(batch["attention_mask"] > 0, tokens, -1)}
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_documents_have_the_same_sources_in_every_layout(by_token):
+    rows = packed.texts(24, seed=1)
+    found = []
+    for layout in LAYOUTS:
+        train = DataLoader(rows, 8, collate_fn=LabelledLayout(layout, by_token))
+        callbacks = [LossTracker(families=False)]
+        trainer = fit(
+            callbacks, packed.PackedGPT(), train=train, controls="none", max_epochs=2, val_check_interval=None
+        )[0]
+        table = Ledger.of(trainer).losses
+        labels = {
+            id: table.source_names.label(code)
+            for id, code in zip(table.ids.tolist(), table.source.tolist(), strict=True)
+        }
+        found.append(labels)
+        assert set(labels.values()) == ({"0", "1", "2"} if by_token else set(NAMES)), layout
+        assert len(labels) == 24
+    assert all(labels == found[0] for labels in found)
