@@ -8,12 +8,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lightning_memsink.callbacks.live_curves import LiveCurves
+from lightning_memsink.callbacks.loss_tracker import LossTracker
+from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.run_report import RunReport
 from lightning_memsink.cli import main
 from lightning_memsink.ledger import Ledger
-from tests.support.small_runs import fit, watch
+from lightning_memsink.samples.hashing import text_ids
+from lightning_memsink.samples.tokens import Tokens
+from tests.support.small_runs import TRAIN, fit, watch
 
 OLD = Path(__file__).parents[1] / "formats" / "f36e55b"
 SAMPLES = {
@@ -157,6 +162,21 @@ def test_the_report_of_a_run_is_listed_as_the_detector_left_it(capsys, tmp_path)
     )
     gaps = [each["gap"] for each in listed][: len(memorized)]
     assert gaps == sorted(gaps, reverse=True)
+
+
+def test_rows_and_texts_are_those_of_the_data_that_a_run_trained_on(capsys, tmp_path):
+    callbacks = [LossTracker(), MemorizationDetector(k=4), LiveCurves(), RunReport(tmp_path / "run" / "report.md")]
+    fit(callbacks, max_epochs=3)
+    capsys.readouterr()
+    main(["samples", "run", "--json", "--top", "300", "--text", "tests.support.small_runs:TRAIN"])
+    listed = json.loads(capsys.readouterr().out)
+    equal = (TRAIN[:, None] == TRAIN[None]).all(-1).sum(1).tolist()
+    assert {each["more_rows"] + 1 for each in listed[:4]} == {32}  # the canaries
+    for each in listed:
+        assert each["more_rows"] + 1 == equal[each["first_row"]]
+        numbers = " ".join(map(str, TRAIN[each["first_row"]].tolist()))
+        assert each["text"] == f"12 token ids, to decode with --tokenizer DIR: {numbers}"
+        assert each["id"] == int(text_ids(Tokens(TRAIN[each["first_row"]][None], torch.ones(1, 12) == 1)))
 
 
 def test_it_needs_no_torch_and_a_closed_pipe_ends_it_quietly():
