@@ -120,10 +120,16 @@ class TargetOrders:
     def learn(self, key: Hashable, do_say: bool) -> None:
         self._known[key] = do_say and self._known.get(key, True)
 
-    def require(self, key: Hashable) -> None:
-        """Raises `NotWatched` where the targets of such steps do not say it, or none was watched yet."""
-        if not self._known.get(key, False):
-            raise NotWatched("no step like it was watched before")
+    def rows(self, key: Hashable, by_target: Sequence[SampleRows | str]) -> list[SampleRows]:
+        """The rows of a step's calls, as their targets say them.
+
+        Raises:
+            NotWatched: they don't say it of such steps, or not of this one, or none like it was watched yet.
+        """
+        found = [rows for rows in by_target if isinstance(rows, SampleRows)]
+        if not self._known.get(key, False) or len(found) < len(by_target):
+            raise NotWatched("its targets do not say which documents its rows are of")
+        return found
 
 
 class NotWatched(SampleAxisLost):

@@ -120,7 +120,7 @@ class StepReader:
         if self._refused >= FIRST_STEPS:
             return False
         if self.is_packed:
-            return not self._targets.are_known
+            return self._is_always or self._is_armed or not self._targets.are_known
         return self._is_always or self._is_armed or (is_new and not self._orders.are_general)
 
     def _nodes(self, loss: Tensor, loss_scale: float) -> LossNodes:
@@ -184,7 +184,8 @@ class StepReader:
         try:
             found = find_loss_nodes(loss)
             key = self._key(found)
-            agrees = bool(found) and parts is not None and not parts.is_dynamic
+            # an order that is read off the targets may be another one in each step
+            agrees = bool(found) and parts is not None and (self.is_packed or not parts.is_dynamic)
             if parts is not None and agrees:
                 agrees = self._agrees(loss, loss_scale, found, parts.found, losses)
         except UnreadableLoss:
@@ -250,8 +251,7 @@ class StepReader:
         rows: Sequence[SampleRows | str]
         try:
             if self.is_packed:
-                self._targets.require(key)
-                rows = [self._rows_by_target(call) for call in calls]
+                rows = self._targets.rows(key, [self._rows_by_target(call) for call in calls])
             else:
                 rows = self._orders.of(key, [call.shape for call in calls], self.batch_size)
         except NotWatched:
