@@ -101,7 +101,7 @@ class LiveCurves(Callback):
             return
         ledger = Ledger.of(trainer)
         certificate, attribution = ledger.get(Ledger.certificate), ledger.get(Ledger.attribution)
-        sources = source_rows(ledger.losses, ledger.flags) if trainer.is_global_zero else []
+        sources = source_rows(ledger.losses, ledger.flags, ledger.interventions) if trainer.is_global_zero else []
         end = LoggedEnd(self.history[-1], ledger.onset, certificate, attribution, sources)
         self._log(trainer, lambda run: run.end(end))
         if self.budget is not None:

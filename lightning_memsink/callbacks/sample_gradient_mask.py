@@ -20,7 +20,7 @@ from lightning_memsink.mitigation.gradient_routing import reserved_units, routin
 from lightning_memsink.mitigation.hold import Reference, hold_weights, match_batch
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.sample_weights import SampleWeights, is_latched, latch, latched_weights
-from lightning_memsink.samples.chosen_sources import ChosenSources
+from lightning_memsink.samples.chosen_sources import ChosenSources, labels_of
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 
@@ -99,6 +99,7 @@ class SampleGradientMask(LossWeighing):
         self._evaluations = -1  # of the detector, whose flags are latched
         self._reference: tuple[tuple[int, int], Reference | None] = ((-1, 0), None)
         self._weights: SampleWeights | None = None  # of the current batch
+        self._weighed = self.latched  # ids of its samples
         self._automatic = True
         self._backwards, self._backwards_before = 0, 1
         self._ledger: Ledger | None = None
@@ -148,12 +149,16 @@ class SampleGradientMask(LossWeighing):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ids, weights = Ledger.of(trainer).batch.ids, self._weights
         if self.mode == "route" and ids is not None and len(ids):
-            routed = int(is_latched(ids, self.latched).sum())
+            is_routed = is_latched(ids, self.latched)
+            routed = int(is_routed.sum())
             self.interventions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
+            self._count_sources(ids[is_routed])
         elif weights is not None:
             acted, removed = weights.left_out()
             more = {"unmatched": weights.unmatched, "unknown": weights.unknown} if self.mode == "hold" else {}
             self.interventions.add(len(weights.weights), acted, removed, **more)
+            if acted:
+                self._count_sources(self._weighed[weights.weights.cpu() != 1])
         self._ledger = self._weights = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,6 +196,7 @@ class SampleGradientMask(LossWeighing):
         if self._weights is None or not self._automatic:
             ids = ledger.batch.ids if opened.ids is None else opened.ids.cpu()
             self._weights = self._weights_of(ledger, opened, ids)
+            self._weighed = ids
         opened.weigh_samples(self._weights.weights)
 
     def _weights_of(self, ledger: Ledger, opened: OpenLoss, ids: Tensor) -> SampleWeights:
@@ -234,6 +240,11 @@ class SampleGradientMask(LossWeighing):
                 self._reference = (evaluation, None)
                 self._warn("every sample", str(error))
         return self._reference[1]
+
+    def _count_sources(self, ids: Tensor) -> None:
+        table = None if self._ledger is None else self._ledger.losses
+        if table is not None and "source" in table.columns and len(ids):
+            self.interventions.add_by_source(labels_of(table, ids))
 
     def _latch_flagged(self, ledger: Ledger) -> None:
         """Adds the samples flagged by evaluations since the last batch."""

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_memsink.detection.source_budget import BudgetRow
 from lightning_memsink.detection.source_summary import SourceSummary, plain_row, source_onsets, summarize_sources
 from lightning_memsink.detection.verdicts import Flags
+from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.reporting.document import LABELS, Grid
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of, percent
@@ -18,6 +19,7 @@ from lightning_memsink.reporting.scalars import ONSET
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sources import NO_SOURCE
 
+ACTED = "acted on"
 IN_TABLE, IN_SENTENCES, IN_NUMBERS = 100, 5, 1000
 """Sources that the table lists, that the summary describes in sentences, and whose numbers the JSON file has."""
 
@@ -51,7 +53,7 @@ def source_sentences(findings: Findings) -> list[str]:
 
 def top_sources(findings: Findings) -> list[str]:
     """The sources with the most memorized bits, for a terminal."""
-    rows = source_rows(findings.table, findings.flags, findings.sources, IN_SENTENCES)
+    rows = source_rows(findings.table, findings.flags, findings.interventions, findings.sources, IN_SENTENCES)
     return [
         f"Source {shown(row['source'])}: {row['memorized']:,} of {count_of(row['measured'], 'measured sample')} "
         f"memorized ({percent(row['share'])}), {_bits(row['bits'])} bits."
@@ -62,6 +64,7 @@ def top_sources(findings: Findings) -> list[str]:
 
 def source_tables(findings: Findings) -> list[Grid]:
     """A row per source, and a row per budget."""
+    found = source_rows(findings.table, findings.flags, findings.interventions, findings.sources, IN_TABLE)
     rows = [
         (
             shown(row["source"]),
@@ -73,10 +76,12 @@ def source_tables(findings: Findings) -> list[Grid]:
             _share(row["share"], row["share_low"], row["share_high"]),
             f"{_bits(row['bits'])} ({_bits(row['bits_low'])} to {_bits(row['bits_high'])})",
             "" if row["onset_step"] is None else f"{row['onset_step']:,}",
+            *([percent(row["acted_on"])] if "acted_on" in row else []),
         )
-        for row in source_rows(findings.table, findings.flags, findings.sources, IN_TABLE)
+        for row in found
     ]
-    head = (LABELS, "samples", "tokens", "exposures", "measured", "memorized", "share", "bits", "since step")
+    head: tuple[str, ...] = (LABELS, "samples", "tokens", "exposures", "measured", "memorized", "share", "bits")
+    head = (*head, "since step", *([ACTED] if found and "acted_on" in found[0] else []))
     count = int((findings.sources.codes != NO_SOURCE).sum())
     which = "Sources" if count <= IN_TABLE else f"The {IN_TABLE} of {count:,} sources with the most memorized bits"
     caption = (
@@ -88,19 +93,27 @@ def source_tables(findings: Findings) -> list[Grid]:
 
 
 def source_rows(
-    table: LossTable, flags: Flags, sources: SourceSummary | None = None, most: int = IN_NUMBERS
+    table: LossTable,
+    flags: Flags,
+    interventions: Mapping[str, InterventionLog],
+    sources: SourceSummary | None = None,
+    most: int = IN_NUMBERS,
 ) -> list[dict[str, Any]]:
     """The numbers of each source, those with the most memorized bits first.
+
+    ``acted_on`` is the share of its exposures on which a mitigation acted, where one counts that by source.
 
     Args:
         table: of the samples.
         flags: their verdicts.
+        interventions: by name of the mitigation.
         sources: the summary of these, if it is known already.
         most: how many sources are listed.
     """
     summary = (summarize_sources(table, flags) if sources is None else sources).largest(most, by="bits")
     low, high = summary.share_interval()
     onsets = source_onsets(table, flags, summary.codes)
+    acted = [log.by_source for log in interventions.values() if log.by_source]
     rows = []
     for place, code in enumerate(summary.codes.tolist()):
         onset = onsets.get(code)
@@ -110,6 +123,9 @@ def source_rows(
             | {"share_low": float(low[place]), "share_high": float(high[place])}
             | {f"onset_{name}": value for name, value in when.items()}
         )
+        if acted:
+            visits = sum(counts.get(rows[-1]["source"], 0) for counts in acted)
+            rows[-1]["acted_on"] = visits / max(1, rows[-1]["exposures"])
     return rows
 
 
@@ -117,7 +133,8 @@ def source_numbers(findings: Findings) -> Mapping[str, Any]:
     """For the JSON file: ``sources`` and ``budget``, each only where there is any."""
     if not has_sources(findings):
         return {}
-    numbers: dict[str, Any] = {"sources": source_rows(findings.table, findings.flags, findings.sources)}
+    rows = source_rows(findings.table, findings.flags, findings.interventions, findings.sources)
+    numbers: dict[str, Any] = {"sources": rows}
     if findings.budget is not None:
         numbers["budget"] = [asdict(row) for row in findings.budget_rows]
     return numbers

@@ -1,4 +1,4 @@
-"""The sources that a callback acts on, by their labels.
+"""The sources of the samples that a callback acts on, by their labels.
 
 V  samples      N  samples known
 """
@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.loss_table import LossTable
-from lightning_memsink.samples.sources import label_text
+from lightning_memsink.samples.sources import NO_SOURCE, label_text
+
+
+def labels_of(table: LossTable, ids: Tensor) -> list[str | None]:
+    """The label of each of the samples ``ids`` ``[V]``; None where it is not known."""
+    rows = table.index.find(ids)
+    codes = torch.where(rows < 0, NO_SOURCE, table.source[rows.clamp(min=0)].long())
+    return [table.source_names.label(code) for code in codes.tolist()]
 
 
 class ChosenSources:

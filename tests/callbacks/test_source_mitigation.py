@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from lightning_memsink import SampleGradientMask
 from lightning_memsink.examples.resumable import EpochShuffledSampler
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.reporting.source_section import source_rows
 from lightning_memsink.samples.chosen_sources import ChosenSources
 from lightning_memsink.samples.hashing import content_ids
 from tests.callbacks.test_sample_gradient_mask import loss_of
@@ -46,6 +47,7 @@ def test_hold_keeps_the_losses_of_its_sources_up_and_leaves_others_to_be_learned
     assert of_a > 2 and of_b < 0.5
     assert 0 < mask.interventions.total("acted") <= EPOCHS * 64
     assert "of the source a" in mask.interventions.description
+    assert mask.interventions.by_source == {"a": mask.interventions.total("acted")}
 
 
 def test_skip_latches_its_sources_only(plain):
@@ -54,6 +56,20 @@ def test_skip_latches_its_sources_only(plain):
     assert torch.isin(ids_of(slice(0, None, 2)), mask.latched).all()
     assert not torch.isin(ids_of(slice(1, None, 2)), mask.latched).any()
     assert loss_of(model, CANARIES[::2]) > 2 and loss_of(model, CANARIES[1::2]) < 0.5
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_what_was_done_is_counted_by_source(options):
+    mask = SampleGradientMask(**options)
+    trainer, _ = run(mask)
+    ledger = Ledger.of(trainer)
+    done = mask.interventions.by_source
+    assert sum(done.values()) == mask.interventions.total("acted") > 0 and {"a", "b"} <= set(done)
+    rows = {row["source"]: row for row in source_rows(ledger.losses, ledger.flags, ledger.interventions)}
+    assert rows["a"]["acted_on"] == done["a"] / rows["a"]["exposures"] > rows["web"]["acted_on"]
+    again = SampleGradientMask(**options)
+    again.load_state_dict(mask.state_dict())
+    assert again.interventions.by_source == done
 
 
 @pytest.mark.parametrize("options", MODES)

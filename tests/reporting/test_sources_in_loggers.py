@@ -67,10 +67,10 @@ def test_sources_that_nothing_was_measured_of_have_no_series():
 
 def test_rows_are_sorted_by_bits_and_limited():
     table, flags = sourced({"a": {V.LEARNED: 5}, "b": {V.MEMORIZED: 5}, "c": {V.UNSEEN: 5}})
-    rows = source_rows(table, flags)
+    rows = source_rows(table, flags, {})
     assert [row["source"] for row in rows] == ["b", "a", "c"] and math.isnan(rows[2]["bits"])
     assert rows[0]["onset_step"] == 40 and rows[1]["onset_step"] is None
-    assert len(source_rows(table, flags, most=1)) == 1
+    assert len(source_rows(table, flags, {}, most=1)) == 1
 
 
 @pytest.mark.parametrize("label", ["a|b", "<script>alert(1)</script>", "*bold*", "two\nlines", "x" * 500])
