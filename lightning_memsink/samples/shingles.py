@@ -119,6 +119,14 @@ class TextCounts:
     def __init__(self) -> None:
         self._counts = np.zeros(self.BUCKETS, dtype=np.uint16)  # 32 MiB, of which only what is used takes memory
 
+    def __getstate__(self) -> dict[str, NDArray[Any]]:
+        at = np.flatnonzero(self._counts)
+        return {"at": at, "texts": self._counts[at]}
+
+    def __setstate__(self, state: dict[str, NDArray[Any]]) -> None:
+        self._counts = np.zeros(self.BUCKETS, dtype=np.uint16)
+        self._counts[state["at"]] = state["texts"]
+
     def sketch(self, hashes: Hashes) -> Hashes:
         """``[B, K]`` sketches of up to 2^13 new texts ``[B, S]``, whose shingles are counted.
 

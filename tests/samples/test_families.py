@@ -247,6 +247,11 @@ def test_a_copy_is_of_its_own(copied):
     assert len(families) == len(other) - 1
 
 
+def test_a_pickle_is_as_large_as_what_it_holds():
+    families = World(0.1, families=2, alone=20).add_to(Families())
+    assert len(pickle.dumps(families)) < 1 << 19
+
+
 def test_adding_waits_for_nothing_and_all_is_compared_in_the_end(monkeypatch):
     begun, may_go_on = threading.Event(), threading.Event()
     compare = module.hashes_of
