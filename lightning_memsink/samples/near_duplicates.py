@@ -4,8 +4,8 @@ N  texts added so far      B  texts that come      K  hashes of a sketch      P 
 
 datasketch 2.0 and rensa 0.5 find the same kind of candidates, but not what makes a shared header count for little: that
 takes the shingles of a pair, which their signatures don't hold. For a million texts of 64 tokens, at the rate of
-10,000 to 40,000, datasketch needs 320 s of processor time and 5 GB, and rensa 21 s and 1.6 GB; this index takes 11 s and
-0.3 GB (`python -m benchmarks.families`).
+10,000 to 40,000, datasketch needs 320 s of processor time and 5 GB, and rensa 21 s and 1.6 GB; this index takes 11 s,
+and 0.3 GB (`python -m benchmarks.families`).
 """
 
 from __future__ import annotations
