@@ -230,7 +230,7 @@ class LossTracker(Callback):
             self.controls.load_state_dict(state_dict["controls"])
             self.visits.load_state_dict(state_dict)
             self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
-            self.sample_ids.takes_rows = "identity" not in state_dict  # as versions did that have not written it
+            self.sample_ids.restore(state_dict.get("identity", "older"))
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""

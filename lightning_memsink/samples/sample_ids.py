@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_memsink.samples.batch import batch_size, describe_tensors, is_index_of, is_surely_batched, tensors_in
 from lightning_memsink.samples.documents import Documents, Segments, documents_in, whole_text_in
 from lightning_memsink.samples.hashing import content_ids, text_ids
+from lightning_memsink.samples.joined_rows import rows_of_documents
 from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
@@ -70,6 +71,11 @@ class SampleIds:
     def source(self) -> str | None:
         """Where the ids of the latest batch came from: "index", "content" or "key"; None before the first."""
         return self._source
+
+    def restore(self, source: str | None) -> None:
+        """Goes on as a saved ledger was written: from ``source``, or ``"older"`` if its version did not save it."""
+        self.takes_rows = source in ("older", "index")
+        self._source = source if source in ("index", "content", "key") else None  # type: ignore[assignment]
 
     @property
     def uses_index(self) -> bool:
@@ -160,9 +166,7 @@ class SampleIds:
         self, batch: Any, documents: Documents, index: Tensor | None, fetched: Fetched
     ) -> Tensor | None:
         """``[D]`` ids. Sets `documents` to None if the user's ids are those of rows."""
-        self.rows = index if fetched.is_joined else None
-        if index is not None and not fetched.is_joined and len(index) == len(documents.owners):
-            self.rows = index[documents.rows]
+        self.rows = None if index is None else rows_of_documents(documents, index, fetched.lengths)
         if documents.keys is not None and self.identity in ("auto", "key"):
             self._source = "key"
             return documents.keys
@@ -170,7 +174,7 @@ class SampleIds:
             self._source = "key"
             return self._keys_of_documents(batch, documents)
         if self.identity == "index":
-            if index is not None and fetched.is_joined and len(index) == documents.count:
+            if index is not None and fetched.lengths is not None and len(index) == documents.count:
                 self._source = "index"
                 return index
             raise self.index_error(f"rows of its batches hold several documents, found in {documents.found_in}")
