@@ -18,6 +18,7 @@ from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.extraction.canaries import CanaryGroup, HasCanaryGroups
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.history import EvaluationProfile
+from lightning_memsink.reporting.family_section import family_series
 from lightning_memsink.reporting.localization_summary import series
 from lightning_memsink.reporting.loggers import logged_run
 from lightning_memsink.reporting.loggers.logged_run import LoggedEnd, LoggedEvaluation, LoggedRun
@@ -153,6 +154,7 @@ class LiveCurves(Callback):
         self, ledger: Ledger, profile: EvaluationProfile | None, sources: SourceSummary | None
     ) -> dict[str, float]:
         row = scalars(ledger.losses, ledger.controls, ledger.flags, ledger.onset, self._planted)
+        row |= family_series(ledger.flags.families)
         if sources is not None:
             row |= source_series(ledger.losses, sources)
         actions = action_series(ledger.interventions)

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from lightning_memsink.reporting.document import Answer, Document, Picture, Section, State
+from lightning_memsink.reporting.family_section import family_numbers
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of, percent
 from lightning_memsink.reporting.provenance import seed
@@ -122,6 +123,7 @@ def _numbers(findings: Findings) -> dict[str, Any]:
             "seed": seed(),
             "settings": findings.settings,
             "versions": findings.versions,
+            **family_numbers(findings),
             **source_numbers(findings),
         }
     )

@@ -12,6 +12,7 @@ import torch
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.reporting.document import NAMES, Grid
+from lightning_memsink.reporting.family_section import family_sentences, family_tables, has_families, top_families
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of, percent, value_range
 from lightning_memsink.reporting.localization_summary import where
@@ -229,6 +230,13 @@ SECTIONS = (
     RunSection("Nothing was judged", lambda findings: not _evaluated(findings), no_verdicts),
     RunSection("When", _evaluated, _when),
     RunSection("Which", _evaluated, _which, _sample_table, in_place_of_tables=_top_samples),
+    RunSection(
+        "Families",
+        lambda it: _evaluated(it) and has_families(it),
+        family_sentences,
+        family_tables,
+        in_place_of_tables=top_families,
+    ),
     RunSection(
         "Sources",
         lambda it: _evaluated(it) and has_sources(it),
