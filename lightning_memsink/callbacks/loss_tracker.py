@@ -32,7 +32,7 @@ from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.documents import Segments
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.source_labels import SourceOf
+from lightning_memsink.samples.source_labels import NamesOf, SourceOf
 from lightning_memsink.samples.visits import DescribedBatch, Visit
 
 
@@ -57,6 +57,7 @@ class LossTracker(Callback):
         source: where a batch says the source of its samples (data set, licence, customer): a key of the batch, or
             ``source(batch)`` -> labels, one a sample, one a row (its documents inherit it), a list a row, or integers
             ``[R, T]``. None: no sources.
+        names: labels for what the batch has instead: ``["books", "web"]`` for 0 and 1, or a mapping.
         families: look for near-duplicates among texts, beside training.
         loss: ``loss(batch, outputs) -> [B]``, each sample's loss from what ``training_step`` (and ``validation_step``)
             returned, where it can't be read from the step itself; it wins over what could be read.
@@ -81,6 +82,7 @@ class LossTracker(Callback):
         depth: int = 0,
         features: Callable[[Any], Tensor] | None = None,
         source: SourceOf | None = "source",
+        names: NamesOf | None = None,
         families: bool = True,
         loss: LossOfSamples | None = None,
         controls: Iterable[Any] | None = None,
@@ -92,7 +94,7 @@ class LossTracker(Callback):
         self.probe = ControlProbe(controls, control_fraction, control_every)
         self.sample_ids = SampleIds(identity, key, segments)
         self.loader_ids = LoaderIds(self.sample_ids)
-        self.describe = BatchDescription(self.sample_ids, features, source)
+        self.describe = BatchDescription(self.sample_ids, features, source, names)
         self.loss = loss
         self.flush_every = flush_every
         self.new_ledger = new_ledger

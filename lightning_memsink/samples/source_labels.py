@@ -17,6 +17,7 @@ from lightning_memsink.samples.sources import Labels, label_text
 
 SourceOf = str | Callable[[Any], Any]
 """A key of the batch, or a function of it that returns labels."""
+NamesOf = Mapping[Any, str] | Sequence[str]
 DEFAULT_KEY = "source"
 
 
@@ -25,14 +26,20 @@ class SourceLabels:
 
     Args:
         source: a key of the batch, or a function of it. None reads nothing.
+        names: labels for what the batch has instead, by number or by value: ``["books", "web"]``,
+            ``{"cc-by": "open"}``. What has no name keeps its own.
     """
 
-    def __init__(self, source: SourceOf | None = DEFAULT_KEY) -> None:
+    def __init__(self, source: SourceOf | None = DEFAULT_KEY, names: NamesOf | None = None) -> None:
         if source is not None and not isinstance(source, str) and not callable(source):
             raise ValueError(
                 f"source is a key of the batch or a function of it, but it is a {type(source).__name__}: {source!r}."
             )
+        if isinstance(names, (str, bytes)) or not isinstance(names, (Mapping, Sequence, type(None))):
+            raise ValueError(f"names is a list or a mapping of labels, but it is a {type(names).__name__}: {names!r}.")
         self.source = source
+        pairs = names.items() if isinstance(names, Mapping) else enumerate(names or ())
+        self._names = {label_text(value): label_text(name) for value, name in pairs}
         self._has_warned = False
 
     def of(self, batch: Any, size: int, documents: Documents | None) -> Labels | None:
@@ -40,7 +47,8 @@ class SourceLabels:
         if self.source is None:
             return None
         try:
-            return source_labels(batch, size, documents, self.source)
+            labels = source_labels(batch, size, documents, self.source)
+            return None if labels is None else [self._names.get(label, label) for label in labels]
         except Exception as error:  # in the user's function, or labels that fit nothing; it must not end the training
             if not self._has_warned:
                 self._has_warned = True
