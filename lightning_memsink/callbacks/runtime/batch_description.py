@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.source_labels import SourceLabels, SourceOf
+from lightning_memsink.samples.source_labels import NamesOf, SourceLabels, SourceOf
 from lightning_memsink.samples.tagged_batch import Fetched
 from lightning_memsink.samples.visits import DescribedBatch
 
@@ -20,15 +20,19 @@ class BatchDescription:
     Args:
         sample_ids: of the run.
         features: ``features(batch) -> [B, F]``, or None.
-        source: where a batch says the sources of its samples.
+        source, names: where a batch says the sources of its samples, as `SourceLabels` takes them.
     """
 
     def __init__(
-        self, sample_ids: SampleIds, features: Callable[[Any], Tensor] | None, source: SourceOf | None
+        self,
+        sample_ids: SampleIds,
+        features: Callable[[Any], Tensor] | None,
+        source: SourceOf | None,
+        names: NamesOf | None = None,
     ) -> None:
         self.sample_ids = sample_ids
         self.features = features
-        self.source_labels = SourceLabels(source)
+        self.source_labels = SourceLabels(source, names)
 
     @property
     def is_packed(self) -> bool:
@@ -46,8 +50,10 @@ class BatchDescription:
         """The same without sources, which held-out samples need none of."""
         if ids is None or not len(ids):
             return None
-        known = self.sample_ids
-        return DescribedBatch.of(batch, ids, self.features, axes, known.documents, known.rows)
+        known, rows = self.sample_ids, self.sample_ids.rows
+        if rows is not None and len(rows) != len(ids):
+            rows = None  # of a data set whose items are whole batches, say
+        return DescribedBatch.of(batch, ids, self.features, axes, known.documents, rows)
 
     def of_fetched(
         self, batch: Any, rows: Tensor | None, fetched: Fetched
