@@ -97,7 +97,9 @@ class Documents:
         return owners.reshape(*owners.shape, *[1] * (tensor.ndim - rank))
 
 
-def documents_in(batch: Any, key: str = "sample_id", segments: Segments | None = None) -> Documents | None:
+def documents_in(
+    batch: Any, key: str = "sample_id", segments: Segments | None = None, length: int | None = None
+) -> Documents | None:
     """The documents of a batch; None if each row is one, or nothing in the batch says more.
 
     Documents are found, in this order, by the user's function, in numbers of tokens under the ids' key, in
@@ -109,6 +111,7 @@ def documents_in(batch: Any, key: str = "sample_id", segments: Segments | None =
         batch: what training_step gets.
         key: where the batch may hold the ids of the user's own.
         segments: the user's function.
+        length: of the text in a batch of one row, if the loader knows it. The rest is padding.
 
     Raises:
         ValueError: ``segments`` returns no integers ``[R, T]``.
@@ -124,7 +127,11 @@ def documents_in(batch: Any, key: str = "sample_id", segments: Segments | None =
     if named is None:
         return None
     numbers, name = named
+    if name in (*NUMBERED, *ENDS, "position_ids"):
+        numbers = _without_padding(numbers, text, batch.get("labels"))
     padding = _padding(batch, text)
+    if length is not None:
+        padding.view(-1)[length:] = True
     documents = _numbered(torch.where(padding, OF_NO_DOCUMENT, numbers), name)
     if name == key:
         return _with_keys(documents, batch[key])
@@ -185,7 +192,7 @@ def _named(batch: Any, text: Tensor, key: str) -> tuple[Tensor, str] | None:
     if numbers is not None:
         return numbers, "attention_mask"
     positions = _whole_numbers(batch.get("position_ids"), text.shape)
-    return None if positions is None else (_of_positions(positions, text, batch.get("labels")), "position_ids")
+    return None if positions is None else (_of_positions(positions), "position_ids")
 
 
 def _whole_numbers(value: Any, shape: torch.Size) -> Tensor | None:
@@ -214,12 +221,18 @@ def _of_mask(mask: Any, text: Tensor) -> Tensor | None:
     return None if bool(across.any()) else torch.where(is_alone, OF_NO_DOCUMENT, numbers)
 
 
-def _of_positions(positions: Tensor, text: Tensor, labels: Any) -> Tensor:
-    """A document begins where positions don't go on. A row's end where each does so is padding: two tokens or more that
-    are the same and have no loss, or one that is what others are padded with."""
+def _of_positions(positions: Tensor) -> Tensor:
+    """A document begins where positions don't go on."""
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[..., 1:] = positions[..., 1:] <= positions[..., :-1]
-    numbers = begins.long().cumsum(-1)
+    return begins.long().cumsum(-1)
+
+
+def _without_padding(numbers: Tensor, text: Tensor, labels: Any) -> Tensor:
+    """A row's end where each token has a number of its own is padding: two tokens or more that are the same and have no
+    loss, or one that is what others are padded with."""
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[..., 1:] = numbers[..., 1:] != numbers[..., :-1]
     ends = torch.cat([begins[..., 1:], torch.ones_like(begins[..., :1])], -1)
     single = begins & ends
     ids = text.detach().cpu()

@@ -106,7 +106,7 @@ class SampleIds:
             RuntimeError: for ids that can't be ids, or not of this batch, with what to type.
         """
         fetched = fetched or Fetched()
-        self.documents, self.rows = self._documents_in(batch), index
+        self.documents, self.rows = self._documents_in(batch, fetched.lengths), index
         if self.documents is not None:
             ids = self._ids_of_documents(batch, self.documents, index, fetched)
             if self.documents is not None:
@@ -155,9 +155,10 @@ class SampleIds:
     def _is_by_content(self, batch: Any) -> bool:
         return self.identity == "auto" and not self.takes_rows and self._text_batches.has(batch)
 
-    def _documents_in(self, batch: Any) -> Documents | None:
+    def _documents_in(self, batch: Any, lengths: Tensor | None) -> Documents | None:
+        length = None if lengths is None else int(lengths.sum())
         try:
-            return documents_in(batch, self.key, self.segments)
+            return documents_in(batch, self.key, self.segments, length)
         except Exception as error:  # in the user's function; it must not end the training
             self._warn_of("segments", f"{error} Until then each row of a batch is taken for one sample.")
             return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_memsink.samples.collate_layout import CollateLayout
-from lightning_memsink.samples.joined_rows import are_joined
+from lightning_memsink.samples.joined_rows import joined_lengths
 from lightning_memsink.samples.sample_keys import key_ids, named_keys, refusal_of
 
 
@@ -35,8 +35,8 @@ class TaggedBatch(NamedTuple):
     refusal: str
     """Why there are no ids; empty if that needs no word."""
     batch: Any
-    is_joined: bool = False
-    """Whether its samples follow one another in a single row of tokens."""
+    lengths: bytes | None = None
+    """int64s, how many tokens each sample has, where they follow one another in a single row of tokens."""
 
 
 class Keys:
@@ -59,13 +59,13 @@ class Fetched(NamedTuple):
     axes: tuple[int, ...] | None = None
     names: dict[int, Any] | None = None
     refusal: str = ""
-    is_joined: bool = False
+    lengths: Tensor | None = None
 
     @classmethod
     def of(cls, tagged: TaggedBatch) -> Fetched:
         axes = None if tagged.axes is None else tuple(array("i", tagged.axes))
         names = None if tagged.keys is None else tagged.keys.by_id
-        return cls(_int64s(tagged.ids), tagged.rows, axes, names, tagged.refusal, tagged.is_joined)
+        return cls(_int64s(tagged.ids), tagged.rows, axes, names, tagged.refusal, _int64s(tagged.lengths))
 
 
 class Proxy:
@@ -148,8 +148,9 @@ class TaggingCollate:
         elif layout.order is not None and ids is not None and len(ids) == len(layout.order):
             ids = array("q", [ids[n] for n in layout.order])
         axes = None if layout.axes is None else array("i", layout.axes).tobytes()
-        is_joined = are_joined(keyed.samples, batch)
-        return TaggedBatch(None if ids is None else ids.tobytes(), rows, axes, keys, refusal, batch, is_joined)
+        lengths = joined_lengths(keyed.samples, batch)
+        joined = None if lengths is None else array("q", lengths).tobytes()
+        return TaggedBatch(None if ids is None else ids.tobytes(), rows, axes, keys, refusal, batch, joined)
 
 
 LOST = "collate_fn puts samples into another order, which can't be identified by their values"
