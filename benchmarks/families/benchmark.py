@@ -115,7 +115,6 @@ def criteria(finding: Finding, outcomes: Sequence[Outcome], cost: Cost) -> list[
         made.append(Criterion(f"found at {rate:.0%} changed, worst kind and seed", min(recalls), ">=", bound))
     joins = [one.false_joins for by_rate in finding.variants.values() for found in by_rate.values() for one in found]
     templates = [one.false_joins for found in finding.templates.values() for one in found]
-    own = [float((one.own_verdicts > 0.5).float()[one.effect > MARGIN].mean()) for one in outcomes]
     flagged = torch.cat([one.memorized for one in outcomes]) > 0
     effects = torch.cat([one.effect for one in outcomes])
     return [
@@ -126,7 +125,6 @@ def criteria(finding: Finding, outcomes: Sequence[Outcome], cost: Cost) -> list[
                   ">=", AUROC),
         Criterion("memorized families whose truth is half the margin or more", float(
             (effects[flagged] > MARGIN / 2).float().mean()), ">=", CERTAIN),
-        Criterion("families memorized in truth that texts' own verdicts show, most", max(own), "<=", 0.5),
         Criterion("seconds a million texts", cost.seconds / cost.texts * 1e6, "<=", SECONDS_PER_MILLION),
         Criterion("bytes a text", cost.bytes_per_text, "<=", BYTES_PER_TEXT),
     ]  # fmt: skip
