@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_memsink import LiveCurves, LossTracker, RunReport
+from lightning_memsink import LiveCurves, LossTracker, RunReport, SampleGradientMask, memsink
 from lightning_memsink.examples.resumable import EpochShuffledSampler
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.hashing import content_ids
@@ -231,3 +231,10 @@ def test_documents_have_the_same_sources_in_every_layout(by_token):
         assert set(labels.values()) == ({"0", "1", "2"} if by_token else set(NAMES)), layout
         assert len(labels) == 24
     assert all(labels == found[0] for labels in found)
+
+
+def test_the_preset_takes_sources_and_budgets():
+    callbacks = memsink(SampleGradientMask(sources=["a"]), budget={"a": 0.001, "default": 0.01}, source="licence")
+    assert callbacks[2].budget.shares == {"a": 0.001, "default": 0.01}
+    with pytest.raises(ValueError, match=r"budget\['a'\]"):
+        memsink(budget={"a": -1})
