@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_memsink.losses.provenance import (
     MOST_ELEMENTS,
-    OF_NO_SAMPLE,
     Owners,
     Rows,
     aligned,
@@ -17,6 +16,7 @@ from lightning_memsink.losses.provenance import (
     rows,
 )
 from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, each, not_followed, with_shared
+from lightning_memsink.samples.documents import COUNTS_FOR_NONE
 
 
 def expanded(owners: Owners, shape: Sequence[int], axes: Sequence[int]) -> Owners:
@@ -213,7 +213,7 @@ def complex_parts(call: Call) -> Outcome:
 def as_strided(call: Call) -> Outcome:
     """The same strides over a storage that holds the owners; memory outside the tensor belongs to nothing known."""
     source, result = call.tensor(), call.result
-    start, unknown = source.storage_offset(), OF_NO_SAMPLE - 1
+    start, unknown = source.storage_offset(), COUNTS_FOR_NONE - 1
 
     def strided(owners: Owners) -> Owners:
         full = expanded(owners, source.shape, range(source.ndim))

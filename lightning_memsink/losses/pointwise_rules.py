@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.losses.provenance import Provenance, merge, reduce
+from lightning_memsink.losses.provenance import Provenance, merge, of_mask, reduce
 from lightning_memsink.losses.rule_call import Call, NotFollowed, Outcome, Rule, constant, with_shared
 
 
 def pointwise(call: Call) -> Outcome:
     """Of all tensors among the arguments, which broadcast to the result."""
+    found = _of_operands(call)
+    is_mask = isinstance(call.result, Tensor) and call.result.dtype == torch.bool
+    return of_mask(found) if is_mask and not isinstance(found, list) else found
+
+
+def _of_operands(call: Call) -> Outcome:
     of = call.of
     operands = [a for a in call.args if isinstance(a, Tensor)] if not call.kwargs else call.operands()
     parts = [(found, operand.shape) for operand in operands if (found := of(operand)) is not None]

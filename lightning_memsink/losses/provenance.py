@@ -12,10 +12,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_memsink.samples.documents import COUNTS_FOR_NONE
+
 Owners: TypeAlias = Tensor
 """int64 on the CPU, with the ndim of the tensor it describes and each extent 1 or the tensor's: the number of a sample
-of the batch, or -1 where an element is of no sample (a row of padding). An extent is 1 along each axis where the owner
-is the same, so an axis along which owners vary is one whose extent is not 1."""
+of the batch, or -1 where an element is of no sample (a row of padding), or -2 where it counts for none, whatever it is
+computed with. An extent is 1 along each axis where the owner is the same, so an axis along which owners vary is one
+whose extent is not 1."""
 
 OF_NO_SAMPLE = -1
 MIXED = "rows of different samples in one element (mixup)"
@@ -117,6 +120,13 @@ def merge(parts: Iterable[Part], shape: Sequence[int]) -> Provenance | None:
     return known
 
 
+def of_mask(provenance: Provenance | None) -> Provenance | None:
+    """Provenance of a comparison: targets that count for none are targets no more."""
+    if not isinstance(provenance, Rows) or not any(bool((o == COUNTS_FOR_NONE).any()) for o in provenance.candidates):
+        return provenance
+    return rows(owners.clamp(min=OF_NO_SAMPLE) for owners in provenance.candidates)
+
+
 def reduce(
     provenance: Provenance | None,
     shape: Sequence[int],
@@ -176,12 +186,14 @@ def _together(ours: Rows, theirs: Rows) -> Rows | None:
 
 
 def _agreed(ours: Owners, theirs: Owners) -> Owners | None:
-    """The owners if they are equal wherever neither is of no sample."""
+    """The owners if they are equal wherever neither is of no sample. What counts for none does so with any other: a
+    target that another document's token would predict, times a mask of that document's."""
     if ours is theirs or same(ours, theirs):
         return ours
     if _vary_apart(ours, theirs) or not bool(((ours == theirs) | (ours < 0) | (theirs < 0)).all()):
         return None
-    return compress(torch.maximum(ours, theirs))
+    counts_for_none = torch.minimum(ours, theirs) == COUNTS_FOR_NONE
+    return compress(torch.maximum(ours, theirs).masked_fill(counts_for_none, COUNTS_FOR_NONE))
 
 
 def _vary_apart(ours: Owners, theirs: Owners) -> bool:

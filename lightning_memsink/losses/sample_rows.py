@@ -53,8 +53,8 @@ class Runs:
 class SampleRows:
     """The owner of each element of a tensor.
 
-    ``owners`` is int64 on the CPU, with the tensor's number of axes, each extent the tensor's or 1; -1 where an element
-    belongs to no sample.
+    ``owners`` is int64 on the CPU, with the tensor's number of axes, each extent the tensor's or 1; negative where an
+    element belongs to no sample.
     """
 
     owners: Tensor
@@ -87,7 +87,7 @@ class SampleRows:
         return self.owners.expand(shape).reshape(-1).to(device)
 
     def _on(self, device: torch.device) -> Tensor:
-        return self.owners.reshape(-1).to(device, non_blocking=True)
+        return self.owners.reshape(-1).clamp(min=-1).to(device, non_blocking=True)
 
     @staticmethod
     def batch_major(batch_size: int, axes: int) -> SampleRows:

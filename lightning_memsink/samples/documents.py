@@ -22,6 +22,8 @@ ENDS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
 """Names of the places, 0 first, at which documents begin in the rows one after the other."""
 OF_THE_MODEL = ("attention_mask", "position_ids", "token_type_ids", *NUMBERED, *ENDS)
 OF_NO_DOCUMENT = -1
+COUNTS_FOR_NONE = -2
+"""The owner of a target that counts for no document, whatever it is computed with."""
 IGNORED = -100
 
 Segments = Callable[[Any], Tensor]
@@ -286,11 +288,11 @@ def _of_targets(targets: Tensor, text: Tensor, owners: Tensor) -> Tensor:
     begins = torch.ones_like(owners, dtype=torch.bool)
     begins[..., 1:] = owners[..., 1:] != owners[..., :-1]
     if is_text and bool(counted.any()):
-        return torch.where(begins, OF_NO_DOCUMENT, owners)
+        return torch.where(begins & (owners >= 0), COUNTS_FOR_NONE, owners)
     within = counted[..., :-1] & ~begins[..., 1:]
     is_next = targets[..., :-1] == ids[..., 1:]
     if not bool(within.any()) or not bool(is_next[within].all()):
         return owners
     crosses = torch.zeros_like(begins)
     crosses[..., :-1] = begins[..., 1:] & is_next
-    return torch.where(crosses, OF_NO_DOCUMENT, owners)
+    return torch.where(crosses, COUNTS_FOR_NONE, owners)
