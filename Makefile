@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-distributed test-ecosystem test-versions bench audit-smollm2 clean
+.PHONY: demo test test-distributed test-ecosystem test-loaders test-versions bench audit-smollm2 clean
 
 # torch first and alone: a range would drag in gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
@@ -28,6 +28,9 @@ test-distributed: $(VENV)/installed # real processes
 test-ecosystem: $(VENV)/installed # other people's modules, each in an environment that it can live in
 	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem
 
+test-loaders: $(VENV)/installed # other people's loaders, collators and packers, in an environment of their own
+	TORCH=$(TORCH) $(VENV)/bin/python -m tests.loaders
+
 test-versions: $(VENV)/installed # the oldest and the newest of what pyproject.toml allows
 	TORCH=$(TORCH) $(VENV)/bin/python -m tests.ecosystem.versions
 
@@ -51,4 +54,4 @@ audit-smollm2: $(VENV)/installed
 	$(VENV)/bin/memsink audit --config audit_smollm2
 
 clean:
-	rm -rf $(VENV) .venv-ecosystem runs
+	rm -rf $(VENV) .venv-ecosystem .venv-loaders runs
