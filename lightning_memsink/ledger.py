@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from lightning_memsink.detection.family_features import FamilyRecord
     from lightning_memsink.detection.source_budget import SourceBudget
     from lightning_memsink.detection.verdicts import Flags, Onset
     from lightning_memsink.extraction.history import ExtractionHistory
@@ -87,6 +88,7 @@ class Ledger:
     losses: Slot[LossTable] = Slot("LossTracker")
     controls: Slot[ControlTable] = Slot("LossTracker")
     batch: Slot[CurrentBatch] = Slot("LossTracker")
+    families: Slot[FamilyRecord | None] = Slot("LossTracker")
     flags: Slot[Flags] = Slot("MemorizationDetector")
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
     budget: Slot[SourceBudget | None] = Slot("LiveCurves")

@@ -22,6 +22,7 @@ from lightning_memsink.callbacks.runtime.strategies import require_support
 from lightning_memsink.callbacks.runtime.validation_weights import ValidationWeights
 from lightning_memsink.callbacks.runtime.visit_recorder import VisitRecorder
 from lightning_memsink.detection.difficulty import Matching
+from lightning_memsink.detection.family_features import FamilyRecord
 from lightning_memsink.ledger import CurrentBatch, Ledger
 from lightning_memsink.losses.capture import LossOfSamples, StepCapture, reported
 from lightning_memsink.losses.document_attention import ATTENDS_ACROSS
@@ -104,6 +105,7 @@ class LossTracker(Callback):
         self.validation_weights = ValidationWeights()
         self.matching = Matching()
         self.visits = VisitRecorder(self.table, self.matching)
+        self.visits.families = FamilyRecord(self.matching.counts) if families else None
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
         self.batch = CurrentBatch()
@@ -123,6 +125,7 @@ class LossTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.losses, ledger.controls, ledger.batch = self.table, self.controls, self.batch
+        ledger.families = self.visits.families
         ledger.close_with(Ledger.controls, self._close_evaluation)
         self.controls.has_own_source = self.probe.has_controls
         self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)

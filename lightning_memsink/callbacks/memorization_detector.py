@@ -15,13 +15,12 @@ from torch import Tensor
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.evaluate import evaluate
-from lightning_memsink.detection.family_features import FamilyRecord
 from lightning_memsink.detection.family_verdicts import FamilyVerdicts, judge_families
 from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.onset import estimate_onset
 from lightning_memsink.detection.statistics import controls_for
 from lightning_memsink.detection.verdicts import Flags, Onset
-from lightning_memsink.ledger import Ledger, Slot
+from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.loss_table import REMEDY
 
 
@@ -130,8 +129,7 @@ class MemorizationDetector(Callback):
 
         ``since``: step of the evaluation before.
         """
-        slot: Slot[FamilyRecord] | None = getattr(Ledger, "families", None)
-        record, table = None if slot is None else ledger.get(slot), ledger.losses
+        record, table = ledger.get(Ledger.families), ledger.losses
         if record is None:
             return
         family = record.numbers(len(table))
