@@ -23,10 +23,10 @@ def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
     """The tokens of a batch, or None if it holds no text.
 
     Text is ``batch["input_ids"]`` of a mapping (so of a ``BatchEncoding``), a bare ``[B, T]`` integer tensor, or one
-    that comes first in a tuple or list, as in ``(x, y)``. Padding is known only from a mapping's ``attention_mask`` of
-    the same shape; a mask of another shape (packed, 4-D) is ignored. Tokens that were masked to be predicted are put
-    back from the ``labels``. A tensor whose samples lie along its second axis, by ``axes`` (see
-    `samples.batch_rows.rows_of`), is turned.
+    that comes first in a tuple or list, as in ``(x, y)``. Padding is known from a mapping's ``attention_mask`` of the
+    same shape; a mask of another shape (packed, 4-D) is ignored, and where there is none, what follows the last of a
+    text's ``labels`` is padding. Tokens that were masked to be predicted are put back from the ``labels``. A tensor
+    whose samples lie along its second axis, by ``axes`` (see `samples.batch_rows.rows_of`), is turned.
     """
     if isinstance(batch, Mapping):
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -35,7 +35,7 @@ def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not _is_integer(ids.dtype):
         return None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask = _until_last_label(ids, batch.get("labels") if isinstance(batch, Mapping) else None)
     if isinstance(batch, Mapping):
         ids = unmasked(ids, batch.get("labels"))
     if axes is not None and 1 in axes and _axis_of(ids, batch, axes) == 1:
@@ -65,6 +65,23 @@ def unmasked(ids: Tensor, labels: Any) -> Tensor:
     share = float((replaced == mask).float().mean())
     is_alone = not bool((ids[~is_replaced] == mask).any() | (labels == mask).any())
     return torch.where(counted, labels.to(ids.dtype), ids) if share > 0.5 or (is_alone and share >= 0.25) else ids
+
+
+def _until_last_label(ids: Tensor, labels: Any) -> Tensor:
+    """Bool ``[B, T]``: up to the last token that has a loss, where ``labels`` are the text or its next tokens.
+
+    A row without any loss is whole.
+    """
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
+        return mask
+    counted = labels >= 0
+    is_next = bool(((labels[:, :-1] == ids[:, 1:]) | ~counted[:, :-1]).all()) and not bool(counted[:, -1:].any())
+    if bool(counted.all()) or not (is_next or bool((labels == ids)[counted].all())):
+        return mask
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(counted, places + int(is_next), -1).amax(1, keepdim=True)
+    return mask & ((places <= last) | (last < 0))
 
 
 def _axis_of(tensor: Tensor, batch: Any, axes: Sequence[int]) -> int | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -17,6 +18,8 @@ from transformers import (
 )
 
 from tests.support.text_runs import (
+    MASK,
+    PAD,
     TextModel,
     by_position,
     by_row,
@@ -109,3 +112,31 @@ def test_translations_are_samples_by_their_row():
     fitted = fit_texts(loader(collate, data), by_row, {}, model=Translator(by_row))
     assert 0 < sum(taken) < len(taken)
     assert fitted.exposures == dict.fromkeys(range(len(TEXTS)), 2)
+
+
+def test_texts_padded_by_hand_with_labels():
+    """No attention mask: what has no label at a row's end is padding."""
+
+    def collate(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in some]
+        padded = {"input_ids": pad_sequence(ids, True, MASK), "labels": pad_sequence(ids, True, -100)}
+        assert all(len(each) >= 4 for each in ids)
+        return padded
+
+    def split(batch: Any) -> Any:
+        for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            text = row[labels >= 0][None]
+            yield tuple(text[0].tolist()), {"input_ids": text, "labels": text}
+
+    fitted = fit_and_compare(lambda: loader(collate), split)
+    check(fitted)
+    check_rows(fitted)
+
+
+def test_texts_padded_by_hand_without_labels_are_said_to_have_padding_that_is_unknown():
+    def collate(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"input_ids": pad_sequence([torch.tensor(row["input_ids"]) for row in some], True, PAD)}
+
+    fitted = fit_texts(loader(collate), by_row, {})
+    (message,) = fitted.messages
+    assert "If they are padded, put batch['attention_mask'] into the batch" in message

@@ -72,3 +72,25 @@ def test_classes_of_tokens_are_not_put_into_the_text():
     text = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [12, 11, 18, 19, 20, 21, 22]])
     found = tokens_of({"input_ids": text, "labels": torch.tensor([[0, 1, 0, -100, 2, 0, 0], [1, 0, 0, 2, 0, -100, 0]])})
     assert found is not None and torch.equal(found.ids, text)
+
+
+OF_LABELS = {
+    "the text": ([[5, 6, 7, 8], [5, 6, -100, -100]], [4, 2]),
+    "after a prompt": ([[-100, -100, 7, 8], [-100, 6, -100, -100]], [4, 2]),
+    "the next tokens": ([[6, 7, 8, -100], [6, -100, -100, -100]], [4, 2]),
+    "the next tokens after a prompt": ([[-100, 7, 8, -100], [6, -100, -100, -100]], [4, 2]),
+    "no loss in a row": ([[5, 6, 7, 8], [-100] * 4], [4, 4]),
+    "no loss at all": ([[-100] * 4, [-100] * 4], [4, 4]),
+    "classes of tokens": ([[1, 0, 2, 1], [1, 0, -100, -100]], [4, 4]),
+    "of another length": ([[5, 6, 7], [5, 6, -100]], [4, 4]),
+}
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_without_a_mask_a_text_ends_with_its_last_label(name):
+    """Else its id would depend on the longest text of the batch."""
+    labels, lengths = OF_LABELS[name]
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
+    found = tokens_of({"input_ids": ids, "labels": torch.tensor(labels)})
+    assert found is not None and found.mask.sum(1).tolist() == lengths
+    assert found.mask.tolist() == [[True] * length + [False] * (4 - length) for length in lengths]

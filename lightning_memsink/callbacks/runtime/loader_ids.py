@@ -38,9 +38,10 @@ ANEW = (
     "with an id that stays with its content."
 )
 TEXTS = (
-    "Texts are the samples here, and one that never comes again has a single visit and no verdict. If rows are other "
-    "views of the same sample each time, use LossTracker(identity='index'); if documents are cut anew, put "
-    "batch[{key!r}] into the batch with an id that stays with each document."
+    "Texts are the samples here, and one that never comes again has a single visit and no verdict. If they are padded, "
+    "put batch['attention_mask'] into the batch; if rows are other views of the same sample each time, use "
+    "LossTracker(identity='index'); if documents are cut anew, put batch[{key!r}] into the batch with an id that stays "
+    "with each document."
 )
 NOT_UNIQUE = (
     "batch[{key!r}] doesn't name one sample (are rows numbered within shards, or documents packed anew?), so its "
