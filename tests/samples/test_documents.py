@@ -233,3 +233,17 @@ def test_the_first_batch_of_a_kind_says_whether_it_is_of_texts():
 def test_a_text_with_an_image_is_no_text_alone(pixels):
     assert not is_of_tokens({"input_ids": IDS, "labels": IDS, "pixel_values": pixels})
     assert is_of_tokens({"input_ids": IDS, "labels": IDS, "weights": torch.ones(IDS.shape)})
+
+
+def test_what_belongs_to_tokens_leaves_a_text_alone():
+    square = torch.zeros(2, 1, IDS.shape[1], IDS.shape[1])
+    assert is_of_tokens({"input_ids": IDS, "bias": square, "weights": torch.ones(IDS.shape), "scale": torch.ones(2, 1)})
+    assert (
+        is_of_tokens((IDS, (IDS > 0).long())) and is_of_tokens((IDS, IDS > 0)) and is_of_tokens((IDS, IDS.roll(-1, 1)))
+    )
+
+
+def test_a_pair_of_texts_is_no_text_alone_if_they_are_of_one_length_either():
+    batches = TextBatches()
+    text, other = torch.arange(20, 32).reshape(2, 6), torch.arange(40, 52).reshape(2, 6)
+    assert not batches.has((text, other)) and not batches.has((text, other[:, :4]))
