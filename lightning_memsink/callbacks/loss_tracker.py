@@ -34,7 +34,7 @@ from lightning_memsink.samples.documents import Segments
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
 from lightning_memsink.samples.source_labels import NamesOf, SourceOf
-from lightning_memsink.samples.visits import DescribedBatch, Visit
+from lightning_memsink.samples.visits import DescribedBatch
 
 
 class LossTracker(Callback):
@@ -159,8 +159,7 @@ class LossTracker(Callback):
             else:
                 self._self_check(captured.explained)
                 losses, counted = captured.losses.detach().float().cpu(), captured.counted
-            counted = self.describe.counted(current, counted)
-            self.visits.add(Visit.of(current, losses, self._step, trainer.current_epoch, counted))
+            self.visits.add(self.describe.visit(current, losses, counted, self._step, trainer.current_epoch))
         if trainer.world_size > 1 or len(self.visits) >= self.flush_every:
             self.visits.flush()
         if self.probe.is_due(trainer.global_step, self.controls.latest_step):
@@ -252,7 +251,7 @@ class LossTracker(Callback):
             self._warn(captured)
         else:
             losses = captured.losses.detach().float().cpu()
-            elements = self.describe.counted(batch, captured.counted)
+            elements = self.describe.elements_of_windows(batch, captured.counted)
             self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features), elements)
 
     def _close_evaluation(self, ledger: Ledger) -> None:

@@ -67,14 +67,24 @@ class Visit:
     rows: Tensor | None = None
     """``[B]`` rows of the data set that the samples came from."""
     counted: Tensor | None = None
-    """``[B]`` number of elements in each loss, where samples of one id may be parts of one document."""
+    """``[B]`` number of elements in each loss; None where it is not known, and text says it."""
     sources: Labels | None = None
     """B labels of the samples' sources. Not codes: each process would give others."""
+    may_be_windows: bool = False
+    """Whether samples of one id may be parts of one document: their owner has named them."""
 
     @classmethod
-    def of(cls, samples: DescribedBatch, losses: Tensor, step: int, epoch: int, counted: Tensor | None = None) -> Visit:
+    def of(
+        cls,
+        samples: DescribedBatch,
+        losses: Tensor,
+        step: int,
+        epoch: int,
+        counted: Tensor | None = None,
+        may_be_windows: bool = False,
+    ) -> Visit:
         ids, tokens, features, rows, sources = samples
-        return cls(ids, losses, step, tokens, features, epoch, rows, counted, sources)
+        return cls(ids, losses, step, tokens, features, epoch, rows, counted, sources, may_be_windows)
 
     @classmethod
     def restored(cls, plain: dict[str, Any]) -> Visit:
@@ -95,25 +105,24 @@ class Visits(NamedTuple):
     features: Tensor | None
     epochs: Tensor
     rows: Tensor
-    counted: Tensor | None
+    may_be_windows: bool
     sources: Labels | None
 
     @classmethod
     def joined(cls, visits: Sequence[Visit]) -> Visits:
         ids = torch.cat([visit.ids for visit in visits])
         tokens = stack(visit.tokens for visit in visits)
-        counted = [visit.counted for visit in visits if visit.counted is not None]
         extra = [visit.features for visit in visits if visit.features is not None]
         return cls(
             ids,
             torch.cat([visit.losses for visit in visits]),
             _spread([visit.step for visit in visits], visits),
-            torch.ones(len(ids)) if tokens is None else tokens.mask.sum(1),
+            torch.cat([_elements(visit) for visit in visits]),
             tokens,
             torch.cat(extra) if len(extra) == len(visits) else None,
             _spread([visit.epoch for visit in visits], visits),
             torch.cat([torch.full_like(visit.ids, -1) if visit.rows is None else visit.rows for visit in visits]),
-            torch.cat(counted) if len(counted) == len(visits) else None,
+            any(visit.may_be_windows for visit in visits),
             _labels(visits),
         )
 
@@ -122,6 +131,12 @@ def _labels(visits: Sequence[Visit]) -> Labels | None:
     if all(visit.sources is None for visit in visits):
         return None
     return [label for visit in visits for label in visit.sources or [None] * len(visit.ids)]
+
+
+def _elements(visit: Visit) -> Tensor:
+    if visit.counted is not None:
+        return visit.counted.float()
+    return torch.ones(len(visit.ids)) if visit.tokens is None else visit.tokens.mask.sum(1).float()
 
 
 def _spread(numbers: Sequence[int], visits: Sequence[Visit]) -> Tensor:

@@ -106,7 +106,7 @@ def test_empty_and_ragged_batches_pass():
     )
     ledger = Ledger.of(run)
     assert torch.isfinite(ledger.losses.last_loss).all() and len(ledger.losses) > 150
-    assert set(ledger.losses.elements.tolist()) <= set(range(6, 13))
+    assert set(ledger.losses.elements.tolist()) <= set(range(4, 11))  # the model predicts from the third token on
 
 
 def test_a_sequence_without_a_counted_token_has_no_loss_and_no_verdict():
@@ -132,7 +132,7 @@ class Keyed(Rows):
         return {**super().__getitem__(index), "sample_id": -(index // 2)}
 
 
-@pytest.mark.filterwarnings("ignore:.*had other content")  # two texts an id
+@pytest.mark.filterwarnings("ignore:.*had other content", "ignore:.*come under several ids")
 def test_texts_that_share_an_id_are_windows_of_one_document_whatever_the_id():
     loader = DataLoader(Keyed(TRAIN), 16, shuffle=True)
     run, _ = fit([LossTracker(), MemorizationDetector()], train=loader, controls=DataLoader(Keyed(CONTROLS), 40))
@@ -213,11 +213,12 @@ def test_a_data_set_that_changed_before_a_resume_is_noticed(tmp_path):
         keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         return [LossTracker(identity="index"), MemorizationDetector(), keep]
 
+    warnings.filterwarnings("ignore", ".*come under several ids")
     fit(crew(), max_epochs=1, enable_checkpointing=True)
     again = {"max_epochs": 2, "ckpt_path": str(tmp_path / "epoch=0.ckpt"), "enable_checkpointing": True}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*LeafSpec|.*many workers|.*logging interval|.*Checkpoint directory")
+        warnings.filterwarnings("ignore", ".*LeafSpec|.*many workers|.*logging interval|.*Checkpoint directory|.*come under")
         fit(crew(), **again)
     with pytest.warns(UserWarning, match=r"The data set changed since the checkpoint: the same sample ids now name"):
         fit(crew(), **again, train=train_loader(torch.cat([chain(100, seed=7), noise(228, seed=8)])))

@@ -11,7 +11,7 @@ from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.sample_ids import SampleIds
 from lightning_memsink.samples.source_labels import NamesOf, SourceLabels, SourceOf
 from lightning_memsink.samples.tagged_batch import Fetched
-from lightning_memsink.samples.visits import DescribedBatch
+from lightning_memsink.samples.visits import DescribedBatch, Visit
 
 
 class BatchDescription:
@@ -64,11 +64,23 @@ class BatchDescription:
         axes = fetched.axes if documents is None else documents.axes(batch)
         return self.of(batch, ids, axes), axes, documents is not None
 
-    def counted(self, samples: DescribedBatch, counted: Tensor | None) -> Tensor | None:
-        """``[B]`` how many elements each loss is of, where samples of one id may be windows of one document.
+    def visit(self, samples: DescribedBatch, losses: Tensor, counted: Tensor | None, step: int, epoch: int) -> Visit:
+        """The visit of ``samples`` that ends. ``counted``: of the losses ``[B]``, as captured."""
+        elements = self._elements(samples, counted)
+        return Visit.of(samples, losses, step, epoch, elements, self._may_be_windows(samples))
 
-        ``counted``: as captured, None if that is unknown.
-        """
-        if self.sample_ids.source != "key" or samples.tokens is None:
+    def elements_of_windows(self, samples: DescribedBatch, counted: Tensor | None) -> Tensor | None:
+        """``[B]`` how many tokens each loss is of, where samples of one id may be windows of one document."""
+        return self._elements(samples, counted) if self._may_be_windows(samples) else None
+
+    def _may_be_windows(self, samples: DescribedBatch) -> bool:
+        """Whether texts of one id are parts of one document: their owner has named them."""
+        return self.sample_ids.source == "key" and samples.tokens is not None
+
+    def _elements(self, samples: DescribedBatch, counted: Tensor | None) -> Tensor | None:
+        """Of texts. Weights that are no numbers of tokens are not taken for such."""
+        if samples.tokens is None:
             return None
-        return samples.tokens.mask.sum(1).float() if counted is None else counted.detach().float().cpu()
+        counted = None if counted is None else counted.detach().float().cpu()
+        are_numbers = counted is not None and bool((counted == counted.round()).all())
+        return counted if are_numbers else samples.tokens.mask.sum(1).float()

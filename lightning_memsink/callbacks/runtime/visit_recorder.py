@@ -92,10 +92,10 @@ class VisitRecorder:
         joined = Visits.joined(visits)
         ids, losses, elements, tokens = joined.ids, joined.losses, joined.elements, joined.tokens
         known, is_part = len(self.table), None
-        if joined.counted is not None and tokens is not None:
+        if joined.may_be_windows and tokens is not None:
             at, windows = self.table.rows_of(ids), text_ids(tokens)
             losses, elements, is_part = join_windows(
-                self.table, at, losses, joined.counted, windows, joined.epochs, joined.steps
+                self.table, at, losses, elements, windows, joined.epochs, joined.steps
             )
         rows = self.table.record(ids, losses, joined.steps, elements, is_part)
         self.rows_seen.note(self.table, rows, joined, rows >= known)
