@@ -257,16 +257,17 @@ def _padding(batch: Any, text: Tensor) -> Tensor:
 def _numbered(numbers: Tensor, found_in: str) -> Documents:
     """Documents 0..D-1, in the order in which the rows begin them; equal numbers in two rows are two documents."""
     by_row = numbers if numbers.ndim == 2 else numbers[None]
-    row = torch.arange(len(by_row))[:, None].expand(by_row.shape)
-    places = (by_row >= 0).reshape(-1).nonzero().flatten()
-    pairs = torch.stack([row.reshape(-1)[places], by_row.reshape(-1)[places]], 1)
-    distinct, inverse = torch.unique(pairs, dim=0, return_inverse=True)
-    first = torch.full((len(distinct),), len(places)).scatter_reduce(0, inverse, torch.arange(len(places)), "amin")
-    rank = torch.empty_like(first)
-    rank[first.argsort()] = torch.arange(len(first))
-    owners = torch.full((numbers.numel(),), OF_NO_DOCUMENT)
-    owners[places] = rank[inverse]
-    return Documents(owners.reshape(numbers.shape), len(distinct), found_in)
+    begins = torch.ones_like(by_row, dtype=torch.bool)
+    begins[:, 1:] = by_row[:, 1:] != by_row[:, :-1]
+    row, column = begins.nonzero(as_tuple=True)  # of each run of equal numbers, of which there are few
+    runs = list(zip(row.tolist(), by_row[row, column].tolist(), strict=True))
+    ranks: dict[tuple[int, int], int] = {}
+    for run in runs:
+        if run[1] >= 0:
+            ranks.setdefault(run, len(ranks))
+    owner_of_run = torch.tensor([ranks.get(run, OF_NO_DOCUMENT) for run in runs], dtype=torch.int64)
+    owners = owner_of_run[begins.reshape(-1).long().cumsum(0) - 1] if runs else torch.zeros(0, dtype=torch.int64)
+    return Documents(owners.reshape(numbers.shape), len(ranks), found_in)
 
 
 def _with_keys(documents: Documents, numbers: Tensor) -> Documents:
