@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.text_runs import Text, by_row, check, fit_and_compare, id_of, texts
+from tests.support.text_runs import SaveAfter, Text, by_row, check, fit_and_compare, fit_texts, id_of, texts, visits_of
 
 litdata = pytest.importorskip("litdata")
 
@@ -64,3 +64,15 @@ def test_blocks_of_tokens(blocks):
     fitted = fit_and_compare(loader, by_row)
     check(fitted)
     assert len(fitted.exposures) > 10 and set(fitted.exposures.values()) == {2}
+
+
+def test_a_run_that_goes_on_within_an_epoch_counts_each_visit_once(samples, tmp_path: Path):
+    def loader() -> Any:
+        data = litdata.StreamingDataset(samples, shuffle=True, drop_last=False, seed=4)
+        return litdata.StreamingDataLoader(data, batch_size=4)
+
+    path = tmp_path / "within.ckpt"
+    first = fit_texts(loader(), by_row, {}, callbacks=[SaveAfter(path, 3)], max_steps=3, enable_checkpointing=True)
+    resumed = fit_texts(loader(), by_row, {}, ckpt_path=path)
+    assert resumed.exposures == visits_of(first, resumed)
+    assert resumed.messages == []

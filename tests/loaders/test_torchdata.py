@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from tests.support.text_runs import by_row, check, fit_and_compare, fit_texts, id_of, texts
+from tests.support.text_runs import SaveAfter, by_row, check, fit_and_compare, fit_texts, id_of, texts, visits_of
 
 stateful = pytest.importorskip("torchdata.stateful_dataloader")
 
@@ -40,17 +39,6 @@ class Stream(IterableDataset[Tensor]):
         self.place = state["place"]
 
 
-class Save(Checkpoint):
-    """Saves a checkpoint after one batch, when other callbacks are done with it."""
-
-    def __init__(self, path: Path, after: int) -> None:
-        self.path, self.after = path, after
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.after:
-            trainer.save_checkpoint(self.path)
-
-
 def loader(kind: str, workers: int) -> Any:
     data = Stream() if kind == "stream" else [torch.tensor(text) for text in TEXTS]
     return stateful.StatefulDataLoader(data, 4, shuffle=kind == "rows", num_workers=workers)
@@ -73,13 +61,29 @@ def test_two_epochs(kind, workers):
 def test_a_run_that_goes_on_within_an_epoch_counts_each_visit_once(kind, workers, after, tmp_path: Path):
     path = tmp_path / "within.ckpt"
     first = fit_texts(
-        loader(kind, workers), by_row, {}, callbacks=[Save(path, after)], max_steps=after, enable_checkpointing=True
+        loader(kind, workers),
+        by_row,
+        {},
+        callbacks=[SaveAfter(path, after)],
+        max_steps=after,
+        enable_checkpointing=True,
     )
     resumed = fit_texts(loader(kind, workers), by_row, {}, ckpt_path=path)
-    visits = Counter[int]()
-    for run in (first, resumed):
-        visits.update({id_of(text): len(losses) for text, losses in run.model.visits.items()})
+    visits = visits_of(first, resumed)
     assert resumed.exposures == visits
     assert resumed.messages == []
     if kind == "rows":  # of a stream, Lightning fetches a batch ahead of the one that it saves after
         assert visits == {id: 2 * count for id, count in Counter(map(id_of, TEXTS)).items()}
+
+
+def test_nodes():
+    """torchdata's successor to loaders, which is none of torch's."""
+    nodes = pytest.importorskip("torchdata.nodes")
+
+    def loader() -> Any:
+        texts = nodes.IterableWrapper([torch.tensor(text) for text in TEXTS])
+        return nodes.Loader(nodes.Mapper(nodes.Batcher(texts, 5, drop_last=False), torch.stack))
+
+    fitted = fit_and_compare(loader, by_row)
+    check(fitted)
+    assert fitted.exposures == {id: 2 * count for id, count in Counter(map(id_of, TEXTS)).items()}

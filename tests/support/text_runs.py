@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -154,6 +156,26 @@ def fit_texts(
         warnings.simplefilter("always")
         run.fit(model, loader, held_out(), ckpt_path=ckpt_path)
     return Fitted(run, model, [str(warning.message) for warning in found if "lightning_memsink" in warning.filename])
+
+
+class SaveAfter(Checkpoint):
+    """Saves a checkpoint after ``steps`` batches, when other callbacks are done with the last."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self.steps = path, steps
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+
+
+def visits_of(*runs: Fitted) -> dict[int, int]:
+    """By id, of all runs together."""
+    visits: dict[int, int] = defaultdict(int)
+    for run in runs:
+        for text, losses in run.model.visits.items():
+            visits[id_of(text)] += len(losses)
+    return dict(visits)
 
 
 def check(fitted: Fitted, ids: dict[Text, int] | None = None, messages: Sequence[str] = ()) -> None:
