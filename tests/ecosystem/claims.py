@@ -49,7 +49,7 @@ class Finding:
     control_error: float | None
 
 
-OWN_LOSS = "decomposable, but written by hand, so its graph tells no losses: the module must end with per_sample(...)"
+OWN_LOSS = "decomposable, but its rows can't be followed to the batch: the module must end with per_sample(...)"
 MIXED = "an image is a mixture of two samples, so its loss is of neither"
 TIMM, TORCHVISION, METRIC_LEARNING = "timm==1.0.31", "torchvision==0.28.0", "pytorch-metric-learning==2.9.0"
 TRANSFORMERS, PEFT, TRL, GEOMETRIC = "transformers==5.24.0", "peft==0.21.2", "trl==1.16.0", "torch-geometric==2.8.1"
@@ -110,14 +110,7 @@ CLAIMS = {
         "ResNet, AsymmetricLossMultiLabel",
         reason="its sum over everything, divided by B, counts as the mean over a sample's classes",
     ),
-    "timm-jsd": refused(
-        TIMM,
-        "vision",
-        "timm",
-        "ResNet, JsdCrossEntropy",
-        "Augmented",
-        "a divergence whose target is differentiated too",
-    ),
+    "timm-jsd": Claim(TIMM, "vision", "timm", "ResNet, JsdCrossEntropy"),
     **{
         f"timm-{name}": refused(TIMM, "vision", "timm", what, "Classifier", MIXED)
         for name, what in {
@@ -145,15 +138,7 @@ CLAIMS = {
     "torchvision-lraspp": Claim(TORCHVISION, "vision", "torchvision", "LR-ASPP, cross entropy"),
     "torchvision-lraspp-focal": Claim(TORCHVISION, "vision", "torchvision", "LR-ASPP, sigmoid_focal_loss"),
     "torchvision-deeplab": Claim(TORCHVISION, "vision", "torchvision", "DeepLabV3 with its auxiliary head"),
-    "lightly-simclr": refused(
-        "lightly==1.6.0",
-        "vision",
-        "lightly",
-        "SimCLR, NTXentLoss",
-        "SimCLR",
-        "similarities of both views are joined after some were left out",
-        lightning="pytorch_lightning",
-    ),
+    "lightly-simclr": Claim("lightly==1.6.0", "vision", "lightly", "SimCLR, NTXentLoss", lightning="pytorch_lightning"),
     "metric-learning-ntxent": refused(
         METRIC_LEARNING,
         "vision",
