@@ -17,7 +17,7 @@ from lightning_memsink.samples.batch import batch_size, describe_tensors, is_ind
 from lightning_memsink.samples.documents import Documents, Segments, documents_in, whole_text_in
 from lightning_memsink.samples.hashing import content_ids, text_ids
 from lightning_memsink.samples.joined_rows import rows_of_documents
-from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys
+from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named_keys, plain_keys, without_rows
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
 from lightning_memsink.samples.text_batches import TextBatches
@@ -237,7 +237,7 @@ class SampleIds:
                 f"SampleIds(identity='key') reads batch[{self.key!r}], but the batch is a {type(batch).__name__} with "
                 f"{keys}. Let the data set return {self.key!r} with every sample, or use identity='auto'."
             )
-        value = batch[self.key]
+        value = without_rows(batch[self.key])
         others = {name: part for name, part in batch.items() if name != self.key}
         found: list[Any] | str = self._joined(value, batch_size(others, size)) or plain_keys(value)
         if isinstance(found, str):

@@ -53,6 +53,13 @@ def plain_keys(value: Any) -> list[Any] | str:
     return f"{refusal}. Return integers or strings that stay the same in every run" if refusal else keys
 
 
+def without_rows(value: Any) -> Any:
+    """Of lists with one thing each, these things: what is given by row, where each row has a single document."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, list) and len(part) == 1 for part in value):
+        return [thing for (thing,) in value]
+    return value
+
+
 def joined_columns(value: Any, size: int | None, certain: bool = False) -> list[tuple[Any, ...]] | None:
     """The tuples of B samples that `default_collate` has made columns of; None if ``value`` is no list of columns.
 

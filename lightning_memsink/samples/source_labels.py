@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.documents import Documents, text_in
+from lightning_memsink.samples.sample_keys import without_rows
 from lightning_memsink.samples.sources import Labels, label_text
 
 SourceOf = str | Callable[[Any], Any]
@@ -132,6 +133,7 @@ def _labels(value: Any, batch: Any, size: int, documents: Documents | None) -> L
         by_row = _of_rows(value, documents)
         if by_row is not None:
             return by_row
+    value = without_rows(value) if documents is None else value
     texts = [label_text(label) if _is_label(label) else "" for label in value]
     return _spread(texts, size, documents) if all(map(_is_label, value)) else None
 

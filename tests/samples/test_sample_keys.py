@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one bytes": (b"abcd", "but found one bytes, b'abcd'."),
     "a dict": ({"a": [1, 2, 3, 4]}, "but found a dict. Return a list"),
     "dicts": ([{"a": 1}] * B, "a dict that isn't hashable"),
-    "lists": ([[1]] * B, "a list that isn't hashable"),
+    "lists": ([[1, 2]] * B, "a list that isn't hashable"),
     "sets": ({1, 2, 3, 4}, "but found a set, which has no order"),
     "frozen sets": ([frozenset({"a", "b"})] * B, "whose elements have no order"),
     "a number": (7, "but found a int. Return a list"),

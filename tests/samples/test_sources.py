@@ -90,7 +90,7 @@ def test_documents_of_a_flattened_batch(axes):
         (["a", "b"], "a list of 2, and expected are 3 labels, one a sample"),
         (torch.zeros(3), r"a tensor float32 \[3\]"),
         (torch.zeros(3, 5, dtype=torch.int64), r"a tensor int64 \[3, 5\]"),
-        ([["a"], ["b"], ["c"]], "a list of 3"),
+        ([["a"], ["b", "c"], []], "a list of 3"),
         ({"a": 1}, "a dict"),
         (7, "a int"),
         ([torch.zeros(2), 1, 2], "a list of 3"),
