@@ -5,17 +5,15 @@ T  tokens      U  different samples      R  rows of training data
 
 from __future__ import annotations
 
-import ast
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.examples.corpora import Corpus, apart, python_docs, tokenized, unshared
+from lightning_memsink.examples.corpora import python_code as source_code
 from lightning_memsink.extraction.canaries import plant_canaries
 from lightning_memsink.samples.unique import distinct_rows
 
@@ -145,24 +143,6 @@ WORLDS = {"E1": planted_documentation, "E2": planted_source_code}
 def documentation(seed: int) -> Corpus:
     """Python's documentation, tokenized; whole texts are held out."""
     return tokenized(python_docs(), seed=seed)
-
-
-def source_code(root: Path | None = None) -> list[str]:
-    """Source of each top-level function and class of the standard library, without comments and docstrings.
-
-    In the order of files and lines, formatted by ``ast.unparse``.
-    """
-    folder = root or Path(sysconfig.get_path("stdlib"))
-    return [text for file in sorted(folder.glob("*.py")) for text in _code_of(file)]
-
-
-def _code_of(file: Path) -> list[str]:
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    parts = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [ast.unparse(node) for node in tree.body if isinstance(node, parts)]
 
 
 def split_background(corpus: Corpus, count: int, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

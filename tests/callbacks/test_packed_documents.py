@@ -281,7 +281,7 @@ def ended(documents: list[Tensor]) -> list[Tensor]:
 
 
 def pair(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``x`` and ``y`` ``[R, T]`` of whole documents, and padding at each row's end; ``y`` is the next token, whosever it is."""
+    """``x`` and ``y`` ``[R, T]`` of documents, with padding at each row's end; ``y`` is the next token, of whatever."""
     batch = packed(ended(documents), LONGEST - 1)
     x = F.pad(batch["input_ids"].masked_fill(batch["attention_mask"] == 0, PAD), (0, 1), value=PAD)
     return x, F.pad(x[:, 1:], (0, 1), value=PAD)

@@ -14,7 +14,7 @@ import yaml
 
 from lightning_memsink.cli import main
 from lightning_memsink.cli.recipes import is_for_audit, is_overlay, recipe_names, recipes_folder
-from lightning_memsink.examples.corpora import byte_level_bpe, python_docs
+from lightning_memsink.examples.corpora import byte_level_bpe, python_code, python_docs
 from lightning_memsink.examples.digits import Digits
 from lightning_memsink.examples.text import CausalLM, PythonDocs, TextFile
 from lightning_memsink.extraction.canaries import CanaryGroup
@@ -31,6 +31,7 @@ SMALL_GPT = ["--model.n_layer=1", "--model.n_embd=16", "--model.n_head=2"]
 SHORT = {
     "watch": [*SMALL_GPT, *(f"--data.{name}={value}" for name, value in SMALL_DOCS.items())],
     "watch_hf": [*SMALL_GPT, "--data.path=text.txt", "--data.context=16", "--data.batch_size=4"],
+    "packed": [*SMALL_GPT, "--data.documentation=60", "--data.code=4", "--data.controls=20", "--data.batch_size=8"],
     "classification": ["--model.hidden=16"],
 }
 STEPS = ["--trainer.max_steps=6", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
@@ -52,11 +53,18 @@ def here(tmp_path, monkeypatch):
 def part_of_the_docs(monkeypatch):
     """A tenth of Python's documentation, so that the tokenizer is soon trained."""
     monkeypatch.setattr("lightning_memsink.examples.text.python_docs", _part_of_the_docs)
+    monkeypatch.setattr("lightning_memsink.examples.packed.python_docs", _part_of_the_docs)
+    monkeypatch.setattr("lightning_memsink.examples.packed.python_code", _part_of_the_code)
 
 
 @cache
 def _part_of_the_docs():
     return python_docs()[::10]
+
+
+@cache
+def _part_of_the_code():
+    return python_code()[::10]
 
 
 BASES = [name for name in recipe_names() if not is_overlay(name) and not is_for_audit(name)]
