@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,86 +12,16 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from lightning_memsink import per_sample
-from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.callbacks.sample_gradient_mask import SampleGradientMask
 from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.sample_weights import SampleWeights
-from lightning_memsink.samples.hashing import text_ids
-from lightning_memsink.samples.tokens import Tokens
-from tests.support.packed import LAYOUTS, LONGEST, VOCABULARY, PackedGPT, flattened, loader, packed, texts, unpacked
-from tests.support.small_runs import trainer
+from tests.support.packed import LAYOUTS, VOCABULARY, PackedGPT, flattened, loader, packed, texts, unpacked
+from tests.support.packed_runs import NUMBERS, STEPS, Model, alone, assert_same, fit, id_of, loss_of, visits
 
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-4}
-STEPS = [texts(7, seed) for seed in (1, 2, 3)]
-NUMBERS = "numbers_of_the_models_own"
-"""Where the model reads the documents of tokens, a name that says nothing to the callbacks."""
-
-
-def id_of(document: Tensor) -> int:
-    return int(text_ids(Tokens(document[None], torch.ones(1, len(document), dtype=torch.bool))))
-
-
-class Model(PackedGPT):
-    """With the documents under a name of its own; ``lr`` 0 leaves the weights alone."""
-
-    def __init__(self, lr: float = 0.0) -> None:
-        super().__init__()
-        self.lr = lr
-
-    def forward(self, batch: Any) -> Tensor:
-        return super().forward({**batch, "document_ids": batch[NUMBERS]} if NUMBERS in batch else batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), self.lr)
-
-
-def fit(
-    model: PackedGPT, batches: Any, controls: Any = None, detector: MemorizationDetector | None = None, **options: Any
-) -> Trainer:
-    """Two epochs by default, in float64; a warning of ours is an error."""
-    own = {name: options.pop(name) for name in ("segments", "key", "identity", "loss") if name in options}
-    extra = options.pop("callbacks", [])
-    extra += [] if controls is None else [detector or MemorizationDetector(k=4)]
-    run = trainer(
-        [LossTracker(flush_every=2, **own), *extra],
-        **{"max_epochs": 2, "val_check_interval": 1.0, "precision": "64-true", **options},
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", module="lightning_memsink")
-        run.fit(model, batches, controls)
-    return run
-
-
-def visits(run: Trainer) -> dict[int, tuple[int, float]]:
-    """By id, exposures and the latest loss; the loss of a document of one token is none."""
-    table = Ledger.of(run).losses
-    rows = zip(table.ids.tolist(), table.exposures.tolist(), table.last_loss.tolist(), strict=True)
-    return {id: (count, loss) for id, count, loss in rows}
-
-
-def assert_same(found: dict[int, tuple[int, float]], expected: dict[int, tuple[int, float]]) -> None:
-    assert found.keys() == expected.keys()
-    for id, (count, loss) in expected.items():
-        assert found[id] == (count, pytest.approx(loss, abs=1e-4, nan_ok=True)), id
-
-
-@torch.no_grad()
-def loss_of(model: PackedGPT, document: Tensor) -> Tensor:
-    return PackedGPT.training_step(model, unpacked([document]), 0)
-
-
-def alone(model: PackedGPT, steps: list[list[Tensor]], epochs: int = 2) -> dict[int, tuple[int, float]]:
-    """The oracle: a forward of each document by itself, and how often the steps show it."""
-    losses: dict[int, tuple[int, float]] = {}
-    model = model.double()
-    for each in (document for step in steps for document in step):
-        loss = float(loss_of(model, each)) if len(each) > 1 else float("nan")
-        losses[id_of(each)] = losses.get(id_of(each), (0, 0.0))[0] + epochs, loss
-    return losses
 
 
 # Layouts ------------------------------------------------------------------------------------------------------------
@@ -140,304 +68,6 @@ def test_training_on_packed_documents_leaves_the_same_losses_exposures_and_verdi
     memorized = set(found.losses.ids[found.flags.memorized].tolist())
     assert memorized and memorized <= {id_of(each) for each in texts(6, seed=90)[2:]}
     assert int((found.flags.verdict == Verdict.UNSEEN).sum()) == 0
-
-
-# What says where documents are --------------------------------------------------------------------------------------
-
-Change = Callable[[dict[str, Tensor]], dict[str, Any]]
-
-
-def only(batch: dict[str, Tensor], **more: Any) -> dict[str, Any]:
-    """The text and its labels, and the numbers of documents under the model's own name."""
-    kept = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
-    hidden = torch.arange(batch["input_ids"].shape[-1]).expand_as(batch["input_ids"])
-    return {**kept, "places": kept.pop("position_ids"), "position_ids": hidden, NUMBERS: batch["document_ids"], **more}
-
-
-class OwnPlaces(Model):
-    """Reads positions under a name of its own too, so that nothing but the tested says where documents begin."""
-
-    def forward(self, batch: Any) -> Tensor:
-        return super().forward({**batch, "position_ids": batch["places"]})
-
-
-def seen(batch: dict[str, Tensor]) -> Tensor:
-    """Bool ``[R, T, T]``"""
-    numbers = batch["document_ids"]
-    return ((numbers[:, :, None] == numbers[:, None]) & (numbers >= 0)[:, :, None]).tril()
-
-
-def ends(batch: dict[str, Tensor]) -> Tensor:
-    numbers = batch["document_ids"].flatten()
-    lengths = torch.bincount(numbers[numbers >= 0])
-    return F.pad(lengths.cumsum(0), (1, 0)).int()
-
-
-SAID: dict[str, Change] = {
-    "position_ids": lambda batch: {**only(batch), "position_ids": batch["position_ids"]},
-    "positions and a mask": lambda batch: {
-        **only(batch, attention_mask=batch["attention_mask"]), "position_ids": batch["position_ids"]
-    },
-    "seq_idx": lambda batch: only(batch, seq_idx=batch["document_ids"]),
-    "sequence_ids": lambda batch: only(batch, sequence_ids=batch["document_ids"].int()),
-    "document_ids": lambda batch: only(batch, document_ids=batch["document_ids"]),
-    "numbers in the attention mask": lambda batch: only(batch, attention_mask=batch["document_ids"] + 1),
-    "a mask by blocks": lambda batch: only(batch, attention_mask=seen(batch)[:, None]),
-    "an added mask by blocks": lambda batch: only(
-        batch, attention_mask=torch.zeros(seen(batch).shape).masked_fill(~seen(batch), -1e9)[:, None]
-    ),
-    "segments": only,
-}  # fmt: skip
-
-
-def changed(steps: list[list[Tensor]], lay: Callable[[list[Tensor]], Any], change: Callable[[Any], Any]) -> Any:
-    """A batch for each step."""
-    return DataLoader([change(lay(step)) for step in steps], batch_size=None)
-
-
-@pytest.mark.parametrize("lay", [packed, flattened])
-@pytest.mark.parametrize("said", SAID)
-def test_whatever_says_the_documents_their_losses_are_those_alone(said, lay):
-    model = OwnPlaces()
-    segments = {"segments": lambda batch: batch[NUMBERS]} if said == "segments" else {}
-    run = fit(model, changed(STEPS, lay, SAID[said]), **segments)
-    assert_same(visits(run), alone(Model(), STEPS))
-
-
-@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens", "cu_seqlens"])
-@pytest.mark.parametrize("joined", [False, True], ids=["one row", "no axis of rows"])
-def test_places_where_documents_begin_say_them(name, joined):
-    def change(batch: dict[str, Tensor]) -> dict[str, Any]:
-        made = only(batch, **{name: ends(batch)})
-        return {key: value[0] if joined and value.ndim > 1 else value for key, value in made.items()}
-
-    assert_same(visits(fit(OwnPlaces(), changed(STEPS, flattened, change))), alone(Model(), STEPS))
-
-
-# Losses -------------------------------------------------------------------------------------------------------------
-
-
-class ByHand(Model):
-    """log_softmax, the targets' picked, and a mean over those that count."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        labels = torch.atleast_2d(batch["labels"])[:, 1:]
-        likelihood = self(batch)[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        counts = labels >= 0
-        return -(likelihood * counts).sum() / counts.sum()
-
-
-class Summed(Model):
-    """A sum over tokens, divided by their number."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        labels = torch.atleast_2d(batch["labels"])[:, 1:].flatten()
-        loss = F.cross_entropy(self(batch)[:, :-1].flatten(0, 1), labels, reduction="sum")
-        return loss / (labels >= 0).sum()
-
-
-class Unreduced(Model):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        labels = torch.atleast_2d(batch["labels"])[:, 1:]
-        each = F.cross_entropy(self(batch)[:, :-1].transpose(1, 2), labels, reduction="none")
-        return each[labels >= 0].mean()
-
-
-class Shifted(Model):
-    """Labels are the next tokens already."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        following = F.pad(torch.atleast_2d(batch["labels"])[:, 1:], (0, 1), value=-100)
-        return F.cross_entropy(self(batch).flatten(0, 1), following.flatten())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [ByHand, Summed, Unreduced, Shifted])
-def test_losses_of_other_forms(kind, layout):
-    run = fit(kind(), loader(STEPS, layout))
-    assert_same(visits(run), alone(Model(), STEPS))
-
-
-def shifted_in_the_batch(batch: dict[str, Tensor]) -> dict[str, Any]:
-    return only(batch, labels=F.pad(batch["labels"][:, 1:], (0, 1), value=-100), document_ids=batch["document_ids"])
-
-
-class ShiftedBefore(OwnPlaces):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.cross_entropy(self(batch).flatten(0, 1), batch["labels"].flatten())
-
-
-def test_labels_that_the_batch_has_shifted_already():
-    run = fit(ShiftedBefore(), changed(STEPS, packed, shifted_in_the_batch))
-    assert_same(visits(run), alone(Model(), STEPS))
-
-
-END, PAD = 0, 1
-
-
-def ended(documents: list[Tensor]) -> list[Tensor]:
-    """With a token ``END`` behind each, and without ``PAD``."""
-    return [torch.cat([each.clamp(min=2), torch.tensor([END])]) for each in documents]
-
-
-def pair(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``x`` and ``y`` ``[R, T]`` of documents, with padding at each row's end; ``y`` is the next token, of whatever."""
-    batch = packed(ended(documents), LONGEST - 1)
-    x = F.pad(batch["input_ids"].masked_fill(batch["attention_mask"] == 0, PAD), (0, 1), value=PAD)
-    return x, F.pad(x[:, 1:], (0, 1), value=PAD)
-
-
-def by_end(x: Tensor) -> Tensor:
-    """Numbers of the documents, -1 for padding."""
-    return F.pad((x == END).long().cumsum(1)[:, :-1], (1, 0)).masked_fill(x == PAD, -1)
-
-
-class Pairs(Model):
-    """Of one stream, cut into rows: what a document's last token predicts of the next one is no part of its loss."""
-
-    def logits(self, x: Tensor) -> Tensor:
-        numbers = by_end(x)
-        places = torch.arange(x.shape[1]).expand_as(x)
-        begins = torch.ones_like(numbers, dtype=torch.bool)
-        begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-        places = places - torch.where(begins, places, 0).cummax(1).values
-        return self({"input_ids": x, "position_ids": places, NUMBERS: numbers})
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        return F.cross_entropy(self.logits(x).flatten(0, 1), y.flatten(), ignore_index=PAD)
-
-
-class PairsMasked(Pairs):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        return F.cross_entropy(self.logits(x).flatten(0, 1), y.masked_fill(x == PAD, -100).flatten())
-
-
-class PairsByHand(Pairs):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        each = F.cross_entropy(self.logits(x).transpose(1, 2), y, reduction="none")
-        counts = x != PAD
-        return (each * counts).sum() / counts.sum()
-
-
-@pytest.mark.parametrize("kind", [Pairs, PairsMasked, PairsByHand])
-def test_pairs_of_tokens_and_next_tokens_with_segments(kind):
-    run = fit(kind(), DataLoader([pair(step) for step in STEPS], batch_size=None), segments=lambda b: by_end(b[0]))
-    assert_same(visits(run), alone(Model(), [ended(step) for step in STEPS]))
-
-
-class WholeLabels(OwnPlaces):
-    """Labels are the text, each document's first token included, and padding is masked out by hand."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        ids, counts = batch["input_ids"], batch["attention_mask"][:, 1:]
-        each = F.cross_entropy(self(batch)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        return (each * counts).sum() / counts.sum()
-
-
-@pytest.mark.parametrize("lay", [packed, flattened])
-def test_labels_that_are_the_text_itself(lay):
-    """A document's first token, which a packed row predicts from the document before, is no part of its loss."""
-    model = WholeLabels()
-    run = fit(model, changed(STEPS, lay, SAID["positions and a mask"]))
-    assert_same(visits(run), alone(Model(), STEPS))
-
-
-class Reports(Model):
-    """Its own losses of documents, by `per_sample`."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        labels, numbers = batch["labels"][:, 1:], batch["document_ids"]
-        each = F.cross_entropy(self(batch)[:, :-1].transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        count = numbers.amax(1).clamp(min=-1) + 1
-        flat = (numbers + (count.cumsum(0) - count)[:, None])[:, 1:]
-        counts = labels >= 0
-        sums = each.new_zeros(int(count.sum())).index_add(0, flat[counts], each[counts])
-        elements = torch.bincount(flat[counts], minlength=len(sums))
-        return per_sample(sums / elements.clamp(min=1))
-
-
-@pytest.mark.parametrize("lay", [packed, flattened])
-def test_a_step_reports_a_loss_for_each_document(lay):
-    """That of a document of one token is then a 0 that the step itself has said."""
-    run = fit(Reports(), changed(STEPS, lay, lambda batch: batch))
-    expected = {id: (n, 0.0 if loss != loss else loss) for id, (n, loss) in alone(Model(), STEPS).items()}
-    assert_same(visits(run), expected)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_micro_batches_that_are_accumulated(layout):
-    run = fit(Model(), loader(STEPS, layout), accumulate_grad_batches=2)
-    assert_same(visits(run), alone(Model(), STEPS))
-
-
-def test_controls_are_packed_documents_too():
-    held_out = [texts(30, seed=60), texts(30, seed=61)]
-    run = fit(Model(), loader(STEPS, "packed"), loader(held_out, "packed"))
-    controls = Ledger.of(run).controls
-    expected = alone(Model(), held_out)
-    found = dict(zip(controls.ids.tolist(), controls.latest.tolist(), strict=True))
-    assert found.keys() <= expected.keys() and len(found) >= 58
-    for id, loss in found.items():
-        assert loss == pytest.approx(expected[id][1], abs=1e-4, nan_ok=True)
-
-
-# Ids ----------------------------------------------------------------------------------------------------------------
-
-
-def keyed(documents: list[Tensor], numbers: list[int], form: str) -> dict[str, Any]:
-    batch = packed(documents)
-    owners = batch["document_ids"]
-    of_rows = [int(row.max()) + 1 for row in owners]
-    nested, rest = [], list(numbers)
-    for count in of_rows:
-        nested.append(rest[:count])
-        rest = rest[count:]
-    if form == "list":
-        return {**batch, "sample_id": numbers}
-    if form == "tensor":
-        return {**batch, "sample_id": torch.tensor(numbers)}
-    if form == "list a row":
-        return {**batch, "sample_id": nested}
-    by_token = torch.full_like(owners, -1)
-    for row, own in enumerate(nested):
-        for place, number in enumerate(own):
-            by_token[row][owners[row] == place] = number
-    return {**{name: value for name, value in batch.items() if name != "document_ids"}, NUMBERS: owners,
-            "sample_id": by_token}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", ["list", "tensor", "list a row", "by token"])
-def test_own_ids_of_documents(form):
-    batches, names = [], {}
-    for step, documents in enumerate(STEPS):
-        numbers = [1000 * step + 7 * place for place in range(len(documents))]
-        names |= {id_of(each): number for each, number in zip(documents, numbers, strict=True)}
-        batches.append(keyed(documents, numbers, form))
-    run = fit(Model(), DataLoader(batches, batch_size=None))
-    assert_same(visits(run), {names[id]: visit for id, visit in alone(Model(), STEPS).items()})
-
-
-def test_windows_of_a_long_document_are_one_visit_a_pass_whose_loss_is_the_mean_over_tokens():
-    """Windows stand in one batch and in two; each is read without what is before it."""
-    longs = [torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)) for n in (50, 31, 64)]
-    windows = [(number, part) for number, text in enumerate(longs) for part in text.split(20)]
-    batches = []
-    for begin in range(0, len(windows), 3):
-        some = windows[begin : begin + 3]
-        batch = unpacked([part for _, part in some])
-        kept = {name: batch[name] for name in ("input_ids", "position_ids", "labels", "attention_mask")}
-        batches.append({**kept, NUMBERS: batch["document_ids"], "sample_id": torch.tensor([n for n, _ in some])})
-    run = fit(Model(), DataLoader(batches, batch_size=None))
-    model = Model().double()
-    expected = {}
-    for number, text in enumerate(longs):
-        parts = [part for part in text.split(20) if len(part) > 1]
-        losses = [float(loss_of(model, part)) * (len(part) - 1) for part in parts]
-        expected[number] = 2, sum(losses) / sum(len(part) - 1 for part in parts)
-    assert_same(visits(run), expected)
 
 
 def test_documents_packed_anew_keep_their_ids():
@@ -487,3 +117,69 @@ def test_hold_on_a_document_leaves_the_gradients_of_its_neighbours_as_they_were(
             expected += torch.cat([weight.grad.flatten() for weight in fresh.parameters()]) / total
     assert float(expected.abs().max()) > 1e-3
     assert_close(model.kept, expected, rtol=0, atol=1e-6)
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_longer_than_a_row_is_one_that_its_tokens_name():
+    """It goes on in the next row, where the model does not see its beginning: one visit, the mean over tokens."""
+    long, short = torch.arange(30) % VOCABULARY, torch.arange(5)
+    first, rest = long[:20], long[20:]
+    batch = packed([first, rest, short], 20)
+    assert len(batch["input_ids"]) == 3  # the last one is of padding only
+    ids = torch.full_like(batch["input_ids"], -1)
+    ids[0], ids[1, :10], ids[1, 10:15] = 7, 7, 8
+    named = {name: batch[name] for name in ("input_ids", "position_ids", "labels", "attention_mask")}
+    run = fit(Model(), DataLoader([{**named, NUMBERS: batch["document_ids"], "sample_id": ids}], batch_size=None))
+    model = Model().double()
+    losses = [float(loss_of(model, part)) for part in (first, rest, short)]
+    assert_same(visits(run), {7: (2, (19 * losses[0] + 9 * losses[1]) / 28), 8: (2, losses[2])})
+
+
+def test_ids_that_disagree_with_the_segments_are_said():
+    batch = {**packed(STEPS[0]), "sample_id": [1, 2, 3, 4, 5]}
+    with pytest.raises(
+        RuntimeError, match=r"holds 5 ids for 7 documents in \d rows, found in document_ids\. Return one"
+    ):
+        fit(Model(), DataLoader([batch], batch_size=None))
+
+
+def test_ids_of_rows_are_of_rows_and_that_is_said():
+    batch = packed(STEPS[0])
+    rows = len(batch["input_ids"])
+    with pytest.warns(UserWarning, match=rf"names the {rows} rows of a batch, in which document_ids shows 7 documents"):
+        fit(Model(), DataLoader([{**batch, "sample_id": list(range(rows))}], batch_size=None))
+
+
+class SkipsNothing(Model):
+    """Trains on no batch without targets, as the mean over none is no number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if bool((batch["labels"] >= 0).any()) else None
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+@pytest.mark.parametrize("name", ["flattened", "padding"])
+def test_batches_of_no_document_are_passed_over(name):
+    empty = flattened([]) if name == "flattened" else packed([])
+    batches = [packed(STEPS[0]), empty, packed(STEPS[1])]
+    run = fit(SkipsNothing(), DataLoader(batches, batch_size=None))
+    assert_same(visits(run), alone(Model(), STEPS[:2]))
+
+
+def test_losses_that_are_not_finite_are_those_of_their_document_only():
+    class Broken(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
+            each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            second = batch["document_ids"][:, 1:] == 2
+            return torch.where(second, torch.inf, each)[labels >= 0].mean()
+
+    documents = [each for each in STEPS[0] if len(each) > 1][:3]
+    run = fit(Broken(), DataLoader([packed(documents, 60)], batch_size=None), max_epochs=1)
+    found = visits(run)
+    expected = alone(Model(), [documents], epochs=1)
+    expected.pop(id_of(documents[2]))
+    assert torch.isnan(torch.tensor(found.pop(id_of(documents[2]))[1]))
+    assert_same(found, expected)
