@@ -137,7 +137,7 @@ def documents_in(
     documents = _numbered(torch.where(padding, OF_NO_DOCUMENT, numbers), name)
     if name == key:
         return _with_keys(documents, batch[key])
-    says_more = not documents.is_one_a_row or bool(((documents.owners < 0) & ~padding).any())
+    says_more = not documents.count or not documents.is_one_a_row or bool(((documents.owners < 0) & ~padding).any())
     return documents if says_more else None
 
 
