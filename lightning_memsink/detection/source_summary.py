@@ -5,6 +5,7 @@ N  samples known      S  sources      M  controls
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +82,14 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     nothing of the rest; over all samples the errors of single gaps cancel. The sum may be negative where nothing is
     memorized.
 
-    Its interval has two parts: what a single sample's loss deviates from that of its matched controls, which the
-    controls' own gaps show, and what the controls deviate as a whole, which is common to all samples of a source. Of
-    the M controls a source is taken to be compared with its share, as if they were drawn as the samples are, and at
-    least with those of one sample.
+    What ``bits_low`` and ``bits_high`` span has two parts: what a single sample's loss deviates from that of its
+    matched controls, which the controls' own gaps show, and what the controls deviate as a whole, which is common to
+    all samples of a source. Of the M controls a source is taken to be compared with its share, as if they were drawn as
+    the samples are, and at least with those of one sample. Training without the source would moreover change what all
+    samples share: both ends allow for what held-out loss moved in the source's share of all steps, at its latest pace.
+    The upper end also allows for the latest training step on each sample, which came after its latest loss: as much
+    again as each step before it has added on average. Not in it is what two fits differ by chance, which one fit does
+    not show.
     """
     codes = table.source.long() + 1
     count = int(codes.max()) + 1 if len(codes) else 0
@@ -103,23 +108,37 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     mean, variance = (null.mean(), null.var()) if len(null) > 1 else (torch.tensor(torch.nan),) * 2
     measured, token_sum = sums(of_measured), sums(of_measured, their_tokens)
     own_controls = (len(null) * measured / max(1, len(rows))).clamp(min=CONTROLS_OF_A_SAMPLE)
-    bits = sums(of_measured, (flags.gap[rows].double() - mean) * their_tokens) / LN2
+    their_bits = (flags.gap[rows].double() - mean) * their_tokens / LN2
+    bits = sums(of_measured, their_bits)
+    latest = sums(of_measured, their_bits / (exposures[rows] - 1).clamp(min=1)).clamp(min=0)
     error = (variance * (sums(of_measured, their_tokens.square()) + token_sum.square() / own_controls)).sqrt() / LN2
+    visits = sums(codes, exposures.double())
+    error = Z * error + _shared_learning(flags) * visits / visits.sum().clamp(min=1) * token_sum / LN2
     bits = torch.where(measured > 0, bits, torch.nan)
     samples = sums(codes)
     summary = SourceSummary(
         codes=torch.arange(-1, count - 1),
         samples=samples,
         tokens=sums(codes, tokens),
-        exposures=sums(codes, exposures.double()).long(),
+        exposures=visits.long(),
         repeated=sums(codes[exposures > 1]),
         measured=measured,
         memorized=sums(codes[rows[verdict[rows] == Verdict.MEMORIZED]]),
         bits=bits,
-        bits_low=bits - Z * error,
-        bits_high=bits + Z * error,
+        bits_low=bits - error,
+        bits_high=bits + error + latest,
     )
     return summary.only(samples > 0)
+
+
+def _shared_learning(flags: Flags) -> float:
+    """How far held-out loss would have moved over the whole run at the pace that it has between the last two
+    evaluations, in its unit; 0 where that is unknown."""
+    if len(flags.evaluations) < 2:
+        return 0.0
+    before, last = flags.evaluations[-2:]
+    moved = abs(before.control_loss - last.control_loss) * last.step / max(1, last.step - before.step)
+    return moved if math.isfinite(moved) else 0.0
 
 
 def source_onsets(table: LossTable, flags: Flags, codes: Tensor) -> dict[int, Onset]:

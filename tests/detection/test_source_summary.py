@@ -1,6 +1,7 @@
 """Numbers of sources against sums over their texts, one by one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from lightning_memsink.detection.source_summary import MEASURED, Z, source_onsets, summarize_sources
 from lightning_memsink.detection.verdicts import Flags, Verdict
 from lightning_memsink.samples.loss_table import LossTable
-from tests.support.sourced import sourced
+from tests.support.sourced import TOKENS, sourced
 
 V = Verdict
 
@@ -49,7 +50,10 @@ def test_every_number_is_a_sum_over_the_texts_of_the_source():
         assert summary.bits[place].item() == pytest.approx(bits, rel=1e-9)
         controls = max(8, len(null) * len(measured) / everywhere)
         error = null.std().item() * math.sqrt(sum(t**2 for t in tokens) + sum(tokens) ** 2 / controls) / math.log(2)
-        assert summary.bits_high[place].item() - bits == pytest.approx(Z * error, rel=1e-6)
+        steps = [max(1, int(table.exposures[n]) - 1) for n in measured]
+        gaps = [float(flags.gap[n]) - float(null.mean()) for n in measured]
+        latest = sum(gap * t / step for gap, t, step in zip(gaps, tokens, steps, strict=True)) / math.log(2)
+        assert summary.bits_high[place].item() - bits == pytest.approx(Z * error + max(0, latest), rel=1e-6)
         assert bits - summary.bits_low[place].item() == pytest.approx(Z * error, rel=1e-6)
         assert summary.share[place].item() == pytest.approx(int(summary.memorized[place]) / len(measured))
 
@@ -68,10 +72,38 @@ def test_the_interval_of_bits_contains_the_truth_about_as_often_as_it_says():
         errors = control_errors[matched].mean(1) - 0.25 * torch.randn(200, generator=generator)
         flags.gap[:] = (truth + errors).half()
         flags.null_gaps = control_errors.mean() - control_errors
-        summary = summarize_sources(table, flags)
         bits = torch.stack([truth[:40].sum(), truth[40:].sum()]) * 20 / math.log(2)
+        table.columns["exposures"][:200] = 100_000  # the latest step adds next to nothing then
+        summary = summarize_sources(table, flags)
         inside += ((summary.bits_low <= bits) & (bits <= summary.bits_high)).tolist()
     assert 0.93 < sum(inside) / len(inside) < 0.99
+
+
+def test_the_upper_end_allows_for_the_latest_step_on_texts_that_were_seen_twice():
+    """Their loss was taken after one step of two, so that the truth may be twice the estimate."""
+    table, flags = sourced({"twice": {V.LEARNED: 40}, "often": {V.LEARNED: 40}, "nothing": {V.LEARNED: 40}})
+    table.columns["exposures"][40:80] = 1000
+    flags.gap[:] = torch.tensor([0.5, 0.5, -0.1]).repeat_interleave(40).half()
+    flags.null_gaps = torch.zeros(400)
+    summary = summarize_sources(table, flags)
+    assert summary.bits_high / summary.bits == pytest.approx([2.0, 1 + 1 / 999, 1.0])
+    assert summary.bits_low.equal(summary.bits)
+
+
+def test_both_ends_allow_for_what_all_samples_learn_in_a_sources_share_of_the_steps():
+    """Held-out loss fell by .1 in the last 10 of 100 steps, and one of two sources has three quarters of the visits."""
+    table, flags = sourced({"a": {V.LEARNED: 30}, "b": {V.LEARNED: 30}})
+    table.columns["exposures"][:30] = 6
+    flags.gap[:], flags.null_gaps = 0, torch.zeros(400)
+    flags.evaluations[:] = [
+        replace(flags.evaluations[0], step=step, control_loss=loss) for step, loss in ((90, 2.1), (100, 2.0))
+    ]
+    summary = summarize_sources(table, flags)
+    expected = [share * 1.0 * 30 * TOKENS / math.log(2) for share in (0.75, 0.25)]
+    assert summary.bits_high.tolist() == pytest.approx(expected) and summary.bits_low.equal(-summary.bits_high)
+    for unknown in (math.nan, math.inf):
+        flags.evaluations[-1] = replace(flags.evaluations[-1], control_loss=unknown)
+        assert summarize_sources(table, flags).bits_high.tolist() == [0, 0]
 
 
 def test_gaps_of_flagged_texts_alone_would_give_too_much_and_all_of_them_do_not():
