@@ -135,7 +135,7 @@ def budgets_beside(share: float) -> list[tuple[float, bool]]:
 
 
 def in_order(rows: Sequence[Row]) -> float:
-    """Share of the pairs of sources whose order by estimated bits is that of their doses, in one run; 0 without a pair."""
+    """Share of the pairs of sources whose order by estimated bits is that of their doses, in a run; 0 without one."""
     pairs = list(combinations([row for row in rows if row.is_known], 2))
     right = sum((one.bits < other.bits) == (one.dose < other.dose) for one, other in pairs)
     return right / max(1, len(pairs))
