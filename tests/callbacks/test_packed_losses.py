@@ -194,7 +194,8 @@ class Reports(Model):
         counts = labels >= 0
         sums = each.new_zeros(int(count.sum())).index_add(0, flat[counts], each[counts])
         elements = torch.bincount(flat[counts], minlength=len(sums))
-        return per_sample(sums / elements.clamp(min=1))
+        losses = sums / elements.clamp(min=1)
+        return per_sample(losses, batch["names"]) if "names" in batch else per_sample(losses)
 
 
 @pytest.mark.parametrize("lay", [packed, flattened])
@@ -202,6 +203,18 @@ def test_a_step_reports_a_loss_for_each_document(lay):
     """That of a document of one token is then a 0 that the step itself has said."""
     run = fit(Reports(), changed(STEPS, lay, lambda batch: batch))
     expected = {id: (n, 0.0 if loss != loss else loss) for id, (n, loss) in alone(Model(), STEPS).items()}
+    assert_same(visits(run), expected)
+
+
+@pytest.mark.parametrize("lay", [packed, flattened])
+def test_a_step_reports_ids_of_documents_too(lay):
+    names, batches = {}, []
+    for step, documents in enumerate(STEPS):
+        numbers = torch.arange(len(documents)) + 100 * (step + 1)
+        names |= {id_of(each): number for each, number in zip(documents, numbers.tolist(), strict=True)}
+        batches.append({**lay(documents), "names": numbers})
+    run = fit(Reports(), DataLoader(batches, batch_size=None))
+    expected = {names[id]: (n, 0.0 if loss != loss else loss) for id, (n, loss) in alone(Model(), STEPS).items()}
     assert_same(visits(run), expected)
 
 
