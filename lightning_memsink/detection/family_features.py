@@ -76,10 +76,13 @@ class FamilyRecord:
         return rows, features
 
     def state_dict(self) -> dict[str, Any]:
-        return self.families.state_dict()
+        return {**self.families.state_dict(), "texts": self.texts.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the families. Texts are remembered from their next visit on."""
+        """Restores the families and the texts that are remembered."""
+        texts = state.get("texts", {})
+        state = {name: part for name, part in state.items() if name != "texts"}
+        self.texts.load_state_dict(texts)
         self.families.load_state_dict(state)
         rows = state["rows"] if state else torch.zeros(0, dtype=torch.int64)
         self.numbers(int(rows.max()) + 1 if len(rows) else 0)

@@ -218,7 +218,9 @@ def test_a_data_set_that_changed_before_a_resume_is_noticed(tmp_path):
     again = {"max_epochs": 2, "ckpt_path": str(tmp_path / "epoch=0.ckpt"), "enable_checkpointing": True}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*LeafSpec|.*many workers|.*logging interval|.*Checkpoint directory|.*come under")
+        warnings.filterwarnings(
+            "ignore", ".*LeafSpec|.*many workers|.*logging interval|.*Checkpoint directory|.*come under"
+        )
         fit(crew(), **again)
     with pytest.warns(UserWarning, match=r"The data set changed since the checkpoint: the same sample ids now name"):
         fit(crew(), **again, train=train_loader(torch.cat([chain(100, seed=7), noise(228, seed=8)])))

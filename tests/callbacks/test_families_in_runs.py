@@ -131,9 +131,7 @@ def test_a_ledger_without_families_is_resumed(tmp_path, new_ledger):
     """As versions wrote it that looked for none: texts are compared when they come again."""
     trainer, _ = fit([LossTracker(families=False), MemorizationDetector()], epochs=2)
     trainer.save_checkpoint(tmp_path / "old.ckpt")
-    resumed, _ = fit(
-        [LossTracker(new_ledger=new_ledger), MemorizationDetector()], epochs=4, path=tmp_path / "old.ckpt"
-    )
+    resumed, _ = fit([LossTracker(new_ledger=new_ledger), MemorizationDetector()], epochs=4, path=tmp_path / "old.ckpt")
     ledger = Ledger.of(resumed)
     assert ledger.flags.families.texts.tolist() == [10]
     assert ledger.flags.families.exposures.tolist() == [40 * (2 if new_ledger else 4)]

@@ -66,7 +66,7 @@ def test_the_report_has_a_row_for_each_source_and_each_budget(reported):
     assert set(sources) == {*LABELS, CANARY}
     canaries = sources[CANARY]
     assert (canaries["samples"], canaries["memorized"], canaries["share"]) == (4, 4, 1.0)
-    assert canaries["exposures"] == 4 * 32 * 4 and canaries["tokens"] == 48 and canaries["onset_step"] > 0
+    assert canaries["exposures"] == 4 * 32 * 4 and canaries["tokens"] == 4 * 10 and canaries["onset_step"] > 0
     assert canaries["bits_low"] > 0
     bits = [row["bits"] for row in numbers["sources"]]
     assert bits == sorted(bits, reverse=True)

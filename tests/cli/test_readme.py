@@ -1,17 +1,19 @@
 """Every block of the README does what it says."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_memsink import memsink
 from lightning_memsink.cli import main
 from lightning_memsink.reporting.run_files import write_report
 from tests.support.made_up import made_up
-from tests.support.small_runs import TinyLM, control_loader, train_loader
+from tests.support.small_runs import Rows, TinyLM, chain, control_loader, fit, train_loader
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -29,14 +31,17 @@ def here(tmp_path, monkeypatch):
 
 def test_every_python_block_runs(here, monkeypatch):
     """On a tiny model and three epochs; the report is where the README says."""
-    [code] = [block for language, block in BLOCKS if language == "python"]
+    code, sources = [block for language, block in BLOCKS if language == "python"]
 
     def short(**options):
         return Trainer(max_epochs=3, enable_progress_bar=False, enable_checkpointing=False, **options)
 
     monkeypatch.setattr("lightning.pytorch.Trainer", short)
-    exec(code, {"model": TinyLM(), "train_loader": train_loader(), "control_loader": control_loader()})
+    known = {"model": TinyLM(), "train_loader": train_loader(), "control_loader": control_loader()}
+    exec(code, known)
     assert (here / "memsink_report.md").exists()
+    exec("from lightning_memsink import SampleGradientMask\n" + sources, known)
+    assert [type(each).__name__ for each in known["callbacks"]][-1] == "SampleGradientMask"
 
 
 def test_every_make_target_of_the_readme_exists():
@@ -51,6 +56,10 @@ def test_every_command_of_the_readme_is_understood(here, capsys):
     """``fit`` is only validated, and ``audit`` stops where its files are read; the others run."""
     for name in ("hold", "plain"):
         write_report(made_up().findings(), here / "runs" / name / "memsink_report.md")
+    texts = chain(40, seed=1)
+    (here / "data.jsonl").write_text("\n".join(json.dumps({"text": str(row.tolist())}) for row in texts))
+    callbacks = memsink(source=lambda batch: ["books"] * len(batch["input_ids"]), budget={"default": 0.5})
+    fit(callbacks, train=DataLoader(Rows(texts), 8), max_epochs=2, val_check_interval=2)
     for line in (line for line in LINES if line.startswith("memsink ")):
         command = shlex.split(line)[1:]
         if command[0] == "audit":

@@ -226,11 +226,21 @@ def test_verdicts_outlive_a_checkpoint(tmp_path):
         assert torch.equal(getattr(restored, name), column), name
 
 
-def test_a_resumed_record_measures_texts_that_came_back():
+def test_a_resumed_record_goes_on_exactly():
     run = Run()
+    whole = run.judged()
     resumed = FamilyRecord(run.matching.counts)
     resumed.load_state_dict(run.record.state_dict())
     assert torch.equal(resumed.numbers(40), run.record.numbers(40))
+    run.record = resumed
+    again = run.judged()
+    assert again.measured.tolist() == [12, 4] and torch.equal(again.gap, whole.gap) and torch.equal(again.p, whole.p)
+
+
+def test_a_record_of_a_version_that_saved_no_texts_measures_those_that_come_again():
+    run = Run()
+    resumed = FamilyRecord(run.matching.counts)
+    resumed.load_state_dict({name: part for name, part in run.record.state_dict().items() if name != "texts"})
     run.record = resumed
     assert run.judged().measured.tolist() == [0, 0]
     resumed.add(torch.arange(12), Tokens(run.tokens.ids[:12], run.tokens.mask[:12]))
