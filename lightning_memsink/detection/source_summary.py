@@ -23,6 +23,8 @@ MEASURED = (Verdict.LEARNED, Verdict.HARD, Verdict.MEMORIZED, Verdict.WAITING)
 """Verdicts on samples whose loss could be compared with matched controls."""
 CONTROLS_OF_A_SAMPLE = 8
 """With how many the detector compares a sample, by default."""
+LARGEST_SHARE = 0.5
+"""Of all visits. There is no telling what training would come to without a larger one."""
 Z = 1.959964
 """Standard deviations of a normal interval of 95 %."""
 
@@ -85,11 +87,12 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     What ``bits_low`` and ``bits_high`` span has two parts: what a single sample's loss deviates from that of its
     matched controls, which the controls' own gaps show, and what the controls deviate as a whole, which is common to
     all samples of a source. Of the M controls a source is taken to be compared with its share, as if they were drawn as
-    the samples are, and at least with those of one sample. Training without the source would moreover change what all
-    samples share: both ends allow for what held-out loss moved in the source's share of all steps, at its latest pace.
-    The upper end also allows for the latest training step on each sample, which came after its latest loss: as much
-    again as each step before it has added on average. Not in it is what two fits differ by chance, which one fit does
-    not show.
+    the samples are, and at least with those of one sample. Training without the source would moreover teach less of
+    what all samples share: both ends allow for what held-out loss moves where so many visits are missing (it falls
+    about evenly with the logarithm of their number). The upper end also allows for the latest training step on each
+    sample, which came after its latest loss: as much again as each step before it has added on average. Not in it is
+    what two fits differ by chance, which one fit does not show, nor that bits are too few where samples were memorized
+    in part before the first evaluation: their early loss matches them with easier controls.
     """
     codes = table.source.long() + 1
     count = int(codes.max()) + 1 if len(codes) else 0
@@ -113,7 +116,8 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     latest = sums(of_measured, their_bits / (exposures[rows] - 1).clamp(min=1)).clamp(min=0)
     error = (variance * (sums(of_measured, their_tokens.square()) + token_sum.square() / own_controls)).sqrt() / LN2
     visits = sums(codes, exposures.double())
-    error = Z * error + _shared_learning(flags) * visits / visits.sum().clamp(min=1) * token_sum / LN2
+    fewer = (visits / visits.sum().clamp(min=1)).clamp(max=LARGEST_SHARE)
+    error = Z * error - _learning_rate(flags) * torch.log1p(-fewer) * token_sum / LN2
     bits = torch.where(measured > 0, bits, torch.nan)
     samples = sums(codes)
     summary = SourceSummary(
@@ -131,14 +135,18 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     return summary.only(samples > 0)
 
 
-def _shared_learning(flags: Flags) -> float:
-    """How far held-out loss would have moved over the whole run at the pace that it has between the last two
-    evaluations, in its unit; 0 where that is unknown."""
-    if len(flags.evaluations) < 2:
+def _learning_rate(flags: Flags) -> float:
+    """How far held-out loss moves where the training grows by a factor of e, in its unit: between the evaluation
+    nearest to the middle of the run and the last one. 0 where that is unknown."""
+    if not flags.evaluations:
         return 0.0
-    before, last = flags.evaluations[-2:]
-    moved = abs(before.control_loss - last.control_loss) * last.step / max(1, last.step - before.step)
-    return moved if math.isfinite(moved) else 0.0
+    last = flags.evaluations[-1]
+    before = [each for each in flags.evaluations if 0 < each.step < last.step]
+    if not before:
+        return 0.0
+    middle = min(before, key=lambda each: abs(each.step - last.step / 2))
+    rate = abs(middle.control_loss - last.control_loss) / math.log(last.step / middle.step)
+    return rate if math.isfinite(rate) else 0.0
 
 
 def source_onsets(table: LossTable, flags: Flags, codes: Tensor) -> dict[int, Onset]:

@@ -90,20 +90,23 @@ def test_the_upper_end_allows_for_the_latest_step_on_texts_that_were_seen_twice(
     assert summary.bits_low.equal(summary.bits)
 
 
-def test_both_ends_allow_for_what_all_samples_learn_in_a_sources_share_of_the_steps():
-    """Held-out loss fell by .1 in the last 10 of 100 steps, and one of two sources has three quarters of the visits."""
-    table, flags = sourced({"a": {V.LEARNED: 30}, "b": {V.LEARNED: 30}})
-    table.columns["exposures"][:30] = 6
+def test_both_ends_allow_for_what_all_samples_learn_from_the_visits_to_a_source():
+    """Held-out loss fell by .1 while the run grew from 50 to 100 steps: without half of its visits it is .1 higher."""
+    table, flags = sourced({"a": {V.LEARNED: 30}, "b": {V.LEARNED: 30}, "c": {V.LEARNED: 60}})
+    table.columns["exposures"][:30] = 10
     flags.gap[:], flags.null_gaps = 0, torch.zeros(400)
-    flags.evaluations[:] = [
-        replace(flags.evaluations[0], step=step, control_loss=loss) for step, loss in ((90, 2.1), (100, 2.0))
-    ]
+    losses = ((0, 9.0), (10, 3.0), (50, 2.1), (90, 2.3), (100, 2.0))
+    flags.evaluations[:] = [replace(flags.evaluations[0], step=step, control_loss=loss) for step, loss in losses]
     summary = summarize_sources(table, flags)
-    expected = [share * 1.0 * 30 * TOKENS / math.log(2) for share in (0.75, 0.25)]
+    shares = [0.5, 60 / 480, 120 / 480]  # the first has 300 of 480 visits, more than can be told
+    expected = [0.1 / math.log(2) * -math.log1p(-share) * n * TOKENS / math.log(2)
+                for share, n in zip(shares, (30, 30, 60), strict=True)]  # fmt: skip
     assert summary.bits_high.tolist() == pytest.approx(expected) and summary.bits_low.equal(-summary.bits_high)
     for unknown in (math.nan, math.inf):
         flags.evaluations[-1] = replace(flags.evaluations[-1], control_loss=unknown)
-        assert summarize_sources(table, flags).bits_high.tolist() == [0, 0]
+        assert summarize_sources(table, flags).bits_high.tolist() == [0, 0, 0]
+    del flags.evaluations[1:]
+    assert summarize_sources(table, flags).bits_high.tolist() == [0, 0, 0]
 
 
 def test_gaps_of_flagged_texts_alone_would_give_too_much_and_all_of_them_do_not():
