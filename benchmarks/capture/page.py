@@ -9,7 +9,7 @@ Written by `python -m benchmarks.capture --markdown`: each line is a fit of a mo
 recorded loss is compared with the sample's own at the same weights.
 
 **How a loss is read.** Every loss ends in means and sums: of a tensor, or within a loss function of
-`torch.nn.functional`. In the first five steps and in every hundredth the calls of `training_step` are watched: what
+`torch.nn.functional`. In the first eight steps and in every fiftieth the calls of `training_step` are watched: what
 each mean was taken of, and, from the batch's tensors on, whose each element is. The loss must be a linear
 combination of such means; its factors are read off the graph. Steps between are read from autograd's nodes alone,
 where these gave the same in the watched steps; else every step is watched. Validation is always watched.

@@ -31,8 +31,8 @@ from lightning_memsink.losses.upstreams import set_upstreams
 from lightning_memsink.samples.batch import tensors_in
 from lightning_memsink.samples.batch_rows import Axes, rows_of
 
-FIRST_STEPS = 5
-EVERY = 100
+FIRST_STEPS = 8
+EVERY = 50
 LEAST, MOST = 0.95, 1.05
 """The share of the loss that must be read, unless the rest is a penalty on the weights."""
 EXACT = 1e-5
