@@ -20,7 +20,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 --dist worksteal
 
 test-distributed: $(VENV)/installed # real processes
 	$(VENV)/bin/pytest tests/distributed -m distributed
