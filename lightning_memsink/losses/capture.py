@@ -86,9 +86,8 @@ class StepCapture:
         self._batch = batch
         self._backwards.clear()
         self._error = None
-        self.reader.begin(
-            batch, batch_size, axes, is_packed
-        )  # mitigations read the loss even where `loss` gives the losses
+        # mitigations read the loss even where `loss` gives the losses
+        self.reader.begin(batch, batch_size, axes, is_packed)
 
     def before_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Just before ``loss`` is differentiated, multiplied with ``loss_scale`` as it is: by accumulation, and by a

@@ -6,7 +6,8 @@ R  rows of a batch      T  tokens of a row      D  documents of a batch      L  
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from lightning_memsink.samples.batch import leaves
 from lightning_memsink.samples.batch_rows import Entry
+from lightning_memsink.samples.document_numbers import (
+    ENDS,
+    IGNORED,
+    NUMBERED,
+    OF_NO_DOCUMENT,
+    begins_in,
+    numbers_in,
+    without_padding,
+)
 from lightning_memsink.samples.tokens import Tokens, unmasked
 
-NUMBERED = ("document_ids", "sequence_ids", "seq_idx")
-"""Names under which a batch numbers the document of each token."""
-ENDS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
-"""Names of the places, 0 first, at which documents begin in the rows one after the other."""
 OF_THE_MODEL = ("attention_mask", "position_ids", "token_type_ids", *NUMBERED, *ENDS)
-OF_NO_DOCUMENT = -1
 COUNTS_FOR_NONE = -2
 """The owner of a target that counts for no document, whatever it is computed with."""
-IGNORED = -100
 
 Segments = Callable[[Any], Tensor]
 """``segments(batch) -> [R, T]``: integers, the same for the tokens of a document within its row; negative for none."""
@@ -44,20 +48,39 @@ class Documents:
     keys: Tensor | None = None
     """``[D]`` the number that the batch gives each document, where it numbers tokens under the ids' own key."""
 
-    @property
+    @cached_property
+    def first_places(self) -> Tensor:
+        """``[D]`` int64: where each document's first token is among all tokens, row after row."""
+        owners = self.owners.reshape(-1)
+        places = (owners >= 0).nonzero().flatten()
+        return torch.full((self.count,), len(owners)).scatter_reduce(0, owners[places], places, "amin")
+
+    @cached_property
     def rows(self) -> Tensor:
         """``[D]`` int64: the row that each document lies in."""
-        rows = torch.zeros(self.count, dtype=torch.int64)
-        if self.owners.ndim > 1:
-            row, _ = (self.owners >= 0).nonzero(as_tuple=True)
-            rows[self.owners[self.owners >= 0]] = row
-        return rows
+        return self.first_places // max(1, self.owners.shape[-1])
+
+    @property
+    def row_count(self) -> int:
+        """R."""
+        return len(self.owners) if self.owners.ndim > 1 else 1
 
     @property
     def is_one_a_row(self) -> bool:
         """Whether no row has more than one document."""
-        rows = self.rows
-        return len(torch.unique(rows)) == self.count and self.owners.ndim > 1
+        return len(torch.unique(self.rows)) == self.count and self.owners.ndim > 1
+
+    def given_by_row(self, value: Any) -> list[Any] | None:
+        """Things that are given as a list for each row, in the order of documents; None if ``value`` is no such lists,
+        one thing a document."""
+        if not isinstance(value, (list, tuple)) or len(value) != self.row_count:
+            return None
+        if not all(isinstance(part, (list, tuple, Tensor)) for part in value):
+            return None
+        sizes = [len(part) if not isinstance(part, Tensor) or part.ndim else 0 for part in value]
+        if sizes != torch.bincount(self.rows, minlength=self.row_count).tolist():
+            return None
+        return [thing for part in value for thing in (part.tolist() if isinstance(part, Tensor) else part)]
 
     def texts(self, ids: Tensor) -> Tokens:
         """``[D, L]``: each document by itself, padded at the end, of the batch's tokens ``[R, T]``."""
@@ -125,12 +148,12 @@ def documents_in(
         return None
     if not text.numel():
         return Documents(torch.zeros(text.shape, dtype=torch.int64), 0, "input_ids") if _is_joined(batch) else None
-    named = _named(batch, text, key)
+    named = numbers_in(batch, text, key)
     if named is None:
         return None
     numbers, name = named
     if name in (*NUMBERED, *ENDS, "position_ids"):
-        numbers = _without_padding(numbers, text, batch.get("labels"))
+        numbers = without_padding(numbers, text, batch.get("labels"))
     padding = _padding(batch, text)
     if length is not None:
         padding.view(-1)[length:] = True
@@ -176,77 +199,6 @@ def _is_joined(batch: Any) -> bool:
     return isinstance(batch, Mapping) and any(name in batch for name in (*ENDS, *NUMBERED, "position_ids"))
 
 
-def _named(batch: Any, text: Tensor, key: str) -> tuple[Tensor, str] | None:
-    """Numbers of the documents of tokens, and the name of what says them."""
-    if not isinstance(batch, Mapping):
-        return None
-    for name in (key, *NUMBERED):
-        numbers = _whole_numbers(batch.get(name), text.shape)
-        if numbers is not None:
-            return numbers, name
-    for name in ENDS:
-        ends = batch.get(name)
-        if isinstance(ends, Tensor) and ends.ndim == 1 and len(ends) > 1 and int(ends[-1]) <= text.numel():
-            places = torch.arange(text.numel()).reshape(text.shape)
-            numbers = torch.bucketize(places, ends.detach().cpu().long(), right=True) - 1
-            return torch.where(places < int(ends[-1]), numbers, OF_NO_DOCUMENT), name
-    numbers = _of_mask(batch.get("attention_mask"), text)
-    if numbers is not None:
-        return numbers, "attention_mask"
-    positions = _whole_numbers(batch.get("position_ids"), text.shape)
-    return None if positions is None else (_of_positions(positions), "position_ids")
-
-
-def _whole_numbers(value: Any, shape: torch.Size) -> Tensor | None:
-    """``value`` on the CPU, if it has an integer for each token."""
-    if not isinstance(value, Tensor) or value.is_nested or value.is_floating_point() or value.shape != shape:
-        return None
-    return None if value.dtype == torch.bool else value.detach().cpu().long()
-
-
-def _of_mask(mask: Any, text: Tensor) -> Tensor | None:
-    """Of a mask whose numbers are those of documents, or in which no token sees another document's."""
-    numbers = _whole_numbers(mask, text.shape)
-    if numbers is not None:
-        return torch.where(numbers > 0, numbers, OF_NO_DOCUMENT) if int(numbers.max()) > 1 else None
-    if not isinstance(mask, Tensor) or text.ndim != 2 or mask.shape[-2:] != (text.shape[1], text.shape[1]):
-        return None
-    rows = len(text)
-    if mask.ndim not in (3, 4) or mask.shape[0] != rows:
-        return None
-    seen = mask.detach()[:, 0] if mask.ndim == 4 else mask.detach()
-    seen = (seen >= 0 if seen.is_floating_point() and bool((seen < 0).any()) else seen > 0).cpu()
-    begins = ~seen.diagonal(-1, 1, 2) & ~seen.diagonal(1, 1, 2)  # [R, T - 1]: neither of two neighbours sees the other
-    numbers = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), begins.long()], 1).cumsum(1)
-    across = seen & (numbers[:, :, None] != numbers[:, None, :])
-    is_alone = ~seen.any(2)
-    return None if bool(across.any()) else torch.where(is_alone, OF_NO_DOCUMENT, numbers)
-
-
-def _of_positions(positions: Tensor) -> Tensor:
-    """A document begins where positions don't go on."""
-    begins = torch.ones_like(positions, dtype=torch.bool)
-    begins[..., 1:] = positions[..., 1:] <= positions[..., :-1]
-    return begins.long().cumsum(-1)
-
-
-def _without_padding(numbers: Tensor, text: Tensor, labels: Any) -> Tensor:
-    """A row's end where each token has a number of its own is padding: two tokens or more that are the same and have no
-    loss, or one that is what others are padded with."""
-    begins = torch.ones_like(numbers, dtype=torch.bool)
-    begins[..., 1:] = numbers[..., 1:] != numbers[..., :-1]
-    ends = torch.cat([begins[..., 1:], torch.ones_like(begins[..., :1])], -1)
-    single = begins & ends
-    ids = text.detach().cpu()
-    if isinstance(labels, Tensor) and labels.shape == text.shape:
-        single &= labels.detach().cpu() == IGNORED
-    single &= ids == ids[..., -1:]
-    trailing = single.flip(-1).long().cumprod(-1).flip(-1).bool()
-    is_padded = trailing.sum(-1, keepdim=True) > 1
-    is_padded |= torch.isin(ids[..., -1:], ids[..., -1:][is_padded])
-    return torch.where(trailing & is_padded, OF_NO_DOCUMENT, numbers)
-
-
 def _padding(batch: Any, text: Tensor) -> Tensor:
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == text.shape:
@@ -257,8 +209,7 @@ def _padding(batch: Any, text: Tensor) -> Tensor:
 def _numbered(numbers: Tensor, found_in: str) -> Documents:
     """Documents 0..D-1, in the order in which the rows begin them; equal numbers in two rows are two documents."""
     by_row = numbers if numbers.ndim == 2 else numbers[None]
-    begins = torch.ones_like(by_row, dtype=torch.bool)
-    begins[:, 1:] = by_row[:, 1:] != by_row[:, :-1]
+    begins = begins_in(by_row)
     row, column = begins.nonzero(as_tuple=True)  # of each run of equal numbers, of which there are few
     runs = list(zip(row.tolist(), by_row[row, column].tolist(), strict=True))
     ranks: dict[tuple[int, int], int] = {}
@@ -271,10 +222,7 @@ def _numbered(numbers: Tensor, found_in: str) -> Documents:
 
 
 def _with_keys(documents: Documents, numbers: Tensor) -> Documents:
-    owners = documents.owners.reshape(-1)
-    keys = torch.zeros(documents.count, dtype=torch.int64)
-    keys[owners[owners >= 0]] = numbers.detach().cpu().reshape(-1)[owners >= 0].long()
-    return Documents(documents.owners, documents.count, documents.found_in, keys)
+    return replace(documents, keys=numbers.detach().cpu().reshape(-1)[documents.first_places].long())
 
 
 def _of_targets(targets: Tensor, text: Tensor, owners: Tensor) -> Tensor:
@@ -286,8 +234,7 @@ def _of_targets(targets: Tensor, text: Tensor, owners: Tensor) -> Tensor:
     ids, targets = text.detach().cpu(), targets.detach().cpu()
     counted = (targets != IGNORED) & (owners >= 0)
     is_text = bool((targets == ids)[counted].all())
-    begins = torch.ones_like(owners, dtype=torch.bool)
-    begins[..., 1:] = owners[..., 1:] != owners[..., :-1]
+    begins = begins_in(owners)
     if is_text and bool(counted.any()):
         return torch.where(begins & (owners >= 0), COUNTS_FOR_NONE, owners)
     within = counted[..., :-1] & ~begins[..., 1:]

@@ -38,12 +38,9 @@ def rows_of_documents(documents: Documents, index: Tensor, lengths: Tensor | Non
         lengths: ``[S]`` tokens of each, if they follow one another in the batch's only row (`joined_lengths`).
     """
     if lengths is None:
-        is_row_each = documents.owners.ndim > 1 and len(index) == len(documents.owners)
+        is_row_each = documents.owners.ndim > 1 and len(index) == documents.row_count
         return index[documents.rows] if is_row_each else None
-    owners = documents.owners.reshape(-1)
-    places = torch.arange(len(owners))[owners >= 0]
-    first = torch.full((documents.count,), len(owners)).scatter_reduce(0, owners[owners >= 0], places, "amin")
-    return index[torch.bucketize(first, lengths.cumsum(0), right=True).clamp(max=len(index) - 1)]
+    return index[torch.bucketize(documents.first_places, lengths.cumsum(0), right=True).clamp(max=len(index) - 1)]
 
 
 def _flat(ids: Any) -> Tensor | None:

@@ -21,6 +21,7 @@ from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
 from lightning_memsink.samples.text_batches import TextBatches
+from lightning_memsink.samples.tokens import Tokens
 
 Source = Literal["index", "content", "key"]
 _IDENTITIES = ("auto", "index", "content", "key")
@@ -58,6 +59,8 @@ class SampleIds:
         self.names = SampleNames()
         self.documents: Documents | None = None
         """Of the latest batch, if they are its samples."""
+        self.texts: Tokens | None = None
+        """``[D, L]`` those of `documents`, if they have any."""
         self.rows: Tensor | None = None
         """``[B]`` int64: the row of the data set that each sample of the latest batch came from, if known."""
         self.takes_rows = False
@@ -106,7 +109,7 @@ class SampleIds:
             RuntimeError: for ids that can't be ids, or not of this batch, with what to type.
         """
         fetched = fetched or Fetched()
-        self.documents, self.rows = self._documents_in(batch, fetched.lengths), index
+        self.documents, self.texts, self.rows = self._documents_in(batch, fetched.lengths), None, index
         if self.documents is not None:
             ids = self._ids_of_documents(batch, self.documents, index, fetched)
             if self.documents is not None:
@@ -168,6 +171,8 @@ class SampleIds:
     ) -> Tensor | None:
         """``[D]`` ids. Sets `documents` to None if the user's ids are those of rows."""
         self.rows = None if index is None else rows_of_documents(documents, index, fetched.lengths)
+        text = whole_text_in(batch)
+        self.texts = None if text is None else documents.texts(text)
         if documents.keys is not None and self.identity in ("auto", "key"):
             self._source = "key"
             return documents.keys
@@ -179,8 +184,7 @@ class SampleIds:
                 self._source = "index"
                 return index
             raise self.index_error(f"rows of its batches hold several documents, found in {documents.found_in}")
-        text = whole_text_in(batch)
-        if text is None:
+        if self.texts is None:
             self._warn_of(
                 "no text",
                 f"The documents in the rows of a batch have no tokens to be known by, {describe_tensors(batch)}: no "
@@ -188,14 +192,13 @@ class SampleIds:
             )
             return None
         self._source = "content"
-        return text_ids(documents.texts(text))
+        return text_ids(self.texts)
 
     def _keys_of_documents(self, batch: Any, documents: Documents) -> Tensor | None:
         value = batch[self.key] if isinstance(batch, Mapping) and self.key in batch else None
-        if isinstance(value, (list, tuple)) and all(isinstance(part, (list, tuple, Tensor)) for part in value):
-            value = [key for part in value for key in part]  # the documents of each row
-        found = plain_keys(value)
-        count, rows = documents.count, len(documents.owners) if documents.owners.ndim > 1 else 1
+        by_row = documents.given_by_row(value)
+        found = plain_keys(value if by_row is None else by_row)
+        count, rows = documents.count, documents.row_count
         if isinstance(found, str):
             raise RuntimeError(f"SampleIds needs integers or strings in batch[{self.key!r}], but found {found}.")
         if len(found) == count:
@@ -207,7 +210,7 @@ class SampleIds:
                 f"SampleIds needs one id for each document, but batch[{self.key!r}] holds {len(found)} ids for {count} "
                 f"documents in {rows} rows, found in {documents.found_in}. Return one {self.key!r} with every document."
             )
-        self.documents = None
+        self.documents = self.texts = None
         self._warn_of(
             "rows",
             f"batch[{self.key!r}] names the {rows} rows of a batch, in which {documents.found_in} shows {count} "

@@ -22,8 +22,10 @@ class SharedTexts:
 
     def note(self, ids: Tensor, tokens: Tokens) -> None:
         """Notes visits: ``ids`` ``[V]``."""
+        if self._is_said or not len(ids):
+            return
         first_text = text_ids(Tokens(tokens.ids[:1], tokens.mask[:1]))
-        if self._is_said or not len(ids) or int(first_text) == int(ids[0]):  # ids are the texts' own
+        if int(first_text) == int(ids[0]):  # ids are the texts' own
             return
         texts = text_ids(tokens)
         apart = (texts != ids).nonzero().flatten()

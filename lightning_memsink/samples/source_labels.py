@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_memsink.samples.documents import Documents, text_in
@@ -99,7 +98,7 @@ def source_labels(
         return None
     labels = _labels(value, batch, size, documents)
     if labels is None:
-        rows = size if documents is None else _rows(documents)
+        rows = size if documents is None else documents.row_count
         expected = f"{size} labels, one a sample" if documents is None else f"{size} labels, one a document, or {rows}"
         by_row = "" if documents is None else ", one a row, or a list for each row with a label for each document,"
         raise UnfitLabels(
@@ -118,21 +117,18 @@ def _labels(value: Any, batch: Any, size: int, documents: Documents | None) -> L
         value = value.detach().cpu()
         if not value.ndim:
             return [_of_number(int(value))] * size
-        tokens = None if documents is None else documents.owners
-        text = text_in(batch)
-        shape = tokens.shape if tokens is not None else None if text is None else text.shape
-        if value.shape == shape and (value.ndim > 1 or len(value) != size):
-            return _by_token(value, batch, size, tokens)
+        tokens = text_in(batch) if documents is None else documents.owners
+        if tokens is not None and value.shape == tokens.shape and (value.ndim > 1 or len(value) != size):
+            return _by_token(value, batch, size, documents)
         value = value[:, 0] if value.ndim == 2 and value.shape[1] == 1 else value
         return _spread([_of_number(number) for number in value.tolist()], size, documents) if value.ndim == 1 else None
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         return None
-    if documents is not None and value and all(isinstance(part, (list, tuple, Tensor)) for part in value):
-        by_row = _of_rows(value, documents)
-        if by_row is not None:
-            return by_row
+    by_row = None if documents is None else documents.given_by_row(value)
+    if by_row is not None and all(map(_is_label, by_row)):
+        return [label_text(label) for label in by_row]
     value = without_rows(value) if documents is None else value
     texts = [label_text(label) if _is_label(label) else "" for label in value]
     return _spread(texts, size, documents) if all(map(_is_label, value)) else None
@@ -142,34 +138,20 @@ def _spread(labels: Labels, size: int, documents: Documents | None) -> Labels | 
     """Labels by sample: as they are, or those of rows for each document."""
     if len(labels) == size:
         return labels
-    if documents is None or len(labels) != _rows(documents):
+    if documents is None or len(labels) != documents.row_count:
         return None
     return [labels[row] for row in documents.rows.tolist()]
 
 
-def _of_rows(value: Sequence[Any], documents: Documents) -> Labels | None:
-    rows = _rows(documents)
-    if len(value) != rows:
-        return None
-    counts = torch.bincount(documents.rows, minlength=rows).tolist()
-    if counts != [len(part) if not isinstance(part, Tensor) or part.ndim else 0 for part in value]:
-        return None
-    flat = [label for part in value for label in (part.tolist() if isinstance(part, Tensor) else part)]
-    return [label_text(label) for label in flat] if all(map(_is_label, flat)) else None
-
-
-def _by_token(value: Tensor, batch: Any, size: int, owners: Tensor | None) -> Labels | None:
+def _by_token(value: Tensor, batch: Any, size: int, documents: Documents | None) -> Labels | None:
     """The label of the first token of each document, or of each row if these are the samples."""
-    if owners is None:
-        if value.ndim != 2 or len(value) != size or not value.shape[1]:
-            return None
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        is_text = mask.detach().cpu() > 0 if isinstance(mask, Tensor) and mask.shape == value.shape else value == value
-        return [_of_number(int(row[place])) for row, place in zip(value, is_text.int().argmax(1), strict=True)]
-    flat, owners = value.reshape(-1), owners.reshape(-1)
-    places = torch.where(owners >= 0, torch.arange(len(owners)), len(owners))
-    first = torch.full((size + 1,), len(owners)).scatter_reduce(0, owners.clamp(min=-1) % (size + 1), places, "amin")
-    return [_of_number(int(flat[place])) if place < len(flat) else None for place in first[:size].tolist()]
+    if documents is not None:
+        return [_of_number(number) for number in value.reshape(-1)[documents.first_places].tolist()]
+    if value.ndim != 2 or len(value) != size or not value.shape[1]:
+        return None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    is_text = mask.detach().cpu() > 0 if isinstance(mask, Tensor) and mask.shape == value.shape else value == value
+    return [_of_number(int(row[place])) for row, place in zip(value, is_text.int().argmax(1), strict=True)]
 
 
 def _of_number(number: int) -> str | None:
@@ -181,10 +163,6 @@ def _is_label(label: Any) -> bool:
     if isinstance(label, Tensor):
         return label.numel() == 1
     return getattr(label, "__hash__", None) is not None
-
-
-def _rows(documents: Documents) -> int:
-    return len(documents.owners) if documents.owners.ndim > 1 else 1
 
 
 def _found(value: Any) -> str:

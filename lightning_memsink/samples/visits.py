@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch_rows import Axes
-from lightning_memsink.samples.documents import Documents, whole_text_in
 from lightning_memsink.samples.sources import Labels
 from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
 
@@ -32,7 +31,7 @@ class DescribedBatch(NamedTuple):
         ids: Tensor,
         features: Callable[[Any], Tensor] | None,
         axes: Axes | None = None,
-        documents: Documents | None = None,
+        texts: Tokens | None = None,
         rows: Tensor | None = None,
     ) -> DescribedBatch:
         """The samples ``ids`` of a batch.
@@ -42,11 +41,10 @@ class DescribedBatch(NamedTuple):
             ids: ``[B]``.
             features: the user's, of a batch.
             axes: where samples lie, as `samples.batch_rows.rows_of` takes.
-            documents: those of the batch, if they are its samples.
+            texts: ``[B, L]`` of documents, if these are its samples.
             rows: ``[B]`` of the data set.
         """
-        text = whole_text_in(batch) if documents is not None else None
-        tokens = tokens_of(batch, axes) if documents is None else None if text is None else documents.texts(text)
+        tokens = tokens_of(batch, axes) if texts is None else texts
         if tokens is not None:
             tokens = None if len(tokens.ids) != len(ids) else Tokens(tokens.ids.cpu(), tokens.mask.cpu())
         extra = None if features is None else features(batch).detach().float().cpu().reshape(len(ids), -1)

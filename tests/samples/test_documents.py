@@ -103,6 +103,14 @@ def test_ids_that_fit_neither_are_refused():
         SampleIds().of({"input_ids": IDS, "seq_idx": NUMBERS, "sample_id": torch.tensor([4, 5, 6])}, None)
 
 
+def test_lists_by_row_that_fit_other_rows_are_refused():
+    """As many ids as documents, but not as many in each row."""
+    with pytest.raises(
+        RuntimeError, match=r"needs integers or strings in batch\['sample_id'\], but found \['a', 'b', 'c'\]"
+    ):
+        SampleIds().of({"input_ids": IDS, "seq_idx": NUMBERS, "sample_id": [["a", "b", "c"], ["d", "e"]]}, None)
+
+
 def test_segments_of_another_shape_are_named():
     with pytest.warns(
         UserWarning, match=r"given as segments=, returned torch.int64 \[2, 3\]. Return integers \[2, 10\]"

@@ -53,7 +53,7 @@ class BatchDescription:
         known, rows = self.sample_ids, self.sample_ids.rows
         if rows is not None and len(rows) != len(ids):
             rows = None  # of a data set whose items are whole batches, say
-        return DescribedBatch.of(batch, ids, self.features, axes, known.documents, rows)
+        return DescribedBatch.of(batch, ids, self.features, axes, known.texts, rows)
 
     def of_fetched(
         self, batch: Any, rows: Tensor | None, fetched: Fetched
