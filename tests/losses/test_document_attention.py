@@ -43,25 +43,28 @@ class Attention(nn.Module):
         return self.head(mixed.transpose(1, 2).flatten(2))
 
 
-def seen(model: nn.Module) -> StepReader:
+def attends_across(model: nn.Module) -> bool:
+    """Whether a watched step of ``model`` has seen it."""
     ids = torch.randint(1, 20, POSITIONS.shape, generator=torch.Generator().manual_seed(1))
     batch: dict[str, Any] = {"input_ids": ids, "position_ids": POSITIONS}
     documents = documents_in(batch)
     assert documents is not None
     reader = StepReader(model)
     reader.begin(batch, documents.count, documents.axes(batch), is_packed=True)
-    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    reader.read(loss)
-    return reader
+    try:
+        reader.read(F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+        return reader.watch.seen.attends_across
+    finally:
+        reader.end()  # else the mode watches all tests that follow
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "by hand", "recurrent"])
 def test_documents_that_see_one_another_are_noticed(kind):
-    assert seen(Attention(kind, None)).watch.seen.attends_across
+    assert attends_across(Attention(kind, None))
 
 
 @pytest.mark.parametrize("mask", [BLOCKS, ADDED], ids=["bool", "added"])
 def test_a_block_diagonal_mask_keeps_them_apart(mask):
-    assert not seen(Attention("sdpa", mask)).watch.seen.attends_across
+    assert not attends_across(Attention("sdpa", mask))
     if mask.dtype == torch.bool:
-        assert not seen(Attention("by hand", mask)).watch.seen.attends_across
+        assert not attends_across(Attention("by hand", mask))
