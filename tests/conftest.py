@@ -27,3 +27,13 @@ def every_test_ends_its_wandb_run_and_session() -> Iterator[None]:
         wandb.finish()
     wandb.teardown()
     os.environ.pop("WANDB_SERVICE", None)
+
+
+@pytest.fixture(autouse=True)
+def every_test_leaves_no_function_mode_on() -> Iterator[None]:
+    """One that stays on watches the torch calls of all later tests, which then pass a hundred times slower."""
+    yield
+    left = torch._C._len_torch_function_stack()
+    for _ in range(left):
+        torch._C._pop_torch_function_stack()
+    assert not left, f"{left} torch function modes are still on: call StepReader.end() or StepWatch.stop()"
