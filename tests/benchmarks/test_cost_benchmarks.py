@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from benchmarks import all as everything
 from benchmarks import growth
 from benchmarks.common.interleaving import UNTIMED_STEPS, interleave, seconds_per_step, time_ratio
-from benchmarks.common.memory import keep_freed_memory, run_forked
+from benchmarks.common.memory import keep_freed_memory
 from benchmarks.growth import PLAIN, SETUPS, Cost, Point, fork, slope
 
 
