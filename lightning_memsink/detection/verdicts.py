@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -12,11 +13,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_memsink.detection.family_verdicts import FamilyVerdicts
+    from lightning_memsink.detection.run_statement import RunStatement
     from lightning_memsink.samples.loss_table import LossTable
 
 
 class Verdict(IntEnum):
-    """The verdict on a sample. The last four share the word ``undecided`` and differ in the reason."""
+    """The verdict on a sample. Those from ``NO_LOSS`` on share the word ``undecided`` and differ in the reason."""
 
     UNSEEN = 0  # no loss was measured after a training step on it
     LEARNED = 1  # low loss, like its controls
@@ -26,6 +28,8 @@ class Verdict(IntEnum):
     TOO_FEW_CONTROLS = 5
     NO_MATCHED_CONTROLS = 6
     WAITING = 7
+    BELOW_FLOOR = 8  # a lower loss than all controls, but there are too few of them to say so of one sample among many
+    EQUAL_CONTROLS = 9  # the controls' losses are equal
 
     @property
     def word(self) -> str:
@@ -43,13 +47,15 @@ _REASONS = {
     Verdict.TOO_FEW_CONTROLS: "too few controls",
     Verdict.NO_MATCHED_CONTROLS: "no matched controls",
     Verdict.WAITING: "flagged once, waits for a second evaluation",
+    Verdict.BELOW_FLOOR: "beyond all controls, but too few controls",
+    Verdict.EQUAL_CONTROLS: "controls can't tell samples apart",
 }
 WORDS = ("unseen", "learned", "hard", "memorized", "undecided")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the whole run. Losses and gaps in nats (per token for token losses)."""
+    """One evaluation of the whole run. Losses in nats (per token for token losses), gaps in ``unit``."""
 
     step: int
     epoch: int
@@ -78,8 +84,24 @@ class Evaluation:
     alpha: float
     """False-discovery rate over the tested samples."""
     tail: str
-    """How p-values were computed: ``conformal``; ``normal``, a fitted tail, where the floor permits no flag; ``none``,
-    if no sample was measured."""
+    """How p-values were computed: ``conformal``; ``none``, if no sample was measured; ``normal``, a fitted tail, in
+    evaluations of older versions."""
+    unit: str = "nats"
+    """``nats`` (per token for token losses), or ``ratio``: the logarithm of the controls' loss over the sample's."""
+    held_out: int = 0
+    """Controls that are held-out samples."""
+    first_visits: int = 0
+    """Controls that are first visits of training samples."""
+    looked: int = 0
+    """Samples that were measured once more, in the mode and at the step of the controls."""
+    by_first_visits: float = math.nan
+    """Share of the memorized samples of this evaluation whose matched controls are first visits for the most part."""
+    controls_needed: int = 0
+    """Controls that the samples beyond all controls would take for a verdict; 0 if there are none."""
+    null_share: float = 1.0
+    """Estimated share of samples that are not memorized, by which the procedure of Benjamini and Hochberg adapts."""
+    statement: RunStatement | None = None
+    """What a random sample says of the whole run."""
 
     @property
     def memorized(self) -> int:
@@ -115,8 +137,10 @@ class Flags:
 
     ``verdict[n]`` is a :class:`Verdict`; ``gap[n]`` in nats, NaN until measured; ``p[n]`` after the last
     measurement, NaN until then; ``streak[n]`` is the number of evaluations in a row at which it was flagged;
-    ``onset_step[n]`` and ``onset_exposures[n]`` are step and exposures of the visit that was flagged first, -1 without.
-    ``null_gaps`` ``[M]``: gap of each control against the other controls at the last evaluation.
+    ``onset_step[n]`` and ``onset_exposures[n]`` are step and exposures of the visit that was flagged first, -1 without;
+    ``onset_after[n]`` is the step at which it was measured last before, and not flagged; -1 without.
+    ``looked_step[n]`` is the step at which it was last measured once more; -1 without.
+    ``null_gaps`` ``[M]``: gap of each control against the other controls at the last evaluation, held-out ones first.
     """
 
     def __init__(self) -> None:
@@ -126,6 +150,8 @@ class Flags:
         self.streak = torch.zeros(0, dtype=torch.uint8)
         self.onset_step = torch.zeros(0, dtype=torch.int32)
         self.onset_exposures = torch.zeros(0, dtype=torch.int16)
+        self.onset_after = torch.zeros(0, dtype=torch.int32)
+        self.looked_step = torch.zeros(0, dtype=torch.int32)
         self.null_gaps = torch.zeros(0)
         self.evaluations: list[Evaluation] = []
         self.families: FamilyVerdicts | None = None
@@ -162,8 +188,11 @@ class Flags:
         return {**columns, "evaluations": [asdict(evaluation) for evaluation in self.evaluations]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in (*_COLUMNS, "null_gaps"):
-            setattr(self, name, state[name].clone())
+        known = len(state["verdict"])
+        for name, unknown in _COLUMNS.items():
+            empty = torch.full((known,), unknown, dtype=getattr(self, name).dtype)
+            setattr(self, name, state.get(name, empty).clone())  # older versions had fewer columns
+        self.null_gaps = state["null_gaps"].clone()
         self.evaluations = [Evaluation(**record) for record in state["evaluations"]]
 
 
@@ -183,4 +212,6 @@ _COLUMNS = {
     "streak": 0,
     "onset_step": -1,
     "onset_exposures": -1,
+    "onset_after": -1,
+    "looked_step": -1,
 }
