@@ -7,6 +7,7 @@ training and in validation by the same means.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_memsink.losses.autograd_graph import LossNodes, awaiting_upstream
 from lightning_memsink.losses.loss_call import LossCall
+from lightning_memsink.losses.loss_units import LossUnit
 from lightning_memsink.losses.per_sample import (
     IDS_KEY,
     LOSSES_KEY,
@@ -74,6 +76,10 @@ class StepCapture:
         """Whether tokens of several documents in a row were seen to depend on one another."""
         self.terms: tuple[Term, ...] = ()
         """Of the last captured step, without its samples."""
+        self.unit = LossUnit()
+        """Of the losses, from the steps that are watched. An odd graph or batch costs the unit, never the losses."""
+        self._is_unit_due = True
+        self._weighed: Sequence[Term] = ()
         self._read = read or self.reader.read
         self._batch: Any = None
         self._backwards: list[_Backward] = []
@@ -88,18 +94,26 @@ class StepCapture:
         self._error = None
         # mitigations read the loss even where `loss` gives the losses
         self.reader.begin(batch, batch_size, axes, is_packed)
+        self._is_unit_due = self.reader.is_watching or not self.unit.is_known
 
     def before_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Just before ``loss`` is differentiated, multiplied with ``loss_scale`` as it is: by accumulation, and by a
         gradient scaler, which may choose another scale before the step ends."""
         if self.automatic:  # what follows, the optimizer's step among it, is none of the loss
             self.reader.watch.stop()
+        if self.loss is not None and self._is_unit_due:
+            with suppress(Exception):
+                self.unit.note_graph(loss)
         if (self.automatic and self._backwards) or self.loss is not None:
             return
         calls: list[LossCall] = []
         refusal = None
         try:
-            calls = awaiting_upstream(self._read(loss, loss_scale))
+            found = self._read(loss, loss_scale)
+            calls = awaiting_upstream(found)
+            if self._is_unit_due:
+                with suppress(Exception):
+                    self.unit.note_calls(found)
         except UnreadableLoss as error:
             refusal = error
         except Exception as error:
@@ -108,6 +122,15 @@ class StepCapture:
 
     def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
         """At the end of a training step, which returned ``outputs``; ``batch_size`` is the number of ids."""
+        batch = self._batch
+        captured = self._finish(outputs, batch_size)
+        if self._is_unit_due and isinstance(captured, Captured):
+            with suppress(Exception):
+                self.unit.settle(captured.losses, self._weighed, batch)
+        self._weighed = ()
+        return captured
+
+    def _finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
         backwards, self._backwards = self._backwards, []
         batch, self._batch = self._batch, None
         compiled = calls_of_compiled(self.reader.watch, self.reader.leaves, batch_size)
@@ -138,7 +161,7 @@ class StepCapture:
         """Discards the step, after an exception in it."""
         self.reader.end()
         self._backwards.clear()
-        self._batch = None
+        self._batch, self._weighed = None, ()
 
     def _captured(self, backwards: Sequence[_Backward], batch_size: int) -> Captured:
         calls = [call for found in backwards for call in found.calls]
@@ -181,6 +204,7 @@ class StepCapture:
         return Captured(weigh(terms))
 
     def _remember(self, terms: Sequence[Term]) -> None:
+        self._weighed = terms
         self.terms = tuple(Term(term.kind, term.classes, NOTHING, NOTHING, 1.0, term.factor) for term in terms)
 
     def _not_captured(self, found: str) -> NotCaptured:
