@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from lightning_memsink.detection.evaluate import SecondLook
     from lightning_memsink.detection.family_features import FamilyRecord
     from lightning_memsink.detection.source_budget import SourceBudget
     from lightning_memsink.detection.verdicts import Flags, Onset
@@ -89,6 +90,7 @@ class Ledger:
     controls: Slot[ControlTable] = Slot("LossTracker")
     batch: Slot[CurrentBatch] = Slot("LossTracker")
     families: Slot[FamilyRecord | None] = Slot("LossTracker")
+    look: Slot[SecondLook | None] = Slot("LossTracker")
     flags: Slot[Flags] = Slot("MemorizationDetector")
     onset: Slot[Onset | None] = Slot("MemorizationDetector")
     budget: Slot[SourceBudget | None] = Slot("LiveCurves")
@@ -101,6 +103,7 @@ class Ledger:
     def __init__(self) -> None:
         self._facts: dict[str, object] = {}
         self._closing: dict[str, WeakMethod[Callable[[Ledger], None]]] = {}
+        self._nominate: WeakMethod[Callable[[Ledger], tuple[Tensor, Tensor]]] | None = None
         self.interventions: dict[str, InterventionLog] = {}
         """By name of the mitigation, each written by that one and read by logs and reports."""
 
@@ -127,6 +130,16 @@ class Ledger:
         close = None if closing is None else closing()
         if close is not None:
             close(self)
+
+    def nominate_with(self, nominate: Callable[[Ledger], tuple[Tensor, Tensor]]) -> None:
+        """Names the method that chooses samples for a second look: rows of the loss table, and whether each was drawn
+        at random. The writer of the losses asks it as soon as the controls are measured."""
+        self._nominate = WeakMethod(nominate)
+
+    def nominated(self) -> tuple[Tensor, Tensor] | None:
+        """The samples to look at again now; None if nothing asks for a second look."""
+        nominate = None if self._nominate is None else self._nominate()
+        return None if nominate is None else nominate(self)
 
     def current_batch_size(self, otherwise: int | None) -> int:
         """B of the current training batch: its number of ids. Without ids ``otherwise``: the rows of its first tensor,

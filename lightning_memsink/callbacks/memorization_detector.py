@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
-from lightning_memsink.detection.evaluate import evaluate
+from lightning_memsink.detection.evaluate import Visits, judge, measure_visits
 from lightning_memsink.detection.family_verdicts import FamilyVerdicts, judge_families
 from lightning_memsink.detection.matched_controls import DetectionRule
+from lightning_memsink.detection.nomination import nominate
 from lightning_memsink.detection.onset import estimate_onset
 from lightning_memsink.detection.statistics import controls_for
 from lightning_memsink.detection.verdicts import Flags, Onset
@@ -29,13 +30,19 @@ class MemorizationDetector(Callback):
 
     Args:
         alpha: false-discovery rate over samples (Benjamini-Hochberg).
-        k: held-out controls that a sample is compared with.
+        k: controls that a sample is compared with.
         method: ``knn``: the mean of the k nearest controls. ``ridge``: a regression on the same features.
-        min_gap: smallest effect in nats per token that may be flagged.
-        null_sds: the same in standard deviations of the controls' own gaps; the larger of the two applies.
-        consecutive: evaluations in a row that must flag a sample before it is memorized.
+        min_gap: the effect that counts: a sample is memorized if its loss is below that of its controls by more than
+            this. None: .3 nats (per token for tokens), or log 2 where losses are no likelihoods (``unit``).
+        consecutive: measurements in a row that must flag a sample before it is memorized.
         reach: largest distance of a matched sample from its controls, as a multiple of the distance within which 99 %
             of the controls have their own nearest other controls.
+        recheck: samples that are fetched and measured once more at each evaluation, in the mode and at the step of the
+            controls: those that look memorized, and a random part of all, from which the report says how much of the
+            whole is. 0: verdicts rest on the losses of training.
+        unit: ``nats`` for likelihoods; ``ratio`` for losses that are a scale, such as squared errors, which are
+            compared by their logarithms. None: by the kind of loss.
+        null_sds: without effect; recipes of older versions have it.
     """
 
     saves_samples = True
@@ -45,23 +52,33 @@ class MemorizationDetector(Callback):
         alpha: float = 0.05,
         k: int = 8,
         method: Literal["knn", "ridge"] = "knn",
-        min_gap: float = 1.0,
-        null_sds: float = 4.0,
+        min_gap: float | None = None,
         consecutive: int = 2,
         reach: float = 2.0,
+        recheck: int = 512,
+        unit: Literal["nats", "ratio"] | None = None,
+        null_sds: float | None = None,
     ) -> None:
-        self.rule = DetectionRule(alpha, k, method, min_gap, null_sds, reach)
+        self.rule = DetectionRule(alpha, k, method, min_gap, reach)
         if consecutive < 1:
             raise ValueError(f"consecutive is a number of evaluations, at least 1, but it is {consecutive}.")
-        self.consecutive = consecutive
+        if recheck < 0:
+            raise ValueError(f"recheck is a number of samples, at least 0, but it is {recheck}.")
+        if unit not in (None, "nats", "ratio"):
+            raise ValueError(f"unit is 'nats' or 'ratio', but it is {unit!r}.")
+        self.consecutive, self.recheck, self.unit = consecutive, recheck, unit
         self.flags = Flags()
         self.onset: Onset | None = None
+        self._visits: Visits | None = None
+        self._measured_at = -1
         self._controls_reported = self._few_controls_warned = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
         ledger.flags = self.flags
         ledger.onset = self.onset
+        if self.recheck:
+            ledger.nominate_with(self._nominate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -103,18 +120,45 @@ class MemorizationDetector(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer)
 
+    def _nominate(self, ledger: Ledger) -> tuple[Tensor, Tensor]:
+        """Which samples are to be looked at again, now that the controls are measured: rows of the table, and whether
+        each was drawn at random."""
+        nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+        if not self._is_due(ledger):
+            return nothing
+        visits = self._measure(ledger)
+        return nothing if visits.refusal is not None else nominate(visits, self.flags, self.recheck)
+
+    def _is_due(self, ledger: Ledger) -> bool:
+        """Whether the controls were measured since the last evaluation."""
+        evaluated = self.flags.evaluations[-1].step if self.flags.evaluations else -1
+        return ledger.controls.latest_step > evaluated
+
+    def _measure(self, ledger: Ledger) -> Visits:
+        """The comparison of this evaluation's visits, made once."""
+        step = ledger.controls.latest_step
+        if self._visits is None or self._measured_at != step:
+            if self.unit is not None:
+                ledger.losses.unit = self.unit
+            record = ledger.get(Ledger.families)
+            if record is not None:  # near-duplicates are no naive first visits
+                ledger.losses.write("family", torch.arange(len(ledger.losses)), record.numbers(len(ledger.losses)))
+            self._visits = measure_visits(ledger.losses, ledger.controls, self.flags, self.rule)
+            self._measured_at = step
+        return self._visits
+
     def _evaluate(self, trainer: Trainer) -> bool:
         """Evaluates all samples if the controls were measured since the last evaluation; whether they were."""
         ledger = Ledger.of(trainer)
-        evaluated = self.flags.evaluations[-1].step if self.flags.evaluations else -1
-        if ledger.controls.latest_step <= evaluated:
+        if not self._is_due(ledger):
             return False
+        evaluated = self.flags.evaluations[-1].step if self.flags.evaluations else -1
+        visits, look = self._measure(ledger), ledger.get(Ledger.look)
         with interrupts_deferred():
-            evaluation = evaluate(
-                ledger.losses, ledger.controls, self.flags, self.rule, self.consecutive, trainer.current_epoch
-            )
+            evaluation = judge(visits, self.flags, self.rule, self.consecutive, trainer.current_epoch, look)
             self._judge_families(ledger, evaluated)
             self.flags.evaluations.append(evaluation)
+        self._visits = None
         self._report_power(len(ledger.losses), evaluation.controls)
         memorized = self.flags.memorized
         ledger.onset = self.onset = estimate_onset(
@@ -125,19 +169,18 @@ class MemorizationDetector(Callback):
         return True
 
     def _judge_families(self, ledger: Ledger, since: int) -> None:
-        """Writes the family of each text to the table, and judges the families; nothing where none are looked for.
+        """Judges the families; nothing where none are looked for.
 
         ``since``: step of the evaluation before.
         """
         record, table = ledger.get(Ledger.families), ledger.losses
         if record is None:
             return
-        family = record.numbers(len(table))
-        table.write("family", torch.arange(len(table)), family)
+        family = table.family
         self.flags.families = judge_families(
             table,
             ledger.controls,
-            family,
+            family.long(),
             record.features,
             self.flags.families or FamilyVerdicts.none(),
             self.rule,

@@ -1,14 +1,21 @@
-"""One evaluation of the whole run: from the loss table and the control table to a verdict on every sample."""
+"""One evaluation of the whole run: from the loss table and the control table to a verdict on every sample.
+
+It has two stages. All samples visited since the evaluation before are compared with the controls by the loss of their
+last visit. Then some are looked at again, in the mode and at the step of the controls, and a verdict ``memorized``
+rests on that; only where nothing can be fetched again it rests on the visits.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_memsink._chunks import in_blocks
+from lightning_memsink.detection.control_pool import held_out_controls, in_unit, pooled_controls
+from lightning_memsink.detection.evaluation_summary import Judged, summarize
 from lightning_memsink.detection.matched_controls import (
     Controls,
     DetectionRule,
@@ -16,20 +23,40 @@ from lightning_memsink.detection.matched_controls import (
     SampleFeatures,
     measure_gaps,
 )
-from lightning_memsink.detection.statistics import finite_mean, robust_sd
+from lightning_memsink.detection.statistics import benjamini_hochberg, null_share
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
+ALPHA_PER_LOOK = 0.5
+"""Share of the false-discovery rate that one evaluation may spend. A run has many, and a sample may be flagged by any
+of them; the controls' highest scores so far, which samples are compared with, answer for most of that."""
+
+
+class SecondLook(NamedTuple):
+    """Losses of some samples, measured again in the mode, the weights and at the step of the controls."""
+
+    rows: Tensor
+    """``[V]`` int64, of the loss table; distinct."""
+    losses: Tensor
+    """``[V]``, NaN where there is none."""
+    is_random: Tensor
+    """Bool ``[V]``: drawn from all samples, whatever their losses."""
+
 
 @dataclass(frozen=True)
-class _Cohort:
-    """The tables of a run and the samples that one evaluation measures."""
+class Visits:
+    """The comparison of an evaluation's samples by their last visits."""
 
     table: LossTable
     controls: ControlTable
+    pool: Controls
     rows: Tensor
     """``[N]`` rows of ``table``: samples visited since the evaluation before, after a training step on them."""
+    measurement: Measurement | None
+    """None without samples, or with too few controls, or where their losses are equal."""
+    refusal: Verdict | None
+    """The verdict on all of them in that case; None without samples."""
 
     @property
     def losses(self) -> Tensor:
@@ -37,13 +64,19 @@ class _Cohort:
         return self.table.last_loss[self.rows]
 
     @property
-    def usable_controls(self) -> int:
-        """Controls with finite losses at both of the last two evaluations."""
-        return int((torch.isfinite(self.controls.latest) & torch.isfinite(self.controls.previous)).sum())
+    def population(self) -> int:
+        """Samples that were trained on."""
+        return int((self.table.exposures > 0).sum())
 
 
 def evaluate(
-    table: LossTable, controls: ControlTable, flags: Flags, rule: DetectionRule, consecutive: int, epoch: int
+    table: LossTable,
+    controls: ControlTable,
+    flags: Flags,
+    rule: DetectionRule,
+    consecutive: int,
+    epoch: int,
+    look: SecondLook | None = None,
 ) -> Evaluation:
     """Measures every sample visited since the evaluation before and updates ``flags`` in place.
 
@@ -56,94 +89,178 @@ def evaluate(
         controls: the same of held-out samples.
         flags: the verdicts so far.
         rule: when a gap is flagged.
-        consecutive: evaluations in a row that must flag a sample before it is memorized.
+        consecutive: measurements in a row that must flag a sample before it is memorized.
         epoch: recorded in the result.
+        look: losses of a second look, on which verdicts rest then.
     """
+    return judge(measure_visits(table, controls, flags, rule), flags, rule, consecutive, epoch, look)
+
+
+def measure_visits(table: LossTable, controls: ControlTable, flags: Flags, rule: DetectionRule) -> Visits:
+    """The first stage: compares the samples visited since the evaluation before with all controls."""
     flags.grow(len(table))
     previous = flags.evaluations[-1].step if flags.evaluations else -1
     visited = torch.isfinite(table.last_loss) & (table.last_step > table.first_step)
-    flags.verdict[(table.exposures > 1) & ~torch.isfinite(table.last_loss)] = Verdict.NO_LOSS
-    cohort = _Cohort(table, controls, (visited & (table.last_step >= previous)).nonzero().flatten())
+    rows = (visited & (table.last_step >= previous)).nonzero().flatten()
+    pool = pooled_controls(table, controls, rule, table.unit).finite()
+    refusal = None
+    if len(pool) < rule.controls_needed:
+        refusal = Verdict.TOO_FEW_CONTROLS
+    elif _are_equal(pool.after):
+        refusal = Verdict.EQUAL_CONTROLS
     measurement = None
-    if cohort.usable_controls < rule.controls_needed:
-        flags.verdict[cohort.rows] = Verdict.TOO_FEW_CONTROLS
-    elif len(cohort.rows):
-        samples = samples_of(table, controls, cohort.rows)
-        measurement = measure_gaps(samples, known_controls(controls), rule)
-        _update_flags(flags, cohort, measurement, consecutive)
-    return _summarize(cohort, flags, measurement, epoch, rule.alpha)
+    if refusal is None and len(rows):
+        measurement = measure_gaps(samples_of(table, controls, rows), pool, rule, table.unit)
+    return Visits(table, controls, pool, rows, measurement, refusal)
 
 
-def known_controls(table: ControlTable) -> Controls:
-    """The controls of a table, as `measure_gaps` takes them."""
-    early = table.standardize(table.snapshots, torch.tensor(table.snapshot_steps)[:, None])
-    return Controls(table.previous, table.latest, table.features, early)
+def judge(
+    visits: Visits,
+    flags: Flags,
+    rule: DetectionRule,
+    consecutive: int,
+    epoch: int,
+    look: SecondLook | None = None,
+) -> Evaluation:
+    """The second stage: verdicts by a second look, or by the visits if there was none."""
+    table, rows, population = visits.table, visits.rows, max(1, visits.population)
+    flags.verdict[(table.exposures > 1) & ~torch.isfinite(table.last_loss)] = Verdict.NO_LOSS
+    looked, is_random, losses = _looked(visits, look)
+    final = None
+    if visits.refusal is not None:
+        flags.verdict[rows] = visits.refusal
+    elif look is None:
+        final = visits.measurement
+    elif len(looked):
+        samples = samples_of(table, visits.controls, looked)
+        samples = SampleFeatures(losses, torch.ones_like(losses), samples.features, samples.early, samples.snapshot)
+        final = measure_gaps(samples, visits.pool, rule, table.unit)
+    share = 1.0
+    if final is not None:
+        share = null_share(torch.where(final.matched, final.p, 1.0)[is_random])
+    level = min(1.0, ALPHA_PER_LOOK * rule.alpha / share)
+    step = visits.controls.latest_step
+    if visits.measurement is not None:
+        measured = visits.measurement
+        flags.gap[rows], flags.p[rows] = measured.gap.clamp(-6e4, 6e4).half(), measured.p.bfloat16()
+        found = _discoveries(measured, level, population)
+        times = table.last_step[rows]
+        _update(flags, visits, rows, times, measured, found, consecutive if look is None else 1, look is None)
+    if final is not None and look is not None:
+        flags.gap[looked], flags.p[looked] = final.gap.clamp(-6e4, 6e4).half(), final.p.bfloat16()
+        found = _discoveries(final, level, population)
+        _update(flags, visits, looked, torch.full_like(looked, step).int(), final, found, consecutive, True)
+        flags.looked_step[looked] = step
+    reference = final or visits.measurement
+    if reference is not None:
+        _note_scores(visits, reference)
+        flags.null_gaps = reference.null
+    by_look = look is not None and final is not None
+    judged = Judged(
+        reference,
+        looked if by_look else rows,
+        is_random if by_look else torch.ones_like(rows).bool(),
+        by_look,
+        share,
+        level,
+    )
+    return summarize(visits, flags, judged, epoch, rule)
+
+
+def known_controls(table: ControlTable, unit: str = "nats") -> Controls:
+    """The held-out samples of a table, as `measure_gaps` takes them."""
+    return held_out_controls(table, unit)
 
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
-    """Losses and features of the samples in ``rows`` ``[N]``, to be measured against `known_controls`."""
-    count = len(rows)
+    """Losses and features of the samples in ``rows`` ``[N]``, to be measured against the controls."""
+    count, has_early = len(rows), not table.features.shape[1] and bool(controls.snapshot_steps)
     samples = SampleFeatures(
-        losses=table.last_loss[rows],
+        losses=in_unit(table.last_loss[rows], table.unit),
         weight=torch.empty(count),
         features=torch.empty(count, table.features.shape[1]),
-        early=torch.empty(count),
-        snapshot=torch.empty(count, dtype=torch.int64),
+        early=torch.empty(count) if has_early else None,
+        snapshot=torch.empty(count, dtype=torch.int64) if has_early else None,
     )
 
     def fill(part: slice) -> None:
         some = rows[part]
-        steps = table.early_step[some]
         samples.weight[part] = controls.weight_at(table.last_step[some])
         samples.features[part] = table.features[some].float()
-        samples.early[part] = controls.standardize(table.early_loss[some].float(), steps)
-        samples.snapshot[part] = controls.snapshot_of(steps)
+        if samples.early is not None and samples.snapshot is not None:
+            steps = table.early_step[some]
+            samples.early[part] = controls.standardize(table.early_loss[some].float(), steps)
+            samples.snapshot[part] = controls.snapshot_of(steps)
 
     in_blocks(count, fill, 1 << 16)
     return samples
 
 
-def _update_flags(flags: Flags, cohort: _Cohort, measurement: Measurement, consecutive: int) -> None:
-    """Writes gaps, p-values, verdicts, streaks and onsets of the measured samples to ``flags``."""
-    table, rows, latest = cohort.table, cohort.rows, cohort.controls.latest
-    flags.gap[rows], flags.p[rows] = measurement.gap.clamp(-6e4, 6e4).half(), measurement.p.bfloat16()
-    flags.null_gaps = measurement.null
-    streak = torch.where(measurement.flagged, flags.streak[rows].int() + 1, 0).clamp(max=255)
+def _looked(visits: Visits, look: SecondLook | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that a second look measured, whether each was drawn at random, and its loss in the unit of comparison.
+
+    Without a look: the samples of the visits, all taken for drawn at random.
+    """
+    if look is None:
+        return visits.rows, torch.ones(len(visits.rows), dtype=torch.bool), visits.losses
+    known = torch.isfinite(look.losses)
+    losses = in_unit(look.losses[known].float(), visits.table.unit)
+    return look.rows[known], look.is_random[known], losses
+
+
+def _discoveries(measured: Measurement, level: float, population: int) -> Tensor:
+    """Bool ``[N]``: significant among all samples of the run; those that were not measured have p = 1."""
+    return benjamini_hochberg(torch.where(measured.matched, measured.p, 1.0), level, population) & measured.matched
+
+
+def _update(
+    flags: Flags,
+    visits: Visits,
+    rows: Tensor,
+    times: Tensor,
+    measured: Measurement,
+    found: Tensor,
+    consecutive: int,
+    is_final: bool,
+) -> None:
+    """Writes verdicts, streaks and onsets of the measured samples to ``flags``.
+
+    What only nominates (``is_final`` is False) flags a sample once, at most, and withdraws no verdict.
+    """
+    table, known = visits.table, flags.streak[rows].int()
+    streak = torch.where(found, known + 1, 0).clamp(max=255)
+    if not is_final:
+        streak = torch.where(found, known.clamp(min=1), torch.where(known > 1, known, 0))
     was_memorized = flags.verdict[rows] == Verdict.MEMORIZED
-    median = latest[torch.isfinite(latest)].median()
-    verdict = torch.where(cohort.losses <= median, int(Verdict.LEARNED), int(Verdict.HARD))
-    verdict[measurement.flagged] = Verdict.WAITING
-    verdict[streak >= consecutive] = Verdict.MEMORIZED
-    verdict[~measurement.matched] = Verdict.NO_MATCHED_CONTROLS
+    typical = in_unit(table.last_loss[rows], table.unit) <= visits.pool.after.median()
+    verdict = torch.where(typical, int(Verdict.LEARNED), int(Verdict.HARD))
+    verdict[measured.beyond & ~found] = Verdict.BELOW_FLOOR
+    verdict[streak > 0] = Verdict.WAITING
+    verdict[(streak >= consecutive) if is_final else was_memorized & (streak > 0)] = Verdict.MEMORIZED
+    verdict[~measured.matched] = Verdict.NO_MATCHED_CONTROLS
     flags.verdict[rows] = verdict.to(torch.uint8)
     # Onset is the first flag of the streak that led to a verdict: written at the first, withdrawn if none follows.
-    begins = rows[(streak == 1) & (flags.onset_step[rows] < 0)]
-    flags.onset_step[begins] = table.last_step[begins]
-    flags.onset_exposures[begins] = table.exposures[begins].clamp(max=32767).short()
-    withdrawn = rows[(streak == 0) & ~was_memorized & (flags.streak[rows] < consecutive) & (flags.streak[rows] > 0)]
+    begins = (streak > 0) & (flags.onset_step[rows] < 0)
+    flags.onset_step[rows[begins]] = times[begins]
+    flags.onset_exposures[rows[begins]] = table.exposures[rows[begins]].clamp(max=32767).short()
+    withdrawn = rows[(streak == 0) & ~was_memorized & (known > 0)]
     flags.onset_step[withdrawn] = flags.onset_exposures[withdrawn] = -1
+    clear = (streak == 0) & (flags.onset_step[rows] < 0)
+    flags.onset_after[rows[clear]] = times[clear]
     flags.streak[rows] = streak.to(torch.uint8)
 
 
-def _summarize(cohort: _Cohort, flags: Flags, measurement: Measurement | None, epoch: int, alpha: float) -> Evaluation:
-    null = torch.full((2,), torch.nan) if measurement is None else measurement.null
-    band = null.nanquantile(torch.tensor([0.025, 0.975]))
-    usable = cohort.usable_controls
-    return Evaluation(
-        step=cohort.controls.latest_step,
-        epoch=epoch,
-        controls=usable,
-        tested=len(cohort.rows),
-        counts=flags.counts(),
-        train_loss=finite_mean(cohort.losses),
-        control_loss=finite_mean(cohort.controls.latest),
-        gap=math.nan if measurement is None else finite_mean(measurement.gap[measurement.matched]),
-        gap_memorized=finite_mean(flags.gap[flags.memorized].float()),
-        null_low=float(band[0]),
-        null_high=float(band[1]),
-        null_sd=math.nan if measurement is None else robust_sd(null),
-        threshold=math.nan if measurement is None else measurement.threshold,
-        p_floor=1 / (usable + 1),
-        alpha=alpha,
-        tail="none" if measurement is None else measurement.tail,
-    )
+def _note_scores(visits: Visits, measured: Measurement) -> None:
+    """Keeps the highest score of each held-out control for later evaluations."""
+    controls = visits.controls
+    used = torch.isfinite(controls.latest) & torch.isfinite(controls.previous)
+    held_out = int((~visits.pool.from_training).sum())
+    if held_out == int(used.sum()):
+        highest = controls.highest.clone()
+        highest[used] = torch.maximum(highest[used], measured.null_score[:held_out])
+        controls.highest = highest
+
+
+def _are_equal(losses: Tensor) -> bool:
+    """Whether all losses are the same, up to rounding."""
+    return float(losses.max() - losses.min()) <= 1e-6 * max(1.0, float(losses.abs().max()))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.evaluate import known_controls, samples_of
+from lightning_memsink.detection.control_pool import pooled_controls
+from lightning_memsink.detection.evaluate import samples_of
 from lightning_memsink.detection.matched_controls import DetectionRule, Measurement, measure_gaps
 from lightning_memsink.detection.statistics import benjamini_hochberg
 from lightning_memsink.samples.control_table import ControlTable
@@ -106,8 +107,8 @@ def judge_families(
         since: step of the evaluation before.
     """
     found = _carried(before, FamilyVerdicts.of(family, table.exposures), family)
-    usable = int((torch.isfinite(controls.latest) & torch.isfinite(controls.previous)).sum())
-    if usable < rule.controls_needed or not len(found):
+    pool = pooled_controls(table, controls, rule, table.unit).finite()
+    if len(pool) < rule.controls_needed or not len(found):
         return found
     number = torch.full((len(family),), -1)
     number[found.family] = torch.arange(len(found))
@@ -129,7 +130,7 @@ def judge_families(
     early = samples_of(table, controls, first[groups])
     samples = samples_of(table, controls, rows)
     samples = replace(samples, features=features, early=early.early, snapshot=early.snapshot)
-    measurement = measure_gaps(samples, known_controls(controls), rule)
+    measurement = measure_gaps(samples, pool, rule, table.unit)
     return _updated(found, measurement, groups, table.elements[rows].float(), rule, consecutive, controls.latest_step)
 
 
@@ -166,7 +167,7 @@ def _updated(
     texts, gap, p = family_gaps(measurement, groups, elements, len(found))
     due = texts > 0
     flagged = torch.zeros_like(due)
-    flagged[due] = benjamini_hochberg(p[due], rule.alpha) & (gap[due] >= measurement.threshold)
+    flagged[due] = benjamini_hochberg(p[due], rule.alpha)
     streak = torch.where(due, torch.where(flagged, found.streak + 1, 0), found.streak)
     onset = torch.where(flagged & (found.streak == 0), step, found.onset_step)
     return replace(

@@ -11,33 +11,34 @@ Losses and gaps are in nats (per token for token losses). Nothing here imports L
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-from lightning_memsink._chunks import map_in_threads
-from lightning_memsink.detection.kd_partition import BoxPrunedSearch, partition
-from lightning_memsink.detection.knn import NearestRows, nearest
-from lightning_memsink.detection.ridge import Ridge
-from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p, normal_tail_p, robust_sd
+from lightning_memsink.detection.expected_losses import ExpectedLosses
+from lightning_memsink.detection.feature_units import farthest, in_units, standard_units
+from lightning_memsink.detection.knn import nearest
+from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p
 
-SCALE_NEIGHBOURS = 4
-"""Times k: the nearest controls over which the usual size of a gap is averaged."""
+MAX_REFERENCE = 4096
+"""Controls among which neighbours are searched for. More would make the search slow, and hardly nearer."""
+EFFECT = {"nats": 0.3, "ratio": math.log(2)}
+"""Smallest gap that counts, by unit: .3 nats; half the loss of the controls."""
 
 
 @dataclass(frozen=True)
 class DetectionRule:
-    """When a gap is flagged.
+    """When a sample counts as memorized.
 
     Attributes:
         alpha: false-discovery rate over samples (Benjamini & Hochberg 1995).
         k: number of matched controls that a sample is compared with.
         method: ``knn``: the mean loss of the k nearest controls. ``ridge``: a regression on the same features.
-        min_gap: smallest gap, in nats, that is flagged.
-        null_sds: the same in standard deviations of the controls' own gaps; the larger of the two applies.
+        min_gap: smallest gap that counts: the null hypothesis is a gap of at most this. None: `EFFECT` of the unit.
         reach: a sample is unmatched if it is farther from its controls than ``reach`` times the distance within which
             99 % of the controls have their own k nearest other controls.
     """
@@ -45,8 +46,7 @@ class DetectionRule:
     alpha: float = 0.05
     k: int = 8
     method: Literal["knn", "ridge"] = "knn"
-    min_gap: float = 1.0
-    null_sds: float = 4.0
+    min_gap: float | None = None
     reach: float = 2.0
 
     def __post_init__(self) -> None:
@@ -56,11 +56,17 @@ class DetectionRule:
             raise ValueError(f"k is a number of controls, at least 1, but it is {self.k}.")
         if self.method not in ("knn", "ridge"):
             raise ValueError(f"method is 'knn' or 'ridge', but it is {self.method!r}.")
+        if self.min_gap is not None and not self.min_gap >= 0:
+            raise ValueError(f"min_gap is a number of nats, at least 0, but it is {self.min_gap}.")
 
     @property
     def controls_needed(self) -> int:
         """Fewest controls that support a verdict: k neighbours, and enough others for a null distribution."""
         return max(2 * self.k, 16)
+
+    def effect(self, unit: str = "nats") -> float:
+        """Smallest gap that counts, in this unit."""
+        return EFFECT[unit] if self.min_gap is None else self.min_gap
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,21 @@ class SampleFeatures:
     """``[N]`` in 0…1: where between the last two evaluations of the controls that visit lies (1: at the later)."""
     features: Tensor
     """``[N, F]`` difficulty, computed without the model; NaN for unknown, which is matched as average."""
-    early: Tensor
+    early: Tensor | None = None
     """``[N]`` loss at an early visit, in standard deviations from the controls' mean at that time; NaN for unknown."""
-    snapshot: Tensor
+    snapshot: Tensor | None = None
     """``[N]`` int64: the row of ``Controls.early`` nearest to that visit."""
+
+    def only(self, rows: Tensor) -> SampleFeatures:
+        """The samples in ``rows``, a mask or positions."""
+        early = None if self.early is None else self.early[rows]
+        snapshot = None if self.snapshot is None else self.snapshot[rows]
+        return SampleFeatures(self.losses[rows], self.weight[rows], self.features[rows], early, snapshot)
 
 
 @dataclass(frozen=True)
 class Controls:
-    """Losses and matching features of ``M`` held-out samples."""
+    """Losses and matching features of ``M`` controls: samples that the model was not trained on yet."""
 
     before: Tensor
     """``[M]`` losses at the evaluation before the measured visits."""
@@ -89,16 +101,36 @@ class Controls:
     """``[M]`` losses at the evaluation after them; the same as ``before`` if there was only one evaluation."""
     features: Tensor
     """``[M, F]``"""
-    early: Tensor
-    """``[E, M]`` losses at early evaluations, standardized like ``SampleFeatures.early``."""
+    early: Tensor | None = None
+    """``[E, M]`` losses at early evaluations, standardized like ``SampleFeatures.early``; None: not matched on."""
+    highest: Tensor | None = None
+    """``[M]`` the highest score of each control at earlier evaluations, -inf without. A sample that is to be flagged at
+    any of many evaluations is compared with what the controls reached at any of them."""
+    is_first_visit: Tensor | None = None
+    """Bool ``[M]``: the control is a training sample, before it was trained on; None: all are held-out samples."""
+
+    def __len__(self) -> int:
+        return len(self.after)
+
+    @property
+    def from_training(self) -> Tensor:
+        """Bool ``[M]``: `is_first_visit`."""
+        return torch.zeros(len(self), dtype=torch.bool) if self.is_first_visit is None else self.is_first_visit
 
     def finite(self) -> Controls:
         """Only the controls with finite losses at both evaluations."""
         return self.only(torch.isfinite(self.before) & torch.isfinite(self.after))
 
     def only(self, keep: Tensor) -> Controls:
-        """The controls in ``keep``, bool ``[M]``."""
-        return Controls(self.before[keep], self.after[keep], self.features[keep], self.early[:, keep])
+        """The controls in ``keep``, bool ``[M]`` or positions."""
+        return Controls(
+            self.before[keep],
+            self.after[keep],
+            self.features[keep],
+            None if self.early is None else self.early[:, keep],
+            None if self.highest is None else self.highest[keep],
+            None if self.is_first_visit is None else self.is_first_visit[keep],
+        )
 
 
 @dataclass(frozen=True)
@@ -108,17 +140,30 @@ class Measurement:
     gap: Tensor
     """``[N]`` expected loss from matched controls minus own loss; positive: lower loss than the controls."""
     p: Tensor
-    """``[N]`` conformal (or fitted-tail) p-value of the gap, in (0, 1]."""
+    """``[N]`` conformal p-value, in (0, 1], of the hypothesis that the gap is at most the effect that counts."""
     matched: Tensor
     """Bool ``[N]``: near enough to controls for a verdict."""
+    beyond: Tensor
+    """Bool ``[N]``: its score is higher than that of every control."""
     flagged: Tensor
-    """Bool ``[N]``: significant at the false-discovery rate, and large enough."""
+    """Bool ``[N]``: significant at the false-discovery rate among the matched samples."""
+    scale: Tensor
+    """``[N]`` usual size of gaps there; a score is a gap in this unit."""
+    by_chance: Tensor
+    """``[N]`` share of the controls nearby whose own gap is above the effect that counts."""
+    first_visits: Tensor
+    """``[N]`` share of the matched controls that are first visits of training samples."""
     null: Tensor
     """``[M]`` gap of each control against the other controls (matched at the snapshot of most samples)."""
+    null_scale: Tensor
+    """``[M]`` usual size of gaps near each control."""
     threshold: float
-    """Smallest gap that is flagged."""
-    tail: str
-    """How p-values were computed: ``conformal`` or ``normal``."""
+    """The effect that counts: a gap of at most this is the null hypothesis."""
+
+    @property
+    def null_score(self) -> Tensor:
+        """``[M]`` scores of the controls at this evaluation."""
+        return self.null / self.null_scale
 
     @property
     def p_floor(self) -> float:
@@ -126,117 +171,75 @@ class Measurement:
         return 1 / (len(self.null) + 1)
 
 
-def measure_gaps(samples: SampleFeatures, controls: Controls, rule: DetectionRule) -> Measurement:
-    """Gap, p-value and flag of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
+def measure_gaps(samples: SampleFeatures, controls: Controls, rule: DetectionRule, unit: str = "nats") -> Measurement:
+    """Gap and p-value of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
 
-    A sample is compared with its controls at two times: at an early visit, to find controls that were as difficult,
-    and at its last visit. At least ``rule.controls_needed`` controls must have finite losses.
+    The effect is part of the hypothesis: the score that is ranked among those of the controls is that of the gap less
+    the effect. At least ``rule.controls_needed`` controls must have finite losses.
     """
-    controls = controls.finite()
+    controls, effect = controls.finite(), rule.effect(unit)
     count = len(samples.losses)
-    gap, score, p = torch.zeros(count), torch.zeros(count), torch.ones(count)
-    matched, beyond = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+    gap, scale, by_chance, first = torch.zeros(4, count).unbind()
+    p, matched, beyond = torch.ones(count), torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     units = standard_units(controls.features)
-    static = in_units(controls.features, units)
+    kept = _reference_rows(controls)
+    reference = controls.only(kept)
+    static = in_units(reference.features, units)
     limit = float(farthest(static, rule.k, rule.reach))
     nulls = []
-    for snapshot in torch.bincount(samples.snapshot).nonzero().flatten().tolist():
-        group = (samples.snapshot == snapshot).nonzero().flatten()
-        expectation = _Expectation(controls, snapshot, units, rule)
-        for rows, gaps, scores, distances in expectation.compare(samples, group):
-            gap[rows], score[rows] = gaps, scores
+    for snapshot, group in _by_snapshot(samples, controls):
+        expectation = ExpectedLosses(reference, snapshot, units, rule, effect)
+        for part in expectation.compare(samples, group):
+            rows = part.rows
+            gap[rows], scale[rows], by_chance[rows], first[rows] = part.gap, part.scale, part.by_chance, part.first
             # The early loss has no influence on who is matched: memorization that began before that visit changes it,
             # and would leave a sample without controls. But a sample that is near with it is nearer without it.
-            matched[rows] = distances < 0.99 * limit
-        p[group] = conformal_p(score[group], expectation.null_score)
-        beyond[group] = score[group] > expectation.null_score.max()
-        nulls.append((len(group), expectation.null, expectation.null_score))
+            matched[rows] = part.distance < 0.99 * limit
+        null, null_scale = _null(controls, kept, snapshot, expectation)
+        score, null_score = (gap[group] - effect) / scale[group], null / null_scale
+        highest = null_score if controls.highest is None else torch.maximum(null_score, controls.highest)
+        p[group], beyond[group] = conformal_p(score, highest), score > highest.max()
+        nulls.append((len(group), null, null_scale))
     far = (~matched).nonzero().flatten()
     matched[far] = nearest(in_units(samples.features[far], units), static, rule.k)[1] <= limit
-    _, null, null_score = max(nulls, key=lambda entry: entry[0])
-    threshold = max(rule.min_gap, rule.null_sds * robust_sd(null))
-    tail, flagged = "conformal", torch.zeros_like(matched)
+    _, null, null_scale = max(nulls, key=lambda entry: entry[0])
+    flagged = torch.zeros_like(matched)
     flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
-    if (matched & beyond & (gap >= threshold)).any() and not flagged[beyond].any():
-        # Scores exceed those of every control, but the p-value floor 1/(M+1) permits no flag: fit a tail instead.
-        p, tail = torch.where(beyond, normal_tail_p(score, null_score), p), "normal"
-        flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
-    return Measurement(gap, p, matched, flagged & (gap >= threshold), null, threshold, tail)
+    return Measurement(gap, p, matched, beyond, flagged, scale, by_chance, first, null, null_scale, effect)
 
 
-class _Expectation:
-    """The loss to expect of a sample from controls that were as difficult at one early evaluation, ``snapshot``.
-
-    Losses of some texts are harder to predict than others, so a score is a gap relative to the usual size of gaps
-    among the controls nearby. ``null`` and ``null_score`` ``[M]``: gap and score of each control against the others.
-    """
-
-    def __init__(self, controls: Controls, snapshot: int, units: tuple[Tensor, Tensor], rule: DetectionRule) -> None:
-        self.units, self.rule = units, rule
-        static = in_units(controls.features, units)
-        points = torch.cat([static, controls.early[snapshot, :, None].nan_to_num()], 1)
-        others, _ = nearest(points, points, SCALE_NEIGHBOURS * rule.k, leave_one_out=True)
-        self.search = NearestRows(points, SCALE_NEIGHBOURS * rule.k)
-        self.ridge = Ridge(points, controls.before, controls.after) if rule.method == "ridge" else None
-        mean_of_others = controls.after[others[:, : rule.k]].mean(1)
-        self.null = (mean_of_others if self.ridge is None else self.ridge.expected_of_controls) - controls.after
-        self.losses, self.null_size = torch.stack([controls.before, controls.after], 1), self.null.abs()
-        self.mean_null_size = self.null_size.mean()
-        self.null_score = self.null / (self.null_size[others].mean(1) + self.mean_null_size)
-
-    def compare(self, samples: SampleFeatures, group: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Rows, gaps, scores and mean distances to the k matched controls, of parts of the rows in ``group``."""
-
-        def points_of(rows: Tensor) -> Tensor:
-            static = in_units(samples.features[rows], self.units)
-            return torch.cat([static, samples.early[rows, None].nan_to_num()], 1)
-
-        def compare_part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            points = points_of(rows)
-            index, squared = search.query(points)
-            matched = index[:, : self.rule.k]
-            if self.ridge is None:
-                before, after = embedding_bag(matched, self.losses, mode="mean").T
-            else:
-                before, after = self.ridge.predict(points)
-            gaps = torch.lerp(before, after, samples.weight[rows]) - samples.losses[rows]
-            usual_size = embedding_bag(index, self.null_size[:, None], mode="mean")[:, 0]
-            scores = gaps / (usual_size + self.mean_null_size)
-            return rows, gaps, scores, squared[:, : self.rule.k].sqrt().mean(1)
-
-        parts = partition(group, points_of)
-        search = BoxPrunedSearch(self.search) if len(parts) > 1 else self.search  # few points have a large box
-        return map_in_threads(compare_part, parts)
+def _by_snapshot(samples: SampleFeatures, controls: Controls) -> Iterator[tuple[int | None, Tensor]]:
+    """Rows of the samples that are matched at each early evaluation; all at once where none is matched on."""
+    if controls.early is None or samples.snapshot is None:
+        yield None, torch.arange(len(samples.losses))
+        return
+    for snapshot in torch.bincount(samples.snapshot, minlength=1).nonzero().flatten().tolist() or [0]:
+        yield snapshot, (samples.snapshot == snapshot).nonzero().flatten()
 
 
-def farthest(controls: Tensor, k: int, reach: float) -> Tensor:
-    """The mean distance to its k nearest controls up to which a sample is matched; see ``DetectionRule.reach``.
-
-    ``controls`` ``[M, F]``: their standardized features.
-    """
-    return reach * nearest(controls, controls, k, leave_one_out=True)[1].quantile(0.99).clamp(min=1e-6)
-
-
-def standardize(features: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
-    """Features ``[N, F]`` and ``[M, F]`` in standard deviations of the controls from their mean; unknown ones are 0."""
-    units = standard_units(controls)
-    return in_units(features, units), in_units(controls, units)
+def _reference_rows(controls: Controls) -> Tensor:
+    """At most `MAX_REFERENCE` of the controls, among which the neighbours are searched for; held-out ones first, since
+    these may be of kinds that first visits are not of, up to half of the places where there are both."""
+    if len(controls) <= MAX_REFERENCE:
+        return torch.arange(len(controls))
+    held_out, first = ((controls.from_training == which).nonzero().flatten() for which in (False, True))
+    places = max(MAX_REFERENCE // 2, MAX_REFERENCE - len(first))
+    held_out = _evenly(held_out, places)
+    return torch.cat([held_out, _evenly(first, MAX_REFERENCE - len(held_out))])
 
 
-def in_units(features: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
-    """Features ``[N, F]`` in the `standard_units` of controls; unknown ones are 0, the mean."""
-    mean, scale = units
-    return torch.nan_to_num((features - mean) * scale)
+def _evenly(rows: Tensor, most: int) -> Tensor:
+    return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
 
 
-def standard_units(controls: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal of the standard deviation ``[F]`` of the controls' features ``[M, F]``.
-
-    Both are 0 for a feature that is constant or never finite.
-    """
-    known = torch.where(torch.isfinite(controls), controls, torch.nan)
-    mean = known.nanmean(0)
-    deviation = (known - mean).square().nanmean(0).sqrt()
-    usable = torch.isfinite(mean) & (deviation > 1e-9)
-    scale = torch.where(usable, 1 / deviation.clamp(min=1e-9), 0.0)
-    return torch.where(usable, mean, 0.0), scale
+def _null(controls: Controls, kept: Tensor, snapshot: int | None, expectation: ExpectedLosses) -> tuple[Tensor, Tensor]:
+    """``[M]`` gap of each control and usual size of gaps near it, those ``kept`` as reference against the others."""
+    if len(kept) == len(controls):
+        return expectation.null, expectation.null_scale
+    early = None if controls.early is None or snapshot is None else controls.early[snapshot]
+    samples = SampleFeatures(controls.after, torch.ones(len(controls)), controls.features, early)
+    gap, scale = torch.empty(len(controls)), torch.empty(len(controls))
+    for part in expectation.compare(samples, torch.arange(len(controls))):
+        gap[part.rows], scale[part.rows] = part.gap, part.scale
+    gap[kept], scale[kept] = expectation.null, expectation.null_scale
+    return gap, scale

@@ -29,16 +29,6 @@ def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
     return (1 + at_least.float()) / (len(null) + 1)
 
 
-def normal_tail_p(scores: Tensor, null: Tensor) -> Tensor:
-    """``[N]`` upper-tail p-values under a normal distribution fitted to ``null`` ``[M]``.
-
-    This is an assumption, unlike `conformal_p`: report it wherever such a p-value is used.
-    """
-    z = (scores - null.mean()) / null.std().clamp(min=1e-6)  # not the robust sd: a wider null flags fewer samples
-    tail: Tensor = torch.special.erfc(z.double() / math.sqrt(2)) / 2
-    return tail.clamp(min=1e-38).to(scores.dtype)
-
-
 def robust_sd(values: Tensor) -> float:
     """Standard deviation without outliers: 1.4826 times the median absolute deviation (Hampel 1974).
 
@@ -54,8 +44,24 @@ def finite_mean(values: Tensor) -> float:
     return float(finite.mean()) if len(finite) else math.nan
 
 
-def benjamini_hochberg(p: Tensor, alpha: float) -> Tensor:
+def null_share(p: Tensor, beyond: float = 0.5) -> float:
+    """Estimated share, in 0…1, of null hypotheses among those with p-values ``[N]``; 1 without any.
+
+    Storey's estimate (2002, "A direct approach to false discovery rates"): p-values of null hypotheses lie above
+    ``beyond`` as often as chance has it. With one added to their number, dividing alpha by it keeps the false-discovery
+    rate of conformal p-values (Marandon, Lei, Mary & Roquain 2024, "Adaptive novelty detection with false discovery
+    rate guarantee").
+
+    >>> null_share(torch.tensor([0.001, 0.002, 0.6, 0.9]))
+    1.0
+    """
+    return min(1.0, float(1 + (p > beyond).sum()) / (len(p) * (1 - beyond))) if len(p) else 1.0
+
+
+def benjamini_hochberg(p: Tensor, alpha: float, hypotheses: int | None = None) -> Tensor:
     """Bool ``[N]``: rejected at false-discovery rate ``alpha`` (Benjamini & Hochberg 1995).
+
+    ``hypotheses``: how many there are, where those beyond ``p`` have p-values of 1; None: N.
 
     >>> benjamini_hochberg(torch.tensor([0.01, 0.02, 0.03, 0.9]), 0.05).tolist()
     [True, True, True, False]
@@ -63,7 +69,7 @@ def benjamini_hochberg(p: Tensor, alpha: float) -> Tensor:
     if not len(p):
         return torch.zeros(0, dtype=torch.bool)
     ranked = p[p <= 2 * alpha].double().sort().values  # no bound is larger than alpha
-    bound = alpha * torch.arange(1, len(ranked) + 1, dtype=torch.float64) / len(p)
+    bound = alpha * torch.arange(1, len(ranked) + 1, dtype=torch.float64) / max(len(p), hypotheses or 0)
     below = (ranked <= bound * (1 + 1e-6)).nonzero()  # p-values in single precision may equal the bound
     return p <= ranked[below[-1, 0]].to(p.dtype) if len(below) else torch.zeros_like(p, dtype=torch.bool)
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_memsink.detection.run_statement import RunStatement
+
 if TYPE_CHECKING:
     from lightning_memsink.detection.family_verdicts import FamilyVerdicts
-    from lightning_memsink.detection.run_statement import RunStatement
     from lightning_memsink.samples.loss_table import LossTable
 
 
@@ -193,7 +194,13 @@ class Flags:
             empty = torch.full((known,), unknown, dtype=getattr(self, name).dtype)
             setattr(self, name, state.get(name, empty).clone())  # older versions had fewer columns
         self.null_gaps = state["null_gaps"].clone()
-        self.evaluations = [Evaluation(**record) for record in state["evaluations"]]
+        self.evaluations = [
+            Evaluation(**record | {"statement": _statement(record.get("statement"))}) for record in state["evaluations"]
+        ]
+
+
+def _statement(record: Mapping[str, Any] | None) -> RunStatement | None:
+    return None if record is None else RunStatement.of(record)
 
 
 def verdicts_of(ids: Tensor, table: LossTable, flags: Flags) -> Tensor:

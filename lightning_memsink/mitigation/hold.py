@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.matched_controls import DetectionRule, farthest, in_units, standard_units
+from lightning_memsink.detection.feature_units import farthest, in_units, standard_units
+from lightning_memsink.detection.matched_controls import DetectionRule
 
 
 @dataclass(frozen=True)

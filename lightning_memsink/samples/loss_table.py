@@ -104,6 +104,10 @@ class LossTable:
         """The labels that the codes in ``source`` stand for. Its state is kept apart, too."""
         self.reference_step: int | None = None
         """Step from which a visit counts as early; None until the controls were evaluated once."""
+        self.unit = "nats"
+        """``nats`` where losses are likelihoods; ``ratio`` where they are a scale, such as squared errors."""
+        self.begins_with_training = True
+        """Whether first losses are of samples that the model was not trained on: no step was taken before the table."""
         sizes = {"recent": (0, depth), "features": (0, 0)}
         self.columns = {
             name: torch.zeros(sizes.get(name, (0,)), dtype=column.dtype)
@@ -240,7 +244,14 @@ class LossTable:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only, so that ``torch.load(weights_only=True)`` reads it back."""
         columns = {name: column[: len(self)].clone() for name, column in self.columns.items()}
-        return {"schema": SCHEMA, "ids": self.ids, "reference_step": self.reference_step, "columns": columns}
+        return {
+            "schema": SCHEMA,
+            "ids": self.ids,
+            "reference_step": self.reference_step,
+            "unit": self.unit,
+            "begins_with_training": self.begins_with_training,
+            "columns": columns,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a table. Raises ValueError for another schema, or columns that don't fit together."""
@@ -254,6 +265,8 @@ class LossTable:
             raise ValueError(f"The checkpoint's memsink ledger is damaged: {damage}. {REMEDY}")
         self.index = IdIndex.of(state["ids"])
         self.reference_step = state["reference_step"]
+        self.unit = state.get("unit", "nats")  # older versions knew no other
+        self.begins_with_training = state.get("begins_with_training", True)
         self.columns = {name: column.clone() for name, column in state["columns"].items()}
 
     def _damage(self, state: dict[str, Any]) -> str:

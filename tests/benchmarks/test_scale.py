@@ -9,7 +9,9 @@ import torch
 from benchmarks.scale import benchmark as scale
 from benchmarks.scale.runs import CONTROLS, STEPS, SizeCosts, StepCosts, filled, ids_of, record_controls, visit_all
 from lightning_memsink.detection.evaluate import evaluate, known_controls, samples_of
-from lightning_memsink.detection.matched_controls import SCALE_NEIGHBOURS, DetectionRule, farthest, standardize
+from lightning_memsink.detection.expected_losses import SCALE_NEIGHBOURS
+from lightning_memsink.detection.feature_units import farthest, standardize
+from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.samples.loss_table import LossTable
 

@@ -74,15 +74,17 @@ def test_padding_and_texts_without_a_run_are_no_part_of_the_counts():
     assert found[:, 2].tolist() == [0, 0, 0, 0]
 
 
+def measured(gap, p, matched):
+    """Nothing but these is read of a measurement."""
+    zeros = torch.zeros_like(gap)
+    return Measurement(gap, p, matched, zeros > 0, zeros > 0, zeros, zeros, zeros, zeros[:20], zeros[:20] + 1, 0.3)
+
+
 def test_merged_p_values_are_twice_the_mean_and_gaps_are_weighted_by_tokens():
-    measurement = Measurement(
-        gap=torch.tensor([1.0, 4.0, 2.0, 9.0, 5.0]),
-        p=torch.tensor([0.1, 0.3, 0.02, 0.9, 0.9]),
-        matched=torch.tensor([True, True, True, False, True]),
-        flagged=torch.zeros(5, dtype=torch.bool),
-        null=torch.zeros(20),
-        threshold=1.0,
-        tail="conformal",
+    measurement = measured(
+        torch.tensor([1.0, 4.0, 2.0, 9.0, 5.0]),
+        torch.tensor([0.1, 0.3, 0.02, 0.9, 0.9]),
+        torch.tensor([True, True, True, False, True]),
     )
     texts, gap, p = family_gaps(measurement, torch.tensor([0, 0, 1, 1, 2]), torch.tensor([10.0, 30, 5, 5, 5]), 4)
     assert texts.tolist() == [2, 1, 1, 0]
@@ -98,7 +100,7 @@ def test_a_merged_p_value_is_valid_however_its_parts_depend(dependence):
     own, common = (torch.randn(20_000, size, generator=generator) for size in (4, 1))
     p = normal.cdf(dependence**0.5 * common + (1 - dependence) ** 0.5 * own).flatten()
     zeros = torch.zeros_like(p)
-    measurement = Measurement(zeros, p, zeros == 0, zeros > 0, zeros[:20], 1.0, "conformal")
+    measurement = measured(zeros, p, zeros == 0)
     merged = family_gaps(measurement, torch.arange(20_000).repeat_interleave(4), zeros + 1, 20_000)[2]
     for level in (0.01, 0.05, 0.2):
         assert float((merged <= level).double().mean()) <= level + 3 * (level / 20_000) ** 0.5

@@ -8,16 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_memsink.detection.feature_units import farthest, standardize
 from lightning_memsink.detection.knn import nearest
-from lightning_memsink.detection.matched_controls import (
-    Controls,
-    DetectionRule,
-    SampleFeatures,
-    farthest,
-    measure_gaps,
-    standardize,
-)
-from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p, controls_for, normal_tail_p
+from lightning_memsink.detection.matched_controls import Controls, DetectionRule, SampleFeatures, measure_gaps
+from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p, controls_for, null_share
 
 seeds = st.integers(0, 2**16)
 
@@ -83,8 +77,8 @@ def world(seed=0, n=300, m=300, memorized=20):
     losses = 4 + features[:, 0] + 0.2 * normal(n, seed=seed + 2)
     losses[:memorized] -= 3
     control = 4 + own[:, 0] + 0.2 * normal(m, seed=seed + 3)
-    samples = SampleFeatures(losses, torch.ones(n), features, torch.zeros(n), torch.zeros(n, dtype=torch.int64))
-    return samples, Controls(control, control, own, torch.zeros(1, m))
+    samples = SampleFeatures(losses, torch.ones(n), features)
+    return samples, Controls(control, control, own)
 
 
 @pytest.mark.parametrize("method", ["knn", "ridge"])
@@ -116,11 +110,56 @@ def test_samples_are_matched_by_the_early_loss_of_their_own_moment():
     assert measure_gaps(replace(samples, snapshot=1 - moments), controls, DetectionRule()).gap.abs().median() > 0.5
 
 
-def test_few_controls_fall_back_to_a_fitted_tail_and_say_so():
+def test_too_few_controls_flag_nothing_however_large_the_gap():
+    """Three of 2,000 beyond all of 60 controls: the smallest p-value is 1/61, and no tail is fitted."""
     found = measure_gaps(*world(n=2000, m=60, memorized=3), DetectionRule(alpha=0.01))
-    assert found.tail == "normal"
-    assert found.flagged[:3].all()
-    assert measure_gaps(*world(), DetectionRule()).tail == "conformal"
+    assert found.beyond[:3].all() and not found.flagged.any()
+    assert found.p.min() == pytest.approx(1 / 61)
+
+
+def test_the_effect_is_part_of_the_hypothesis():
+    """All samples lie .2 nats below their controls: no evidence of more than .3, but of more than 0."""
+    samples, controls = world(memorized=0)
+    lower = replace(samples, losses=samples.losses - 0.2)
+    p = [measure_gaps(lower, controls, DetectionRule(min_gap=effect)).p.mean() for effect in (0.3, 0.0)]
+    assert p[0] > 0.55 and p[1] < 0.35
+
+
+def test_a_sample_is_compared_with_what_controls_reached_at_any_evaluation():
+    samples, controls = world()
+    plain = measure_gaps(samples, controls, DetectionRule())
+    once = replace(controls, highest=torch.full((300,), -math.inf).index_fill(0, torch.arange(30), 100.0))
+    later = measure_gaps(samples, once, DetectionRule())
+    assert torch.equal(plain.gap, later.gap) and not later.beyond.any()
+    assert later.p.min() >= 31 / 301
+
+
+def test_without_anything_to_match_on_the_mean_of_all_controls_is_expected():
+    loss = 5 + normal(50)
+    controls = Controls(loss, loss, torch.zeros(50, 0))
+    found = measure_gaps(
+        SampleFeatures(torch.tensor([2.0, 5.0]), torch.ones(2), torch.zeros(2, 0)), controls, DetectionRule()
+    )
+    torch.testing.assert_close(found.gap, loss.mean() - torch.tensor([2.0, 5.0]))
+    torch.testing.assert_close(found.null, (loss.sum() - loss) / 49 - loss)
+    assert found.matched.all()
+
+
+def test_more_controls_than_are_searched_are_all_ranked_among(monkeypatch):
+    samples, controls = world(m=600)
+    everything = measure_gaps(samples, controls, DetectionRule())
+    monkeypatch.setattr("lightning_memsink.detection.matched_controls.MAX_REFERENCE", 300)
+    found = measure_gaps(samples, controls, DetectionRule())
+    assert len(found.null) == 600 and found.p.min() == pytest.approx(1 / 601)
+    assert (found.p - everything.p).abs().median() < 0.03
+    assert found.flagged[:20].float().mean() > 0.9 and not found.flagged[20:].any()
+
+
+def test_the_share_of_nulls_is_that_of_large_p_values():
+    p = torch.cat([torch.full((60,), 1e-3), torch.linspace(0, 1, 41)])
+    assert null_share(p) == pytest.approx(21 / 50.5)
+    assert null_share(torch.zeros(0)) == 1.0 and null_share(torch.ones(5)) == 1.0
+    assert null_share(torch.full((500,), 1e-3)) == pytest.approx(1 / 250)
 
 
 def test_samples_far_from_every_control_are_not_matched():
@@ -159,11 +198,9 @@ def test_where_controls_scatter_more_a_gap_counts_less():
     kind = torch.arange(300) % 2
     features = kind + 0.01 * normal(300, seed=1)
     loss = 5 + normal(300) * torch.where(kind == 1, 1.0, 0.1)
-    controls = Controls(loss, loss, features[:, None], torch.zeros(1, 300))
-    samples = SampleFeatures(
-        torch.full((100,), 4.2), torch.ones(100), features[:100, None], torch.zeros(100), torch.zeros(100).long()
-    )
-    p = measure_gaps(samples, controls, DetectionRule(k=4)).p
+    controls = Controls(loss, loss, features[:, None])
+    samples = SampleFeatures(torch.full((100,), 4.2), torch.ones(100), features[:100, None])
+    p = measure_gaps(samples, controls, DetectionRule(k=4, min_gap=0)).p
     calm, wild = p[0::2].median(), p[1::2].median()
     assert calm < 0.05 < wild > 2 * calm  # unscaled, equal gaps have equal p-values
 
@@ -177,12 +214,6 @@ def test_nearest_is_what_sorting_all_distances_gives(seed, n, m, k):
         assert index[row].tolist() == [at for _, at in apart]
         assert float(distance[row]) == pytest.approx(sum(d for d, _ in apart) / len(apart), rel=1e-3, abs=1e-3)
     assert all(row not in index for row, index in enumerate(nearest(among, among, k, leave_one_out=True)[0].tolist()))
-
-
-def test_the_fitted_tail_is_the_normal_one():
-    null = normal(100_000)
-    p = normal_tail_p(torch.tensor([0.0, 1.6449, 3.0902]), (null - null.mean()) / null.std())
-    assert p.tolist() == pytest.approx([0.5, 0.05, 0.001], rel=1e-3)
 
 
 @pytest.mark.parametrize(

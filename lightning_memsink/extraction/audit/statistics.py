@@ -57,12 +57,8 @@ def matched_gaps(suspects: Cohort, controls: Cohort, rule: DetectionRule) -> tup
     losses = [cohort.results.loss.float() for cohort in (suspects, controls)]
     if not losses[0].isfinite().all():
         return None, "Some suspected texts have no finite loss."
-    unknown = torch.full((len(losses[0]),), torch.nan)
-    samples = SampleFeatures(
-        losses[0], torch.ones_like(losses[0]), suspects.features, unknown, torch.zeros(len(unknown), dtype=torch.int64)
-    )
-    others = Controls(losses[1], losses[1], controls.features, torch.full((1, len(losses[1])), torch.nan))
-    return measure_gaps(samples, others, rule), ""
+    samples = SampleFeatures(losses[0], torch.ones_like(losses[0]), suspects.features)
+    return measure_gaps(samples, Controls(losses[1], losses[1], controls.features), rule), ""
 
 
 def separations(suspects: Cohort, controls: Cohort, gaps: Measurement | None, fpr: float) -> dict[str, Separation]:

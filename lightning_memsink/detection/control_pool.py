@@ -1,0 +1,150 @@
+"""All controls of an evaluation: held-out samples, and first visits of training samples.
+
+The loss of a sample at its first visit was taken before the model was trained on it. So training itself gives as many
+controls as there are samples, of every kind that it has, at no cost. They are of earlier steps, and taken in training
+mode; what that makes of a loss is estimated and taken off.
+
+M  held-out samples      V  first visits      F  matching features
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memsink.detection.feature_units import farthest, in_units, standard_units
+from lightning_memsink.detection.knn import nearest
+from lightning_memsink.detection.matched_controls import Controls, DetectionRule
+from lightning_memsink.samples.control_table import ControlTable
+from lightning_memsink.samples.loss_table import LossTable
+
+OLDEST = 0.25
+"""First visits before this share of the steps so far are no controls: the model was another one."""
+MOST_FIRST_VISITS = 1 << 17
+TRIMMED = 3.0
+"""Median absolute deviations (as standard deviations) beyond which a first visit has no say in the trend."""
+
+
+def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRule, unit: str = "nats") -> Controls:
+    """The held-out samples of ``controls``, then the first visits of samples in ``table``; losses in ``unit``.
+
+    Without matching features held-out samples are matched by an early loss. A first visit has none: then it takes part
+    only if there are too few held-out samples.
+    """
+    held_out = held_out_controls(controls, unit)
+    usable = held_out.finite()
+    if table.features.shape[1] or len(usable) < rule.controls_needed:
+        first = first_visit_controls(table, controls, usable, rule, unit)
+        if len(first):
+            return _joined(held_out, first) if len(usable) >= rule.controls_needed else first
+    return held_out
+
+
+def held_out_controls(controls: ControlTable, unit: str = "nats") -> Controls:
+    """The controls of a table as `measure_gaps` takes them, with an early loss where there are no features."""
+    early = None
+    if not controls.features.shape[1] and len(controls.snapshot_steps):
+        early = controls.standardize(controls.snapshots, torch.tensor(controls.snapshot_steps)[:, None])
+    return Controls(
+        in_unit(controls.previous, unit), in_unit(controls.latest, unit), controls.features, early, controls.highest
+    )
+
+
+def first_visit_controls(
+    table: LossTable, controls: ControlTable, held_out: Controls, rule: DetectionRule, unit: str = "nats"
+) -> Controls:
+    """The first visits since `OLDEST` of the steps so far, with the losses that they would have at the evaluation.
+
+    The trend is a line in the logarithm of the step (Hestness et al. 2017: losses fall about so): of the distance of
+    first visits from matched held-out samples, which also holds what training mode adds; or, without these, of the
+    losses themselves, less what their features explain.
+    """
+    now, before = max(1, controls.latest_step), max(1, controls.previous_step)
+    rows = naive_rows(table, now)
+    losses, features = in_unit(table.first_loss[rows].float(), unit), table.features[rows].float()
+    ago = (table.first_step[rows].double().clamp(min=1) / now).log()
+    if len(rows) < rule.controls_needed:
+        losses, features, ago = losses[:0], features[:0], ago[:0]
+    elif len(held_out) >= rule.controls_needed and features.shape[1] == held_out.features.shape[1]:
+        expected, matched = _expected(features, held_out, rule.k, rule.reach)
+        level, slope = _trend(losses - expected, ago, matched)
+        losses = losses - (level + slope * ago).float()
+    else:
+        design = in_units(features, standard_units(features)) if len(features) else features
+        _, slope = _trend(losses, ago, torch.ones_like(ago, dtype=torch.bool), design)
+        losses = losses - (slope * ago).float()
+    shift = slope * float(torch.tensor(before / now).log()) if len(losses) else 0.0
+    unknown = torch.full_like(losses, -torch.inf)
+    return Controls(losses + shift, losses, features, None, unknown, torch.ones_like(losses, dtype=torch.bool))
+
+
+def naive_rows(table: LossTable, step: int) -> Tensor:
+    """Rows of the samples whose first loss is that of a text unknown to the model then, and not long ago.
+
+    Texts with a near-duplicate that came earlier are left out, and all samples where training had begun before they
+    were recorded.
+    """
+    if not table.begins_with_training or not len(table):
+        return torch.zeros(0, dtype=torch.int64)
+    own = torch.arange(len(table))
+    is_recent = (table.first_step >= OLDEST * step) & (table.first_step <= step)
+    is_alone = (table.family < 0) | (table.family == own)
+    rows = (is_recent & is_alone & torch.isfinite(table.first_loss)).nonzero().flatten()
+    return rows if len(rows) <= MOST_FIRST_VISITS else rows[:: -(-len(rows) // MOST_FIRST_VISITS)]
+
+
+def in_unit(losses: Tensor, unit: str) -> Tensor:
+    """Losses as they are compared: the logarithm of those that are a scale and no likelihood (``ratio``).
+
+    A loss of 0 is taken for a millionth of the median.
+    """
+    if unit != "ratio":
+        return losses
+    known = losses[torch.isfinite(losses) & (losses > 0)]
+    least = 1e-6 * float(known.median()) if len(known) else 1e-6
+    return torch.where(losses < 0, torch.nan, losses).clamp(min=least).log()
+
+
+def _expected(features: Tensor, held_out: Controls, k: int, reach: float) -> tuple[Tensor, Tensor]:
+    """``[V]`` mean loss of the k nearest held-out samples, and bool ``[V]`` whether these are near."""
+    units = standard_units(held_out.features)
+    reference = in_units(held_out.features, units)
+    index, distance = nearest(in_units(features, units), reference, k)
+    return held_out.after[index].mean(1), distance <= farthest(reference, k, reach)
+
+
+def _trend(values: Tensor, ago: Tensor, use: Tensor, design: Tensor | None = None) -> tuple[float, float]:
+    """Level at ``ago`` = 0 and slope of a line through ``values`` ``[V]``, outliers left out; 0 and 0 from too few.
+
+    Args:
+        values: to be explained.
+        ago: logarithms of shares of the steps so far.
+        use: bool ``[V]``.
+        design: ``[V, F]`` what else explains the values.
+    """
+    columns = [torch.ones_like(ago), ago, *([] if design is None else design.double().T)]
+    everything, y = torch.stack(columns, 1), values.double()
+    use = use & torch.isfinite(y)
+    coefficients = torch.zeros(len(columns), dtype=torch.float64)
+    for _ in range(3):
+        if int(use.sum()) < 2 * len(columns):
+            break
+        x = everything[use]
+        gram = x.T @ x + 1e-6 * torch.eye(x.shape[1], dtype=torch.float64)
+        coefficients = torch.linalg.solve(gram, x.T @ y[use])
+        left = y - everything @ coefficients
+        spread = 1.4826 * left[use].abs().median()
+        use = use & (left.abs() <= TRIMMED * spread + 1e-9)
+    return float(coefficients[0]), float(coefficients[1])
+
+
+def _joined(held_out: Controls, first: Controls) -> Controls:
+    highest = held_out.highest if held_out.highest is not None else torch.full_like(held_out.after, -torch.inf)
+    return Controls(
+        torch.cat([held_out.before, first.before]),
+        torch.cat([held_out.after, first.after]),
+        torch.cat([held_out.features, first.features]),
+        None,
+        torch.cat([highest, first.highest if first.highest is not None else first.after]),
+        torch.cat([held_out.from_training, first.from_training]),
+    )
