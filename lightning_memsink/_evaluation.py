@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,14 @@ def isolated_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_trace(pl_module: LightningModule) -> Iterator[None]:
+def without_trace(pl_module: LightningModule, modes: Mapping[nn.Module, bool] | None = None) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards modes, metrics and random generators are as before.
 
     ``self.log`` does nothing inside, since Lightning refuses it outside its loops. The generators are all that
-    Lightning seeds: torch, NumPy and Python.
+    Lightning seeds: torch, NumPy and Python. ``modes``: of modules in training inside, instead of evaluation for all.
     """
-    with isolate_rng(), torch.no_grad(), _silent_log(pl_module), _metrics_restored(pl_module), _eval_mode(pl_module):
+    mode = _eval_mode(pl_module) if modes is None else modes_set(pl_module, modes)
+    with isolate_rng(), torch.no_grad(), _silent_log(pl_module), _metrics_restored(pl_module), mode:
         yield
 
 
@@ -39,10 +40,25 @@ def run_training_step(trainer: Trainer, pl_module: LightningModule, batch: Any, 
 
 
 @contextmanager
+def modes_set(model: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """``modes`` (is a module in training?) inside; a module that has none there keeps its own."""
+    with _modes_kept(model):
+        for module in model.modules():
+            module.training = modes.get(module, module.training)
+        yield
+
+
+@contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
         yield
     finally:
         for module, mode in modes.items():

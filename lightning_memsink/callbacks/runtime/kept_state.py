@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,9 +18,12 @@ from torchmetrics import Metric
 
 DEPTH, LENGTH = 4, 1000
 """How far lists, dicts and plain objects are followed, and the length up to which a list's own entries are."""
+OBJECTS, ELEMENTS = 5000, 1 << 20
+"""Of data sets: how many objects are followed, and how many elements of their tensors are copied."""
 _PARTS = ("sampler", "batch_sampler", "dataset", "data_source")
 """Attributes by which a loader reaches what may change as it is read."""
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_PLAIN = (int, float, complex, str, bytes, type(None))
 _GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
@@ -54,6 +58,17 @@ def loaders_kept(loaders: Iterable[Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def objects_kept(roots: Iterable[Any]) -> Iterator[None]:
+    """Afterwards the attributes of these objects, and of all that they hold, are what they were: numbers, generators,
+    short lists, dicts and sets, small tensors and arrays. Large ones are data, and are not copied."""
+    kept = _Kept()
+    for root in roots:
+        kept.add_deeply(root)
+    with kept.put_back():
+        yield
+
+
 def _parts(loader: Any) -> list[Any]:
     """The loader, its samplers and data sets, and theirs."""
     found = [loader] if hasattr(loader, "__dict__") else []
@@ -69,6 +84,7 @@ class _Kept:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._known: dict[int, object] = {}
+        self._elements_left = ELEMENTS
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
@@ -112,6 +128,43 @@ class _Kept:
                 self.add(each, depth - 1)
         elif depth and hasattr(value, "__dict__") and not _is_of_a_library(value):
             self.add_attributes(value, depth=depth)
+
+    def add_deeply(self, root: Any) -> None:
+        """A data set or a collate function, the objects that they are made of among them, up to `OBJECTS`."""
+        waiting = [root]
+        while waiting and len(self._known) < OBJECTS:
+            value = waiting.pop(0)
+            if id(value) in self._known or isinstance(value, (type, FunctionType, ModuleType, *_PLAIN)):
+                continue
+            self._known[id(value)] = value
+            if isinstance(value, MethodType):
+                waiting.append(value.__self__)
+            elif isinstance(value, _GENERATORS):
+                self._undo.append(_state_of(value))
+            elif isinstance(value, (Tensor, np.ndarray)):
+                self._add_if_small(value)
+            elif isinstance(value, (list, dict, set, deque)):
+                if len(value) <= LENGTH:
+                    before = value.copy()
+                    self._undo.append(partial(_refill, value, before))
+                    waiting += before.values() if isinstance(before, dict) else before
+            elif isinstance(value, tuple):
+                waiting += value[:LENGTH]
+            elif isinstance(value, partial):
+                waiting += [value.func, *value.args, *value.keywords.values()]
+            elif isinstance(getattr(value, "__dict__", None), dict):
+                attributes = dict(vars(value))
+                self._undo.append(partial(_set, vars(value), attributes, frozenset()))
+                waiting += attributes.values()
+
+    def _add_if_small(self, value: Tensor | np.ndarray[Any, Any]) -> None:
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_shared():
+                return  # what is shared may be written to by another process meanwhile
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        if size <= self._elements_left:
+            self._elements_left -= size
+            self._undo.append(_content_of(value))
 
 
 def _is_of_a_library(value: object) -> bool:
