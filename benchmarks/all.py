@@ -1,4 +1,4 @@
-"""Runs the benchmarks of cost, one after the other, and writes their results to BENCHMARKS.md.
+"""Runs the benchmarks of cost and of verdicts, one after the other, and writes their results to BENCHMARKS.md.
 
 Parts that are not run again keep their results, with the day and the versions of their own run.
 """
@@ -28,6 +28,7 @@ PARTS = {
     ),
     "mitigation": ("Mitigation", ("overhead", "--mitigation")),
     "growth": ("Growth with batch, sequence, width, depth and data set", ("growth",)),
+    "overfitting": ("Runs that know their data by heart", ("overfitting",)),
     "scale": ("Millions of samples: ledger, detector, checkpoint, report", ("scale",)),
 }
 """Heading of the section, and the benchmark's module and options, by name."""
