@@ -2,6 +2,7 @@
 
 V  visits of a sample in training      E  evaluations      T  tokens of a sample
 N  samples to test                     M  controls         R  rows of training data
+P  planted sequences                   F  followed sequences
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ WARMUP = 30
 
 
 class TextModel(LightningModule):
-    """An ordinary GPT: 0.93 M parameters at the default size and 1024 tokens."""
+    """An ordinary GPT: 0.93 M parameters at the default size and 1024 tokens. ``gpt`` is another model to train."""
 
-    def __init__(self, vocab_size: int, length: int, layers: int = 4, width: int = 128, lr: float = 2e-3) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        length: int,
+        layers: int = 4,
+        width: int = 128,
+        lr: float = 2e-3,
+        gpt: torch.nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.lr = lr
-        self.gpt = GPT2LMHeadModel(
+        self.gpt = gpt or GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab_size,
                 n_positions=length,
@@ -91,10 +100,13 @@ class Schedule:
 
 
 class LossRecorder(Callback):
-    """Records every loss, and at each validation which of the ``planted`` ``[P, T]`` sequences can be extracted."""
+    """Records every loss, and at each validation which of the ``planted`` ``[P, T]`` sequences can be extracted and
+    the losses of ``followed`` ``[F, T]``.
+    """
 
-    def __init__(self, planted: Tensor) -> None:
-        self.planted = planted
+    def __init__(self, planted: Tensor, followed: Tensor | None = None) -> None:
+        self.planted, self.followed = planted, followed
+        self.followed_losses: list[list[float]] = []
         # Python numbers: small tensors kept for the whole run fragment the heap around large ones.
         self.visits: list[tuple[list[int], list[int], list[float], list[float]]] = []
         self.evaluations: list[tuple[int, list[float], list[bool]]] = []
@@ -112,6 +124,8 @@ class LossRecorder(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: TextModel) -> None:
         exact = torch.cat([exact_match(pl_module, part) for part in self.planted.split(128)])
         self.evaluations.append((trainer.global_step, [], exact.tolist()))
+        if self.followed is not None:
+            self.followed_losses.append(token_nll(pl_module, self.followed).mean(1).tolist())
 
     def _record(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if "labels" not in kwargs:
@@ -143,15 +157,23 @@ class Run:
     """``[E, M]``"""
     exact: Tensor
     """Bool ``[E, P]``: the planted sequences that can be extracted."""
+    followed_losses: Tensor
+    """``[E, F]`` of the sequences followed; empty without."""
 
 
 def train(
-    data: Sequences, controls: Tensor, planted: Tensor, callbacks: Sequence[Callback], schedule: Schedule, seed: int
+    data: Sequences,
+    controls: Tensor,
+    planted: Tensor,
+    callbacks: Sequence[Callback],
+    schedule: Schedule,
+    seed: int,
+    followed: Tensor | None = None,
 ) -> Run:
-    """An ordinary fit on ``data``, validated on ``controls`` ``[M, T]``."""
+    """An ordinary fit on ``data``, validated on ``controls`` ``[M, T]``. ``followed`` ``[F, T]`` changes no weight."""
     seed_everything(seed, verbose=False)
     module = TextModel(data.vocab_size, controls.shape[1], lr=schedule.lr)
-    recorder = LossRecorder(planted)
+    recorder = LossRecorder(planted, followed)
     steps = schedule.epochs * (len(data) // schedule.batch_size)
     trainer = Trainer(
         accelerator="cpu",
@@ -181,6 +203,7 @@ def train(
         torch.tensor(steps),
         torch.tensor(losses),
         torch.tensor(exact),
+        torch.tensor(recorder.followed_losses),
     )
 
 

@@ -80,7 +80,7 @@ DRAWN_AS = {"background": "natural", "noise": "canary"}
 def populate(corpus: Corpus, vocab_size: int, sizes: Sizes, seed: int) -> Population:
     """Draws everything from one corpus, each sequence used once."""
     generator = torch.Generator().manual_seed(seed)
-    pool = _Pool(distinct_rows(corpus.train[torch.randperm(len(corpus.train), generator=generator)]))
+    pool = Pool(distinct_rows(corpus.train[torch.randperm(len(corpus.train), generator=generator)]))
     background = pool.take(sizes.background)
     held_out = corpus.held_out[torch.randperm(len(corpus.held_out), generator=generator)[: sizes.held_out]]
     planted = plant_canaries(
@@ -98,8 +98,8 @@ def populate(corpus: Corpus, vocab_size: int, sizes: Sizes, seed: int) -> Popula
     )
     once = {
         "background": pool.take(2 * sizes.once),
-        "shuffled": _shuffled(pool.take(2 * sizes.once + sizes.twins), generator),
-        "template": _from_template(pool.take(1)[0], 2 * sizes.once + sizes.twins, vocab_size, generator),
+        "shuffled": of_other_order(pool.take(2 * sizes.once + sizes.twins), generator),
+        "template": from_template(pool.take(1)[0], 2 * sizes.once + sizes.twins, vocab_size, generator),
     }
     nothing = torch.zeros(sizes.noise, held_out.shape[1], dtype=torch.int64)
     tested = [
@@ -134,7 +134,7 @@ def populate(corpus: Corpus, vocab_size: int, sizes: Sizes, seed: int) -> Popula
     )
 
 
-class _Pool:
+class Pool:
     """Sequences, each of which is taken at most once."""
 
     def __init__(self, sequences: Tensor) -> None:
@@ -160,12 +160,12 @@ class _Pool:
         return self.sequences[self.taken - many : self.taken]
 
 
-def _shuffled(texts: Tensor, generator: torch.Generator) -> Tensor:
+def of_other_order(texts: Tensor, generator: torch.Generator) -> Tensor:
     """The tokens of each text in another order."""
     return texts.gather(1, torch.rand(texts.shape, generator=generator).argsort(1))
 
 
-def _from_template(frame: Tensor, many: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+def from_template(frame: Tensor, many: int, vocab_size: int, generator: torch.Generator) -> Tensor:
     """``[many, T]`` copies of one text ``[T]``, every sixth token drawn anew."""
     texts = frame.repeat(many, 1)
     slots = torch.arange(len(frame)) % 6 == 5

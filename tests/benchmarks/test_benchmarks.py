@@ -10,10 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.common.criteria import Criterion, Report, argument_parser, environment, fresh_seeds
-from benchmarks.common.training import CONTINUATION, PROMPT, Schedule, Sequences, TextModel, exact_match, token_nll
+from benchmarks.common.training import CONTINUATION, PROMPT, Sequences, TextModel, exact_match, token_nll
 from benchmarks.common.workloads import WORKLOADS
-from benchmarks.detection import benchmark as detection
-from benchmarks.detection import runs as detection_runs
 from benchmarks.detection import scores
 from benchmarks.detection.population import Sizes, populate
 from benchmarks.overhead import attribution as attribution_cost
@@ -171,21 +169,6 @@ def test_token_nll_averages_to_the_loss_of_the_model():
 
 
 # Each benchmark runs ----------------------------------------------------------------------------------------------
-
-
-def test_detection_runs_and_saves_what_a_detector_is_tuned_on(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(detection_runs, "python_docs", some_texts)
-    monkeypatch.setattr(detection, "configure_process", lambda: None)  # other tests read what libraries log
-    monkeypatch.setattr(detection, "QUICK", TINY)
-    monkeypatch.setattr(detection, "SCHEDULE", Schedule(evaluate_every=4))
-    code = detection.main(
-        ["--quick", "--seeds", "1", "--first-seed", "0", "--save", str(tmp_path), "--json", str(tmp_path / "out")]
-    )
-    written = json.loads((tmp_path / "out").read_text())
-    assert code == (0 if all(each["holds"] for each in written["criteria"]) else 1)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("detection: AUROC ")
-    kept = torch.load(tmp_path / "detection_0.pt", weights_only=True)
-    assert kept["main"]["tested_nll"].shape[0] == len(kept["memorization"]) == len(kept["flagged"])
 
 
 def test_watching_changes_no_weight():
