@@ -166,7 +166,7 @@ class SecondLook:
         parts = [part for some, _, _ in every for part in some]
         reasons = [reason for _, reason, _ in every if reason]
         if not parts:
-            return (None, reasons[0]) if reasons or len(rows) else (_nothing(mode), "")
+            return (None, (*reasons, messages.NO_BATCH)[0]) if reasons or len(rows) else (_nothing(mode), "")
         found, losses = (torch.cat(each) for each in zip(*parts, strict=True))
         look = Look(*_distinct(found, losses), mode=mode)
         if self._is_by_row and len(look.rows) < len(rows):

@@ -69,11 +69,12 @@ class RowBatches:
         self.failure = None
         generator = torch.Generator().manual_seed(seed)
         for number, loader in enumerate(combined.flattened):
-            plan = self._plan(rows, number, rows_a_batch(loader, size), generator)
+            own = number if len(combined.flattened) > 1 else None
+            plan = self._plan(rows, own, rows_a_batch(loader, size), generator)
             with ExitStack() as kept:
-                own = user_loader(loader)
-                if plan and not own.num_workers:
-                    kept.enter_context(objects_kept([own.dataset, own.collate_fn]))
+                theirs = user_loader(loader)
+                if plan and not theirs.num_workers:
+                    kept.enter_context(objects_kept([theirs.dataset, theirs.collate_fn]))
                 for found in refetch(loader, plan, seed) if plan else ():
                     if isinstance(found, Exception):
                         self.failure = self.failure or found
@@ -82,30 +83,29 @@ class RowBatches:
                     if described is not None:
                         yield described
 
-    def _plan(self, rows: Tensor, loader: int, size: int, generator: torch.Generator) -> list[list[Any]]:
-        """The keys of each batch from one loader."""
-        keys = self._keys(rows)
-        own = keys[keys >> LOADER_BITS == loader].unique()
+    def _plan(self, rows: Tensor, loader: int | None, size: int, generator: torch.Generator) -> list[list[Any]]:
+        """The keys of each batch from one loader of several, or from the only one."""
+        own = self._keys(rows, loader).unique()
         if not len(own):
             return []
         own = own[torch.randperm(len(own), generator=generator)]
         lacking = -len(own) % size
-        others = self._keys(torch.randint(len(self.table), (4 * lacking,), generator=generator))
-        others = others[(others >> LOADER_BITS == loader) & ~torch.isin(others, own)].unique()
+        others = self._keys(torch.randint(len(self.table), (4 * lacking,), generator=generator), loader)
+        others = others[~torch.isin(others, own)].unique()
         others = others[torch.randperm(len(others), generator=generator)[:lacking]]
         return [[self._as_fetched(key) for key in part.tolist()] for part in torch.cat([own, others]).split(size)]
 
-    def _keys(self, rows: Tensor) -> Tensor:
-        """``[V]`` the row of the data set that each sample came from first, with the loader's number in front."""
+    def _keys(self, rows: Tensor, loader: int | None) -> Tensor:
+        """The rows of the data set that samples came from first, of those that came from this loader."""
         first = self.table.first_row[rows]
         if self.sample_ids.source == "index":  # an older version's ledger does not have them
-            first = torch.where(first < 0, self.table.ids[rows], first)
-        return first
+            first = torch.where(first == -1, self.table.ids[rows], first)
+        return first[first != -1 if loader is None else first >> LOADER_BITS == loader]
 
     def _as_fetched(self, key: int) -> Any:
         """The key that the loader's sampler gave: a number, or what is named by one."""
         (name,) = self.table.names.of([key])
-        return key & ((1 << LOADER_BITS) - 1) if name == key else name
+        return key & ((1 << LOADER_BITS) - 1) if name == key and key >= 0 else name
 
     def _described(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, fetched: Fetched, loader: int

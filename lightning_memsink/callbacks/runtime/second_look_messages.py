@@ -7,6 +7,8 @@ from collections.abc import Sequence
 OFF = "MemorizationDetector(recheck=0) judges samples by their visits alone."
 MANUAL = "under manual optimization training_step trains, and there is no validation_step"
 
+NO_BATCH = "none of their rows could be fetched, or all brought other samples than before"
+
 
 def of_error(error: Exception) -> str:
     """An error of the user's code in one line."""
