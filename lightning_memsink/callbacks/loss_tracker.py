@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.batch_description import BatchDescription
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
-from lightning_memsink.callbacks.runtime.control_messages import not_evaluated
+from lightning_memsink.callbacks.runtime.control_evaluation import ControlEvaluation
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
@@ -64,7 +63,8 @@ class LossTracker(Callback):
             returned, where it can't be read from the step itself; it wins over what could be read.
         controls: a loader of held-out samples, if the validation set is not the one to compare with.
         control_fraction: split this share off the training set before training, and use it as controls.
-        control_every: optimizer steps between two evaluations of such controls. Lightning evaluates a validation set.
+        control_every: optimizer steps between two evaluations of such controls, or of none where there is no validation
+            set: then first visits of samples are the controls. Lightning evaluates a validation set.
         flush_every: steps between two writes to the table. Between them a step only appends to a list.
         new_ledger: when resuming, leave the checkpoint's ledger alone and begin a new one, with all that callbacks of
             this package know of samples. Weights, optimizer and progress are resumed.
@@ -108,10 +108,11 @@ class LossTracker(Callback):
         self.visits.families = FamilyRecord(self.matching.counts) if families else None
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
+        self.evaluation = ControlEvaluation(self)
         self.batch = CurrentBatch()
         self._current: DescribedBatch | None = None
         self._step = 0
-        self._warnings = WarningCache()
+        self.warnings = WarningCache()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -126,9 +127,10 @@ class LossTracker(Callback):
         ledger = Ledger.of(trainer)
         ledger.losses, ledger.controls, ledger.batch = self.table, self.controls, self.batch
         ledger.families = self.visits.families
-        ledger.close_with(Ledger.controls, self._close_evaluation)
+        ledger.close_with(Ledger.controls, self.evaluation.close)
         self.controls.has_own_source = self.probe.has_controls
         self.validation_weights.attach(trainer, self, self.controls, self.control_capture.abandon)
+        self.evaluation.attach(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         ids = self.loader_ids.take(batch, "train")
@@ -139,6 +141,7 @@ class LossTracker(Callback):
         self.batch.ids = self.batch.documents = None
         if self._current is not None:
             self.batch.ids, self.batch.documents = self._current.ids, self.sample_ids.documents
+            self.evaluation.note(trainer, batch)
             self.capture.begin(batch, len(self.batch.ids), self.loader_ids.axes, self.describe.is_packed)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -152,9 +155,9 @@ class LossTracker(Callback):
         if current is not None:
             captured = self.capture.finish(outputs, len(current.ids))
             if self.capture.attends_across:
-                warn_once(self._warnings, ATTENDS_ACROSS)
+                warn_once(self.warnings, ATTENDS_ACROSS)
             if isinstance(captured, NotCaptured):
-                self._warn(captured)
+                self.warn(captured)
                 losses, counted = torch.full((len(current.ids),), torch.nan), None
             else:
                 self._self_check(captured.explained)
@@ -162,15 +165,15 @@ class LossTracker(Callback):
             self.visits.add(self.describe.visit(current, losses, counted, self._step, trainer.current_epoch))
         if trainer.world_size > 1 or len(self.visits) >= self.flush_every:
             self.visits.flush()
-        if self.probe.is_due(trainer.global_step, self.controls.latest_step):
-            self._evaluate_controls(trainer, pl_module)
+        if self.evaluation.is_due(trainer):
+            self.evaluation.run(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("train")
         self.capture.abandon()  # a hook of the user's may have skipped the rest of the epoch within a batch
         self.visits.end_epoch()
-        if self.probe.has_controls and self.controls.latest_step < trainer.global_step:
-            self._evaluate_controls(trainer, pl_module)
+        if self.evaluation.is_due_at_the_end_of_an_epoch(trainer):
+            self.evaluation.run(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validation_counts(trainer):
@@ -199,12 +202,12 @@ class LossTracker(Callback):
     ) -> None:
         current, self._current = self._current, None
         if self._validation_counts(trainer):
-            self._add_controls(current, outputs)
+            self.evaluation.add(current, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("validate")
         if self._validation_counts(trainer):
-            self._close_evaluation(Ledger.of(trainer))
+            self.evaluation.close(Ledger.of(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.visits.flush()
@@ -241,56 +244,20 @@ class LossTracker(Callback):
         fits = trainer.state.fn == "fit" and not trainer.sanity_checking
         return fits and not self.probe.has_controls and self.validation_weights.records
 
-    def _add_controls(self, batch: DescribedBatch | None, outputs: Any) -> None:
-        batch = reported(outputs, batch)
-        if batch is None:
-            return
-        ids, tokens, features = batch[:3]
-        captured = self.control_capture.finish(outputs, len(ids))
-        if isinstance(captured, NotCaptured):
-            self._warn(captured)
-        else:
-            losses = captured.losses.detach().float().cpu()
-            elements = self.describe.elements_of_windows(batch, captured.counted)
-            self.controls.add(ids, losses, self.matching.of_controls(ids, tokens, features), elements)
-
-    def _close_evaluation(self, ledger: Ledger) -> None:
-        """Gathers this evaluation's controls. Processes wait for one another here only: they may have had different
-        numbers of batches. A second call does nothing."""
-        if not self.controls.is_open:
-            return
-        self.controls.close_evaluation(self.validation_weights.gather(self.controls.collected))
-        if self.table.reference_step is None and len(self.controls):
-            self.table.reference_step = self.controls.latest_step
-
-    def _evaluate_controls(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluates held-out samples that are no validation set."""
-        self.visits.flush()
-        self.controls.begin(trainer.global_step)
-        try:
-            with closing(
-                self.probe.evaluate(trainer, pl_module, self.control_capture, self.describe.of_fetched)
-            ) as steps:
-                for samples, outputs in steps:
-                    self._add_controls(samples, outputs)
-        except Exception as error:  # an evaluation must not end the training
-            self.control_capture.abandon()
-            self.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
-            warn_once(self._warnings, not_evaluated(error))
-        self._close_evaluation(Ledger.of(trainer))
-
-    def _warn(self, refusal: NotCaptured) -> None:
-        warn_once(self._warnings, refusal.reason, category=InternalError if refusal.is_internal else UserWarning)
+    def warn(self, refusal: NotCaptured) -> None:
+        """Says once why losses could not be read."""
+        warn_once(self.warnings, refusal.reason, category=InternalError if refusal.is_internal else UserWarning)
 
     def _self_check(self, explained: float | None) -> None:
         if explained is not None and abs(explained - 1) > 0.01:
             warn_once(
-                self._warnings,
+                self.warnings,
                 f"The loss calls seen in training_step explain {explained:.0%} of the loss; the rest (a penalty on "
                 "the weights, say) belongs to no sample and is left out of per-sample losses.",
             )
 
     def _detach(self) -> None:
+        self.evaluation.detach()
         self.validation_weights.detach()
         self.loader_ids.detach()
         self.probe.detach()

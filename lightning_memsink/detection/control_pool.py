@@ -15,10 +15,11 @@ from torch import Tensor
 from lightning_memsink.detection.feature_units import farthest, in_units, standard_units
 from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.matched_controls import Controls, DetectionRule
+from lightning_memsink.detection.statistics import robust_sd
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
-OLDEST = 0.25
+OLDEST = 0.1
 """First visits before this share of the steps so far are no controls: the model was another one."""
 MOST_FIRST_VISITS = 1 << 17
 TRIMMED = 3.0
@@ -57,7 +58,8 @@ def first_visit_controls(
 
     The trend is a line in the logarithm of the step (Hestness et al. 2017: losses fall about so): of the distance of
     first visits from matched held-out samples, which also holds what training mode adds; or, without these, of the
-    losses themselves, less what their features explain.
+    losses themselves, less what their features explain. Losses spread as a model comes to know its data: distances are
+    stretched to those of held-out samples to one another.
     """
     now, before = max(1, controls.latest_step), max(1, controls.previous_step)
     rows = naive_rows(table, now)
@@ -69,6 +71,7 @@ def first_visit_controls(
         expected, matched = _expected(features, held_out, rule.k, rule.reach)
         level, slope = _trend(losses - expected, ago, matched)
         losses = losses - (level + slope * ago).float()
+        losses = expected + (losses - expected) * _spread_ratio(losses - expected, held_out, matched, rule.k)
     else:
         design = in_units(features, standard_units(features)) if len(features) else features
         _, slope = _trend(losses, ago, torch.ones_like(ago, dtype=torch.bool), design)
@@ -111,6 +114,16 @@ def _expected(features: Tensor, held_out: Controls, k: int, reach: float) -> tup
     reference = in_units(held_out.features, units)
     index, distance = nearest(in_units(features, units), reference, k)
     return held_out.after[index].mean(1), distance <= farthest(reference, k, reach)
+
+
+def _spread_ratio(distances: Tensor, held_out: Controls, matched: Tensor, k: int) -> float:
+    """How much wider held-out losses lie around those of their neighbours than first visits do; at least 1."""
+    units = standard_units(held_out.features)
+    reference = in_units(held_out.features, units)
+    index, _ = nearest(reference, reference, k, leave_one_out=True)
+    theirs = robust_sd(held_out.after[index].mean(1) - held_out.after)
+    own = robust_sd(distances[matched]) if bool(matched.any()) else 0.0
+    return max(1.0, theirs / own) if own > 0 else 1.0
 
 
 def _trend(values: Tensor, ago: Tensor, use: Tensor, design: Tensor | None = None) -> tuple[float, float]:

@@ -31,6 +31,8 @@ from lightning_memsink.samples.loss_table import LossTable
 ALPHA_PER_LOOK = 0.5
 """Share of the false-discovery rate that one evaluation may spend. A run has many, and a sample may be flagged by any
 of them; the controls' highest scores so far, which samples are compared with, answer for most of that."""
+EVEN_WEIGHT = 0.5
+"""Share of a sample's weight among all hypotheses that does not depend on how often it was visited."""
 
 
 class SecondLook(NamedTuple):
@@ -139,16 +141,16 @@ def judge(
     if final is not None:
         share = null_share(torch.where(final.matched, final.p, 1.0)[is_random])
     level = min(1.0, ALPHA_PER_LOOK * rule.alpha / share)
-    step = visits.controls.latest_step
+    step, seen = visits.controls.latest_step, table.exposures[table.exposures > 0]
     if visits.measurement is not None:
         measured = visits.measurement
         flags.gap[rows], flags.p[rows] = measured.gap.clamp(-6e4, 6e4).half(), measured.p.bfloat16()
-        found = _discoveries(measured, level, population)
+        found = _discoveries(measured, exposure_weights(table.exposures[rows], seen), level, population)
         times = table.last_step[rows]
         _update(flags, visits, rows, times, measured, found, consecutive if look is None else 1, look is None)
     if final is not None and look is not None:
         flags.gap[looked], flags.p[looked] = final.gap.clamp(-6e4, 6e4).half(), final.p.bfloat16()
-        found = _discoveries(final, level, population)
+        found = _discoveries(final, exposure_weights(table.exposures[looked], seen), level, population)
         _update(flags, visits, looked, torch.full_like(looked, step).int(), final, found, consecutive, True)
         flags.looked_step[looked] = step
     reference = final or visits.measurement
@@ -208,9 +210,25 @@ def _looked(visits: Visits, look: SecondLook | None) -> tuple[Tensor, Tensor, Te
     return look.rows[known], look.is_random[known], losses
 
 
-def _discoveries(measured: Measurement, level: float, population: int) -> Tensor:
+def exposure_weights(exposures: Tensor, of_all: Tensor) -> Tensor:
+    """``[N]`` weights of hypotheses, of mean 1 over all samples: half the same for all, half by the number of visits.
+
+    What is seen more often is memorized more often, and the number of visits says nothing on a loss by itself. The
+    procedure of Benjamini and Hochberg keeps its rate with any weights that do not depend on the p-values (Genovese,
+    Roeder & Wasserman 2006, "False discovery control with p-value weighting", Biometrika 93).
+
+    Args:
+        exposures: ``[N]`` visits of the samples.
+        of_all: those of all samples that were trained on.
+    """
+    mean = of_all.double().mean() if len(of_all) else torch.ones((), dtype=torch.float64)
+    return EVEN_WEIGHT + (1 - EVEN_WEIGHT) * exposures.double() / mean.clamp(min=1)
+
+
+def _discoveries(measured: Measurement, weights: Tensor, level: float, population: int) -> Tensor:
     """Bool ``[N]``: significant among all samples of the run; those that were not measured have p = 1."""
-    return benjamini_hochberg(torch.where(measured.matched, measured.p, 1.0), level, population) & measured.matched
+    weighted = torch.where(measured.matched, measured.p / weights, torch.inf)
+    return benjamini_hochberg(weighted, level, population) & measured.matched
 
 
 def _update(
@@ -228,10 +246,11 @@ def _update(
     What only nominates (``is_final`` is False) flags a sample once, at most, and withdraws no verdict.
     """
     table, known = visits.table, flags.streak[rows].int()
+    was_memorized = flags.verdict[rows] == Verdict.MEMORIZED
+    found = found | (was_memorized & measured.beyond & measured.matched)  # there may be fewer controls than before
     streak = torch.where(found, known + 1, 0).clamp(max=255)
     if not is_final:
         streak = torch.where(found, known.clamp(min=1), torch.where(known > 1, known, 0))
-    was_memorized = flags.verdict[rows] == Verdict.MEMORIZED
     typical = in_unit(table.last_loss[rows], table.unit) <= visits.pool.after.median()
     verdict = torch.where(typical, int(Verdict.LEARNED), int(Verdict.HARD))
     verdict[measured.beyond & ~found] = Verdict.BELOW_FLOOR

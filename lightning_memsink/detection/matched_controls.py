@@ -66,7 +66,7 @@ class DetectionRule:
 
     def effect(self, unit: str = "nats") -> float:
         """Smallest gap that counts, in this unit."""
-        return EFFECT[unit] if self.min_gap is None else self.min_gap
+        return EFFECT["ratio" if unit == "ratio" else "nats"] if self.min_gap is None else self.min_gap
 
 
 @dataclass(frozen=True)

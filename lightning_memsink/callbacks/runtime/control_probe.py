@@ -10,9 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_memsink._evaluation import run_training_step, without_trace
+from lightning_memsink.callbacks.runtime.fetched_batches import inputs_of
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.batch_rows import Axes
+from lightning_memsink.samples.control_overlap import ControlOverlap
 from lightning_memsink.samples.dataloader_ids import is_taggable, tag_loader, untag_loader
 from lightning_memsink.samples.holdout import holdout_split
 from lightning_memsink.samples.tagged_batch import Fetched
@@ -45,6 +47,8 @@ class ControlProbe:
         self._source: Any = None
         self._view: Any = None  # of the loader, kept as long as its workers may be
         self._next: Fetched | None = None
+        self.overlap: ControlOverlap | None = None
+        """Gets the inputs of these controls."""
         self.fetched = Fetched()
         """What is known of the samples of the batch yielded last, for `SampleIds.of`."""
 
@@ -60,7 +64,11 @@ class ControlProbe:
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether an evaluation is due at ``step``, if the last one was at step ``last``."""
-        return self.has_controls and step % self.every == 0 and step > max(0, last)
+        return self.has_controls and self.is_time(step, last)
+
+    def is_time(self, step: int, last: int) -> bool:
+        """The same, of an evaluation without such controls."""
+        return step % self.every == 0 and step > max(0, last)
 
     def attach(self, trainer: Trainer) -> None:
         """Splits the training loader when Lightning asks for it."""
@@ -120,8 +128,11 @@ class ControlProbe:
                 size = batch_size(batch, self.fetched.rows if rows is None else len(rows), self.axes)
                 if rows is None and size is not None and not self.fetched.refusal:
                     rows = torch.arange(start, start + size)
+                inputs = None if self.overlap is None else inputs_of(batch, self.fetched, named_only=True)
                 batch = trainer.strategy.batch_to_device(batch)
                 samples, axes, is_packed = described(batch, rows, self.fetched)
+                if self.overlap is not None and samples is not None and inputs is not None and not is_packed:
+                    self.overlap.note_controls(samples.ids, inputs)
                 capture.begin(batch, 0 if samples is None else len(samples.ids), axes, is_packed)
                 outputs = run_training_step(trainer, pl_module, batch, n)
                 yield samples, outputs

@@ -44,6 +44,11 @@ class ValidationWeights:
         self._is_reported = False
         self._warnings = WarningCache()
 
+    @property
+    def repeats_training_steps(self) -> bool:
+        """Whether controls are measured by ``training_step``, since ``validation_step`` itself uses other weights."""
+        return self.are_averaged and bool(self._steps) and self._steps[0] is training_step
+
     def attach(self, trainer: Trainer, callback: Callback, controls: ControlTable, abandon: Abandon) -> None:
         """At the start of fit: wraps the validation loop, unless controls come from elsewhere.
 
