@@ -10,17 +10,20 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
+from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
+from lightning_memsink.callbacks.runtime.detection_messages import DetectionFacts, equal_controls, start_message
+from lightning_memsink.callbacks.runtime.evaluation_schedule import EvaluationSchedule
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.evaluate import Visits, judge, measure_visits
 from lightning_memsink.detection.family_verdicts import FamilyVerdicts, judge_families
 from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.nomination import nominate
 from lightning_memsink.detection.onset import estimate_onset
-from lightning_memsink.detection.statistics import controls_for
-from lightning_memsink.detection.verdicts import Flags, Onset
+from lightning_memsink.detection.verdicts import Flags, Onset, Verdict
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.loss_table import REMEDY
 
@@ -71,7 +74,7 @@ class MemorizationDetector(Callback):
         self.onset: Onset | None = None
         self._visits: Visits | None = None
         self._measured_at = -1
-        self._controls_reported = self._few_controls_warned = False
+        self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -89,11 +92,6 @@ class MemorizationDetector(Callback):
                 f"MemorizationDetector resumes with verdicts on {len(self.flags.verdict)} samples, but LossTracker "
                 f"has {len(ledger.losses)}: they come from different ledgers. {REMEDY}"
             )
-        if not trainer.enable_validation and not ledger.controls.has_own_source:
-            rank_zero_warn(
-                "MemorizationDetector has no controls: this Trainer runs no validation. Losses are tracked, but every "
-                "sample stays undecided. Pass held-out data, trainer.fit(model, train_loader, control_loader)."
-            )
         evaluated = self.flags.evaluations[-1].step if self.flags.evaluations else 0
         if trainer.global_step < evaluated:
             rank_zero_warn(
@@ -101,9 +99,7 @@ class MemorizationDetector(Callback):
                 f"{trainer.global_step}: no sample is evaluated before this run is past step {evaluated}, and losses "
                 "of both runs are in one ledger. Give this run new callbacks: Trainer(callbacks=memsink())."
             )
-        samples, controls = dataset_size(trainer.train_dataloader), dataset_size(trainer.val_dataloaders)
-        if samples and controls and not ledger.controls.has_own_source:
-            self._report_power(samples, controls)
+        self._say_what_can_be_found(trainer, ledger)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -159,7 +155,8 @@ class MemorizationDetector(Callback):
             self._judge_families(ledger, evaluated)
             self.flags.evaluations.append(evaluation)
         self._visits = None
-        self._report_power(len(ledger.losses), evaluation.controls)
+        if visits.refusal is Verdict.EQUAL_CONTROLS:
+            warn_once(self._warnings, equal_controls(len(visits.pool), float(visits.pool.after.median())), key="equal")
         memorized = self.flags.memorized
         ledger.onset = self.onset = estimate_onset(
             self.flags.onset_step[memorized],
@@ -219,24 +216,22 @@ class MemorizationDetector(Callback):
             families = state_dict.get("families")
             self.flags.families = None if families is None else FamilyVerdicts.from_state(families)
 
-    def _report_power(self, samples: int, controls: int) -> None:
-        """Reports once how many samples this number of controls can flag, and warns once if it can flag none."""
-        needed = controls_for(samples, self.rule.alpha)
-        together = max(1, -(-samples // max(1, round(self.rule.alpha * (controls + 1)))))
-        message = (
-            f"memsink: {controls} controls for {samples} samples. Smallest p-value 1/{controls + 1}; at a "
-            f"false-discovery rate of {self.rule.alpha:g} at least {together} memorized samples must be "
-            f"significant together. To flag a single sample, {needed} controls are needed."
+    def _say_what_can_be_found(self, trainer: Trainer, ledger: Ledger) -> None:
+        controls = ledger.controls
+        has_validation = controls.own_every is None
+        facts = DetectionFacts(
+            samples=dataset_size(trainer.train_dataloader),
+            held_out=dataset_size(trainer.val_dataloaders or []) if has_validation else controls.own_samples,
+            schedule=EvaluationSchedule.of(trainer, controls.own_every),
+            consecutive=self.consecutive,
+            alpha=self.rule.alpha,
+            controls_needed=self.rule.controls_needed,
+            recheck=self.recheck,
+            takes_first_visits=ledger.losses.begins_with_training,
+            evaluated=len(self.flags.evaluations),
         )
-        if controls < self.rule.controls_needed and not self._few_controls_warned:
-            rank_zero_warn(
-                f"{message} Fewer than {self.rule.controls_needed} controls support no verdict: every sample stays "
-                "undecided. Give the validation loader more held-out samples of the same kind as the training data."
-            )
-            self._few_controls_warned = True
-        elif not self._controls_reported and not self._few_controls_warned:
-            rank_zero_info(f"{message} With fewer, p-values come from a fitted normal tail, and are labelled `normal`.")
-        self._controls_reported = True
+        message, is_warning = start_message(facts)
+        (rank_zero_warn if is_warning else rank_zero_info)(message)
 
 
 def dataset_size(loaders: Any) -> int | None:

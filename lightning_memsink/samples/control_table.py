@@ -40,6 +40,10 @@ class ControlTable:
         """Step, mean and standard deviation of the losses, an entry an evaluation."""
         self.has_own_source = False
         """Whether controls come from a loader of their own, so that no validation is needed."""
+        self.own_every: int | None = None
+        """Steps between two evaluations where they are not those of a validation set."""
+        self.own_samples: int | None = None
+        """Held-out samples of a loader of their own; 0 without any held-out sample, None where that is unknown."""
         self.collected: list[ControlBatch] = []
         """Batches of the evaluation that is open, in this process."""
         self._open_step: int | None = None

@@ -14,6 +14,7 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.batch_description import BatchDescription
 from lightning_memsink.callbacks.runtime.control_messages import not_evaluated
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
+from lightning_memsink.callbacks.runtime.detection_messages import trained_controls
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.second_look import SecondLook
 from lightning_memsink.callbacks.runtime.second_look_steps import Mode
@@ -21,6 +22,7 @@ from lightning_memsink.callbacks.runtime.validation_weights import ValidationWei
 from lightning_memsink.callbacks.runtime.visit_recorder import VisitRecorder
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.detection.evaluate import SecondLook as LookedAgain
+from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.capture import StepCapture, reported
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
@@ -67,6 +69,9 @@ class ControlEvaluation:
         self.second_look = SecondLook(tracker.sample_ids, tracker.loader_ids, tracker.table, tracker.control_capture)
         self.second_look.attach(trainer)
         Ledger.of(trainer).look = None
+        alone = self.has_first_visits_only(trainer)
+        tracker.controls.own_every = tracker.probe.every if alone or tracker.probe.has_controls else None
+        tracker.controls.own_samples = 0 if alone else tracker.probe.samples
         if trainer.global_step and not len(tracker.table):  # samples were trained on that nobody has recorded
             tracker.table.begins_with_training = False
 
@@ -124,6 +129,7 @@ class ControlEvaluation:
         tracker.controls.close_evaluation(tracker.validation_weights.gather(tracker.controls.collected))
         if tracker.table.reference_step is None and len(tracker.controls):
             tracker.table.reference_step = tracker.controls.latest_step
+        self._leave_out_trained()
         self._look_again(ledger)
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,6 +153,22 @@ class ControlEvaluation:
             tracker.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
             warn_once(tracker.warnings, not_evaluated(error))
         self.close(Ledger.of(trainer))
+
+    def _leave_out_trained(self) -> None:
+        """Controls that the model was trained on say nothing: their losses count as unknown."""
+        tracker, controls = self.tracker, self.tracker.controls
+        overlap = tracker.loader_ids.overlap
+        overlap.exchange()
+        trained = overlap.overlap(controls.ids)
+        if tracker.sample_ids.source == "content" and len(tracker.table):
+            trained |= tracker.table.index.find(controls.ids) >= 0
+        if bool(trained.any()):
+            controls.latest = torch.where(trained, torch.nan, controls.latest)
+            warn_once(
+                tracker.warnings,
+                trained_controls(int(trained.sum()), len(trained), DetectionRule().controls_needed),
+                key="trained controls",
+            )
 
     def _look_again(self, ledger: Ledger) -> None:
         tracker = self.tracker

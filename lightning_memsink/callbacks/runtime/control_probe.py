@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sized
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ class ControlProbe:
     def has_controls(self) -> bool:
         """Whether there are such controls, so that the validation set is not used."""
         return self.loader is not None or self.fraction is not None
+
+    @property
+    def samples(self) -> int | None:
+        """How many there are; None where that is unknown."""
+        dataset = getattr(self.loader, "dataset", None)
+        return len(dataset) if isinstance(dataset, Sized) else None
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether an evaluation is due at ``step``, if the last one was at step ``last``."""
