@@ -152,7 +152,7 @@ class MemorizationDetector(Callback):
         visits, look = self._measure(ledger), ledger.get(Ledger.look)
         with interrupts_deferred():
             evaluation = judge(visits, self.flags, self.rule, self.consecutive, trainer.current_epoch, look)
-            self._judge_families(ledger, evaluated)
+            self._judge_families(ledger, evaluated, visits)
             self.flags.evaluations.append(evaluation)
         self._visits = None
         if visits.refusal is Verdict.EQUAL_CONTROLS:
@@ -165,10 +165,10 @@ class MemorizationDetector(Callback):
         )
         return True
 
-    def _judge_families(self, ledger: Ledger, since: int) -> None:
+    def _judge_families(self, ledger: Ledger, since: int, visits: Visits) -> None:
         """Judges the families; nothing where none are looked for.
 
-        ``since``: step of the evaluation before.
+        ``since``: step of the evaluation before. ``visits``: of this one.
         """
         record, table = ledger.get(Ledger.families), ledger.losses
         if record is None:
@@ -183,6 +183,7 @@ class MemorizationDetector(Callback):
             self.rule,
             self.consecutive,
             since,
+            visits.matched,
         )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:

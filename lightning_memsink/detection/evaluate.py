@@ -19,9 +19,9 @@ from lightning_memsink.detection.evaluation_summary import Judged, summarize
 from lightning_memsink.detection.matched_controls import (
     Controls,
     DetectionRule,
+    MatchedControls,
     Measurement,
     SampleFeatures,
-    measure_gaps,
 )
 from lightning_memsink.detection.statistics import benjamini_hochberg, null_share
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
@@ -53,6 +53,8 @@ class Visits:
     table: LossTable
     controls: ControlTable
     pool: Controls
+    matched: MatchedControls | None
+    """The pool, to compare other samples with it; None where it permits no comparison."""
     rows: Tensor
     """``[N]`` rows of ``table``: samples visited since the evaluation before, after a training step on them."""
     measurement: Measurement | None
@@ -110,10 +112,9 @@ def measure_visits(table: LossTable, controls: ControlTable, flags: Flags, rule:
         refusal = Verdict.TOO_FEW_CONTROLS
     elif _are_equal(pool.after):
         refusal = Verdict.EQUAL_CONTROLS
-    measurement = None
-    if refusal is None and len(rows):
-        measurement = measure_gaps(samples_of(table, controls, rows), pool, rule, table.unit)
-    return Visits(table, controls, pool, rows, measurement, refusal)
+    matched = None if refusal is not None else MatchedControls(pool, rule, table.unit)
+    measurement = matched.measure(samples_of(table, controls, rows)) if matched is not None and len(rows) else None
+    return Visits(table, controls, pool, matched, rows, measurement, refusal)
 
 
 def judge(
@@ -133,10 +134,10 @@ def judge(
         flags.verdict[rows] = visits.refusal
     elif look is None:
         final = visits.measurement
-    elif len(looked):
+    elif len(looked) and visits.matched is not None:
         samples = samples_of(table, visits.controls, looked)
         samples = SampleFeatures(losses, torch.ones_like(losses), samples.features, samples.early, samples.snapshot)
-        final = measure_gaps(samples, visits.pool, rule, table.unit)
+        final = visits.matched.measure(samples)
     share = 1.0
     if final is not None:
         share = null_share(torch.where(final.matched, final.p, 1.0)[is_random])

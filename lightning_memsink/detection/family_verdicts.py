@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_memsink.detection.control_pool import pooled_controls
 from lightning_memsink.detection.evaluate import samples_of
-from lightning_memsink.detection.matched_controls import DetectionRule, Measurement, measure_gaps
+from lightning_memsink.detection.matched_controls import DetectionRule, MatchedControls, Measurement
 from lightning_memsink.detection.statistics import benjamini_hochberg
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
@@ -91,6 +91,7 @@ def judge_families(
     rule: DetectionRule,
     consecutive: int,
     since: int,
+    matched: MatchedControls | None = None,
 ) -> FamilyVerdicts:
     """Measures the families with texts visited since an evaluation; the others keep their verdicts.
 
@@ -105,10 +106,13 @@ def judge_families(
         rule: when a gap is flagged.
         consecutive: evaluations in a row that must flag a family before it is memorized.
         since: step of the evaluation before.
+        matched: all controls, where they are prepared already.
     """
     found = _carried(before, FamilyVerdicts.of(family, table.exposures), family)
-    pool = pooled_controls(table, controls, rule, table.unit).finite()
-    if len(pool) < rule.controls_needed or not len(found):
+    if matched is None:
+        pool = pooled_controls(table, controls, rule, table.unit).finite()
+        matched = MatchedControls(pool, rule, table.unit) if len(pool) >= rule.controls_needed else None
+    if matched is None or not len(found):
         return found
     number = torch.full((len(family),), -1)
     number[found.family] = torch.arange(len(found))
@@ -130,7 +134,7 @@ def judge_families(
     early = samples_of(table, controls, first[groups])
     samples = samples_of(table, controls, rows)
     samples = replace(samples, features=features, early=early.early, snapshot=early.snapshot)
-    measurement = measure_gaps(samples, pool, rule, table.unit)
+    measurement = matched.measure(samples)
     return _updated(found, measurement, groups, table.elements[rows].float(), rule, consecutive, controls.latest_step)
 
 

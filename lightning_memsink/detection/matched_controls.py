@@ -172,40 +172,60 @@ class Measurement:
 
 
 def measure_gaps(samples: SampleFeatures, controls: Controls, rule: DetectionRule, unit: str = "nats") -> Measurement:
-    """Gap and p-value of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
+    """Gap and p-value of every sample: `MatchedControls.measure`, of controls that are used once."""
+    return MatchedControls(controls, rule, unit).measure(samples)
 
-    The effect is part of the hypothesis: the score that is ranked among those of the controls is that of the gap less
-    the effect. At least ``rule.controls_needed`` controls must have finite losses.
+
+class MatchedControls:
+    """Controls that samples are compared with, those without finite losses left out. Their own gaps are computed once.
+
+    At least ``rule.controls_needed`` controls must have finite losses.
     """
-    controls, effect = controls.finite(), rule.effect(unit)
-    count = len(samples.losses)
-    gap, scale, by_chance, first = torch.zeros(4, count).unbind()
-    p, matched, beyond = torch.ones(count), torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
-    units = standard_units(controls.features)
-    kept = _reference_rows(controls)
-    reference = controls.only(kept)
-    static = in_units(reference.features, units)
-    limit = float(farthest(static, rule.k, rule.reach))
-    nulls = []
-    for snapshot, group in _by_snapshot(samples, controls):
-        expectation = ExpectedLosses(reference, snapshot, units, rule, effect)
-        for part in expectation.compare(samples, group):
-            rows = part.rows
-            gap[rows], scale[rows], by_chance[rows], first[rows] = part.gap, part.scale, part.by_chance, part.first
-            # The early loss has no influence on who is matched: memorization that began before that visit changes it,
-            # and would leave a sample without controls. But a sample that is near with it is nearer without it.
-            matched[rows] = part.distance < 0.99 * limit
-        null, null_scale = _null(controls, kept, snapshot, expectation)
-        score, null_score = (gap[group] - effect) / scale[group], null / null_scale
-        highest = null_score if controls.highest is None else torch.maximum(null_score, controls.highest)
-        p[group], beyond[group] = conformal_p(score, highest), score > highest.max()
-        nulls.append((len(group), null, null_scale))
-    far = (~matched).nonzero().flatten()
-    matched[far] = nearest(in_units(samples.features[far], units), static, rule.k)[1] <= limit
-    _, null, null_scale = max(nulls, key=lambda entry: entry[0])
-    flagged = torch.zeros_like(matched)
-    flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
-    return Measurement(gap, p, matched, beyond, flagged, scale, by_chance, first, null, null_scale, effect)
+
+    def __init__(self, controls: Controls, rule: DetectionRule, unit: str = "nats") -> None:
+        self.controls, self.rule, self.effect = controls.finite(), rule, rule.effect(unit)
+        self._kept = _reference_rows(self.controls)
+        self._reference = self.controls.only(self._kept)
+        self._units = standard_units(self.controls.features)
+        self._static = in_units(self._reference.features, self._units)
+        self._limit = float(farthest(self._static, rule.k, rule.reach))
+        self._prepared: dict[int | None, tuple[ExpectedLosses, Tensor, Tensor]] = {}
+
+    def measure(self, samples: SampleFeatures) -> Measurement:
+        """Gap and p-value of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
+
+        The effect is part of the hypothesis: the score that is ranked among those of the controls is that of the gap
+        less the effect.
+        """
+        controls, rule, count = self.controls, self.rule, len(samples.losses)
+        gap, scale, by_chance, first = torch.zeros(4, count).unbind()
+        p, matched, beyond = torch.ones(count), torch.zeros(count).bool(), torch.zeros(count).bool()
+        groups: list[tuple[int, int | None]] = []
+        for snapshot, group in _by_snapshot(samples, controls):
+            expectation, null, null_scale = self._prepare(snapshot)
+            for part in expectation.compare(samples, group):
+                rows = part.rows
+                gap[rows], scale[rows], by_chance[rows], first[rows] = part.gap, part.scale, part.by_chance, part.first
+                # The early loss has no influence on who is matched: memorization that began before that visit changes
+                # it, and would leave a sample without controls. But a sample that is near with it is nearer without.
+                matched[rows] = part.distance < 0.99 * self._limit
+            score, null_score = (gap[group] - self.effect) / scale[group], null / null_scale
+            highest = null_score if controls.highest is None else torch.maximum(null_score, controls.highest)
+            p[group], beyond[group] = conformal_p(score, highest), score > highest.max()
+            groups.append((len(group), snapshot))
+        far = (~matched).nonzero().flatten()
+        matched[far] = nearest(in_units(samples.features[far], self._units), self._static, rule.k)[1] <= self._limit
+        _, null, null_scale = self._prepare(max(groups, key=lambda entry: entry[0])[1])
+        flagged = torch.zeros_like(matched)
+        flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
+        return Measurement(gap, p, matched, beyond, flagged, scale, by_chance, first, null, null_scale, self.effect)
+
+    def _prepare(self, snapshot: int | None) -> tuple[ExpectedLosses, Tensor, Tensor]:
+        """What to expect at one early evaluation; ``[M]`` gap of each control and usual size of gaps near it."""
+        if snapshot not in self._prepared:
+            expectation = ExpectedLosses(self._reference, snapshot, self._units, self.rule, self.effect)
+            self._prepared[snapshot] = expectation, *_null(self.controls, self._kept, snapshot, expectation)
+        return self._prepared[snapshot]
 
 
 def _by_snapshot(samples: SampleFeatures, controls: Controls) -> Iterator[tuple[int | None, Tensor]]:

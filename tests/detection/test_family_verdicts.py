@@ -194,6 +194,7 @@ def test_losses_that_are_not_finite_and_too_few_controls_leave_it_undecided():
     assert found.measured.tolist() == [0, 0] and found.word(0) == "undecided"
     few = Run()
     few.controls.latest[10:] = torch.nan
+    few.table.begins_with_training = False  # so that first visits are no controls either
     assert few.judged().measured.tolist() == [0, 0]
 
 
