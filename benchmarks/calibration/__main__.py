@@ -1,0 +1,7 @@
+"""``python -m benchmarks.calibration``."""
+
+import sys
+
+from benchmarks.calibration.benchmark import main
+
+sys.exit(main())
