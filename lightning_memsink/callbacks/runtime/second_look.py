@@ -90,9 +90,8 @@ class SecondLook:
 
     def attach(self, trainer: Trainer) -> None:
         """When fit starts, once its model is complete."""
-        if not trainer.lightning_module.automatic_optimization and not is_overridden(
-            "validation_step", trainer.lightning_module
-        ):
+        module = trainer.lightning_module
+        if not module.automatic_optimization and not is_overridden("validation_step", module):
             self.refusal = messages.MANUAL
 
     def detach(self) -> None:
@@ -128,6 +127,9 @@ class SecondLook:
             return _nothing(mode)
         if mode == "validation_step" and self._falls_back:
             mode = "training_step"
+        if mode != "validation_step" and not pl_module.automatic_optimization:
+            self._fail(messages.MANUAL)
+            return _nothing(mode)
         known = dict(vars(self.sample_ids))  # of the batch that was trained on last
         try:
             with torch.inference_mode(False):
@@ -149,22 +151,19 @@ class SecondLook:
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, rows: Tensor, mode: Mode) -> tuple[Look | None, str]:
         """A look at ``rows``; or None, and the reason. No error leaves it: other processes wait for this one."""
-        measured: list[tuple[Tensor, Tensor]] = []
-        reason = ""
         with traces_removed(trainer, pl_module, mode):
             pass_ = _Pass(self, trainer, pl_module, rows)
-            while True:
-                reason = next(filter(None, gather(pass_.first(mode))), "")
-                if not reason or mode != "validation_step" or not pl_module.automatic_optimization:
-                    break
-                mode, self._falls_back = "training_step", True
-                warn_once(self._warnings, messages.falls_back(reason), key="falls back")
+            reason = pass_.first(mode)
+            if reason and mode == "validation_step" and pl_module.automatic_optimization:
+                self._falls_back = not pass_.first("training_step")
+                if self._falls_back:
+                    warn_once(self._warnings, messages.falls_back(reason), key="falls back")
+                    mode, reason = "training_step", ""
             if not reason:
                 pass_.others(mode)
-            measured = pass_.measured
-        every = gather((measured, reason or pass_.failure, pass_.is_empty))
-        parts = [part for some, _, _ in every for part in some]
-        reasons = [reason for _, reason, _ in every if reason]
+        every = gather(([] if reason else pass_.measured, reason or pass_.failure))
+        parts = [part for some, _ in every for part in some]
+        reasons = [reason for _, reason in every if reason]
         if not parts:
             return (None, (*reasons, messages.NO_BATCH)[0]) if reasons or len(rows) else (_nothing(mode), "")
         found, losses = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -188,11 +187,12 @@ class _Pass:
         self._batches = self._source(rows)
         self._first = self._next()
         self._count = 0
-        self.is_empty = self._first is None
 
     def first(self, mode: Mode) -> str:
-        """Measures the first batch; why that failed, or nothing."""
-        return "" if self._first is None else self._measure(self._first, mode)
+        """Measures the first batch; why that failed in any process, or nothing."""
+        self.measured.clear()
+        reason = "" if self._first is None else self._measure(self._first, mode)
+        return next(filter(None, gather(reason)), "")
 
     def others(self, mode: Mode) -> None:
         """Measures all others. A failure ends no pass: other processes may wait in a step of theirs."""

@@ -12,8 +12,10 @@ NO_BATCH = "none of their rows could be fetched, or all brought other samples th
 
 def of_error(error: Exception) -> str:
     """An error of the user's code in one line."""
-    text = " ".join(f"{error}".strip().split("\n")[-1].split())
-    return f"{type(error).__name__}: {text}" if text else repr(error)
+    lines = f"{error}".strip().split("\n")
+    if lines[0].startswith("Caught "):  # in a worker, whose traceback the text is
+        return lines[-1]
+    return f"{type(error).__name__}: {lines[0]}" if lines[0] else repr(error)
 
 
 def failed(reason: str) -> str:
