@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.proportions import beta_quantile, clopper_pearson
+from lightning_memsink.detection.exact_bounds import beta_quantile, lower_bound, student_quantile, upper_bound
 
 ABOVE = (0.5, 0.8, 0.95, 0.99)
 """Quantiles of the controls' scores that thresholds of the lower end are taken from."""
 WITHIN = (0.0, 0.5, 1.0)
 """Thresholds of the upper end, in parts of the effect; one more is the lowest fifth of the controls."""
+SMALLER, LARGER = (0.0, 0.25, 0.5, 0.75, 0.95), (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0)
+"""Parts of the effect that samples may have which are not memorized, and which are."""
 POWER = 0.8
 
 
@@ -64,7 +66,9 @@ def shares_above(scores: Scores, members: Tensor) -> tuple[Tensor, Tensor, Tenso
     sizes = members.sum(1)
     above = _sums(members, scores.samples > scores.effect)
     chance = (_sums(members, scores.by_chance) / sizes).clamp(max=1 - 1e-9)
-    share, share_high = ((x - chance) / (1 - chance) for x in (above / sizes, clopper_pearson(above, sizes)[1]))
+    above_high = [upper_bound(int(k), n, 0.025) for k, n in zip(above.tolist(), sizes.tolist(), strict=True)]
+    of_gaps = torch.stack([above / sizes, torch.tensor(above_high, dtype=torch.float64)])
+    share, share_high = (of_gaps - chance) / (1 - chance)
     high = torch.stack([high, share_high, low]).amax(0).clamp(max=1)
     return torch.minimum(torch.maximum(share, low), high), low, high
 
@@ -88,20 +92,41 @@ def lowest_shares(scores: Scores, members: Tensor, tail: float) -> Tensor:
 def _highest_shares(scores: Scores, members: Tensor, tail: float) -> Tensor:
     """``[G]`` the upper end, likewise, if training on a sample raises no loss and noise does not depend on the effect.
 
-    Of samples with an effect of d or more, at most as many stay below a threshold t as controls below t - d; of the
-    others, at most as many as controls below t. So the more stay below, the fewer are memorized. The least share over
-    the thresholds `WITHIN` counts, each with a part of ``tail``.
+    A function of the score whose mean is at least 1 over samples with an effect of d or more, and at least 0 over
+    others, whatever their effects are: its mean over all is at least the share. It counts those that pass a threshold,
+    less what of the others passes it, and counts as one those far beyond it. The least mean over the thresholds
+    `WITHIN` counts, each with Student's interval and a part of ``tail``. All, of fewer than two samples.
     """
-    effect, ranked = scores.effect, scores.null.sort().values
-    middle = float(effect.median())
+    ranked, middle = scores.null.sort().values, float(scores.effect.median())
     ends = torch.tensor([middle * part for part in WITHIN], dtype=torch.float64)
     thresholds = torch.cat([ends, scores.null.quantile(0.2)[None]])
-    sizes, below_of_null = members.sum(1), torch.searchsorted(ranked, thresholds, right=True)
-    shifted = torch.searchsorted(ranked, thresholds - effect[:, None], right=True)
-    window = (below_of_null - _sums(members, shifted) / sizes[:, None]) / len(ranked)
-    below = _sums(members, scores.samples[:, None] <= thresholds)
-    low = _lower_difference(below, sizes, below_of_null, len(ranked), tail / len(thresholds))
-    high = torch.where(window > 1e-9, -low / window.clamp(min=1e-9), torch.inf)
+    far = middle + scores.null.quantile(0.99)
+    effects = scores.effect.quantile(torch.linspace(0.02, 0.98, 25, dtype=torch.float64))
+
+    def passing(parts: tuple[float, ...]) -> Tensor:
+        """``[parts, T + 1]`` of samples with these parts of the effect, which share passes each threshold, and far."""
+        shift = torch.tensor(parts, dtype=torch.float64)[:, None, None] * effects[:, None]
+        below = torch.searchsorted(ranked, torch.cat([thresholds, far[None]]) - shift, right=True)
+        return 1 - below.double().mean(1) / len(ranked)
+
+    base, window = passing((0.0,))[0, :-1], (passing((1.0,)) - passing((0.0,)))[0, :-1]
+    usable = window > 1e-3
+    window = window.clamp(min=1e-3)
+    discount = ((1 - base) / window - 1).clamp(min=0)
+
+    def mean_of(share: Tensor) -> Tensor:
+        return (share[..., :-1] - base) / window - discount * share[..., -1:]
+
+    shift = -mean_of(passing(SMALLER)).amin(0).clamp(max=0)
+    size = mean_of(passing(LARGER)).amin(0) + shift
+    passes = (scores.samples[:, None] > torch.cat([thresholds, far[None]])).double()
+    values, sizes = (mean_of(passes) + shift) / size.clamp(min=1e-3), members.sum(1)
+    mean = _sums(members, values) / sizes[:, None]
+    spread = (_sums(members, values.square()) / sizes[:, None] - mean.square()).clamp(min=0)
+    of_null = base * (1 - base) / len(ranked) / (window * size.clamp(min=1e-3)).square()
+    error = (spread / (sizes - 1).clamp(min=1)[:, None] + of_null).sqrt()
+    factor = torch.tensor([student_quantile(count - 1, tail / len(thresholds)) for count in sizes.tolist()])
+    high = torch.where(usable & (size > 1e-3), mean + factor.double()[:, None] * error, torch.inf)
     return high.amin(1).clamp(0, 1)
 
 
@@ -112,35 +137,42 @@ def smallest_share(scores: Scores) -> float:
     do.
     """
     count, thresholds = len(scores.samples), scores.thresholds()
-    passing = torch.arange(count + 1, dtype=torch.float64)[:, None].expand(count + 1, len(thresholds))
-    of_null = (scores.null[:, None] > thresholds).sum(0)
-    sizes = torch.full((count + 1,), count)
-    low = _lower_difference(passing, sizes, of_null, len(scores.null), 0.025 / len(thresholds))
-    enough = (low > 0).double().argmax(0)
-    useful = (low > 0).any(0)
-    if not bool(useful.any()):
-        return math.nan
-    enough, thresholds = enough[useful].double(), thresholds[useful]
-    # At this share of passing samples, as many pass with the power: a quantile of the beta distribution.
-    needed = beta_quantile(POWER, enough, count - enough + 1)
     shift = scores.effect.quantile(torch.linspace(0.05, 0.95, 10, dtype=torch.float64))
-    chance = (scores.null[:, None, None] > thresholds + shift[:, None]).double().mean((0, 1))
-    return float(((needed - chance) / (1 - chance)).amin())
+    shares = []
+    for threshold in thresholds.tolist():
+        of_null = int((scores.null > threshold).sum())
+        # The lower end rises with the number of samples that pass: find the first at which it is above 0.
+        few, enough = -1, count + 1
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            low = _lower_end(middle, count, of_null, len(scores.null), 0.025 / len(thresholds))
+            few, enough = (few, middle) if low > 0 else (middle, enough)
+        if enough <= count:
+            # At this share of passing samples, as many pass with the power: a quantile of the beta distribution.
+            needed = beta_quantile(POWER, enough, count - enough + 1)
+            chance = float((scores.null[:, None] > threshold + shift).double().mean())
+            shares.append((needed - chance) / (1 - chance))
+    return min(shares, default=math.nan)
 
 
 def _lower_difference(some: Tensor, sizes: Tensor, others: Tensor, of_others: int, tail: float) -> Tensor:
-    """``[G, T]`` the lower end of the difference of two shares, ``some / sizes - others / of_others``.
+    """``[G, T]`` the lower end of ``some / sizes - others / of_others``: ``[G, T]``, ``[G]``, ``[T]`` and a number."""
+    rows = zip(some.long().tolist(), sizes.tolist(), strict=True)
+    ends = [
+        [_lower_end(k, size, m, of_others, tail) for k, m in zip(row, others.tolist(), strict=True)]
+        for row, size in rows
+    ]
+    return torch.tensor(ends, dtype=torch.float64)
 
-    From the exact interval of each, joined as Zou & Donner (2008) recover variances from intervals. ``some`` is
-    ``[G, T]``, ``sizes`` ``[G]``, ``others`` ``[T]``.
+
+def _lower_end(some: int, size: int, others: int, of_others: int, tail: float) -> float:
+    """The lower end of the difference of two shares, ``some / size - others / of_others``.
+
+    From the exact bound of each, joined as Zou & Donner (2008) recover variances from intervals.
     """
-    sizes = sizes[:, None].expand_as(some)
-    successes = torch.cat([some.flatten().double(), others.double()])
-    trials = torch.cat([sizes.flatten().double(), torch.full(others.shape, float(of_others), dtype=torch.float64)])
-    low, high = clopper_pearson(successes, trials, 1 - 2 * tail)
-    first, second = some.double() / sizes, others.double() / of_others
-    error = (first - low[: some.numel()].view_as(first)).square() + (high[some.numel() :] - second).square()
-    return first - second - error.sqrt()
+    first, second = some / size, others / of_others
+    below, above = first - lower_bound(some, size, tail), upper_bound(others, of_others, tail) - second
+    return first - second - math.hypot(below, above)
 
 
 def _sums(members: Tensor, values: Tensor) -> Tensor:

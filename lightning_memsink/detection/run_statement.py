@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memsink.detection.exact_bounds import student_quantile
 from lightning_memsink.detection.memorized_share import POWER, Scores, lowest_shares, shares_above, smallest_share
-from lightning_memsink.detection.proportions import beta_quantile
 
 MOST_SOURCES = 50
 """Sources with a statement of their own: those with the most samples in the random sample."""
@@ -158,16 +158,9 @@ def _mean_gap(gap: Tensor, null: Tensor, population: int) -> tuple[float, float,
         of_null = float(null.var()) / controls
         of_gap = max(float(gap.var()), float(null.var())) / count
         freedom = (of_gap + of_null) ** 2 / (of_gap**2 / (count - 1) + of_null**2 / (controls - 1))
-        error = _student(freedom) * math.sqrt(of_gap + of_null)
+        error = student_quantile(math.floor(freedom), 0.025) * math.sqrt(of_gap + of_null)
         low, high = min(low, mean - error), max(high, mean + error)
     return mean, low, high
-
-
-def _student(freedom: float, level: float = 0.95) -> float:
-    """The quantile that Student's t of so many degrees of ``freedom`` is within with the probability ``level``."""
-    half = torch.tensor([freedom / 2], dtype=torch.float64)
-    x = float(beta_quantile(level, torch.full_like(half, 0.5), half))
-    return math.sqrt(freedom * x / max(1e-300, 1 - x))
 
 
 def _detectable_gap(scores: Scores, scale: Tensor, threshold: float, p_needed: float) -> float:
