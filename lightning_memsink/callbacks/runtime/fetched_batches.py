@@ -5,15 +5,19 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.id_contents import Contents
+from lightning_memsink.samples.input_prints import input_prints
 from lightning_memsink.samples.row_order import Order, RowPrints, SameTensors
 from lightning_memsink.samples.tagged_batch import Fetched
+
+Inputs: TypeAlias = Literal["all", "named"]
+"""Of which samples of a batch the inputs are hashed: of those that their elements name, or of all."""
 
 LOADER_BITS = 48  # a row of loader n has the id (n << 48) + row: loaders stay apart, the first one's ids are its rows
 FIRST, EVERY = 8, 64
@@ -28,6 +32,8 @@ class FetchedBatch(NamedTuple):
     tensors: SameTensors
     prints: RowPrints | None
     contents: Contents | None
+    inputs: Tensor | None = None
+    """``[B]`` hashes of the samples' inputs, if they were asked for."""
 
 
 class FetchedBatches:
@@ -48,14 +54,23 @@ class FetchedBatches:
         self._pass: weakref.ref[Any] | None = None
         self._batches: deque[FetchedBatch] = deque()
 
-    def put(self, combined_pass: object, loader: int, batch: Any, fetched: Fetched | None, with_contents: bool) -> None:
+    def put(
+        self,
+        combined_pass: object,
+        loader: int,
+        batch: Any,
+        fetched: Fetched | None,
+        with_contents: bool,
+        inputs: Inputs | None = None,
+    ) -> None:
         """Appends a batch of ``loader``. A new pass drops the batches that the last one prefetched."""
         if self._pass is None or self._pass() is not combined_pass:
             self.clear()
             self._pass = weakref.ref(combined_pass)
         fetched = _offset(fetched or Fetched(), loader)
         prints, contents = self._read(batch, fetched, with_contents)
-        self._batches.append(FetchedBatch(loader, fetched, SameTensors(batch), prints, contents))
+        hashed = None if inputs is None else inputs_of(batch, fetched, inputs == "named")
+        self._batches.append(FetchedBatch(loader, fetched, SameTensors(batch), prints, contents, hashed))
 
     def take(self, loader: int | None = None) -> FetchedBatch | None:
         """Removes and returns the oldest batch of one loader, or of any; None if there is none."""
@@ -98,6 +113,15 @@ class FetchedBatches:
             return prints, Contents.of(batch, size, fetched.axes) if with_contents else None
         except Exception:  # an odd batch must not end the training: it is not compared
             return None, None
+
+
+def inputs_of(batch: Any, fetched: Fetched, named_only: bool) -> Tensor | None:
+    """``[B]`` hashes of the inputs of a batch as it was fetched, as `input_prints` takes; None if it has none."""
+    try:
+        size = batch_size(batch, fetched.rows if fetched.ids is None else len(fetched.ids), fetched.axes)
+        return input_prints(batch, size, fetched.axes, named_only) if size else None
+    except Exception:  # an odd batch must not end the training: it is not compared
+        return None
 
 
 def fetched_parts(combined: Any, batch: Any) -> Iterator[tuple[int, Any]]:

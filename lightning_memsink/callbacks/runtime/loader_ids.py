@@ -15,11 +15,13 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.fetched_batches import (
     FetchedBatch,
     FetchedBatches,
+    Inputs,
     concatenated,
     fetched_parts,
 )
 from lightning_memsink.samples.batch import describe, tensors_in
 from lightning_memsink.samples.batch_rows import Axes, Entry, rows_of
+from lightning_memsink.samples.control_overlap import ControlOverlap
 from lightning_memsink.samples.dataloader_ids import fetches_by_key, is_taggable, tag_loader, untag_loader
 from lightning_memsink.samples.id_contents import Contents, IdContents
 from lightning_memsink.samples.sample_ids import SampleIds
@@ -64,6 +66,10 @@ class LoaderIds:
         self._trainer: Trainer | None = None
         self._fetched: dict[Stage, FetchedBatches] = {"train": FetchedBatches(), "validate": FetchedBatches()}
         self._contents = IdContents()
+        self.overlap = ControlOverlap()
+        """Which controls have the input of a training sample. Where ids are hashes of texts it knows of none: there
+        equal ids say it."""
+        self._ids_are_texts = False
         self._warnings = WarningCache()
         self._overridden: dict[str, Any] = {}
 
@@ -129,13 +135,15 @@ class LoaderIds:
         """The ids of one loader's batch, in the order of its rows."""
         fetched = Fetched() if taken is None else taken.fetched
         self.axes = fetched.axes
-        index = fetched.ids
+        index, moved = fetched.ids, None
+        inputs = None if taken is None else taken.inputs
         if taken is not None and index is not None and not self.sample_ids.reads_key(batch):
             order = self._fetched[stage].order_in(batch, taken)
             if order.kind == "lost" and self.sample_ids.needs_index(batch):
                 warn_once(self._warnings, REORDERED.format(key=self.sample_ids.key))
                 return None
             index = None if order.kind == "lost" else index if order.rows is None else index[order.rows]
+            moved, inputs = order.rows, None if order.kind == "lost" else inputs
         ids = self.sample_ids.of(batch, index, fetched)
         if self.sample_ids.documents is not None:
             self.axes = self.sample_ids.documents.axes(batch)
@@ -143,7 +151,18 @@ class LoaderIds:
             named = index if self.sample_ids.is_of_texts(batch) else ids
             if named is not None:
                 self._check_contents(named, taken.contents)
+        is_packed = self.sample_ids.documents is not None
+        self._ids_are_texts = self.sample_ids.source == "content" and (is_packed or self.sample_ids.is_of_texts(batch))
+        if inputs is not None and ids is not None and not is_packed:
+            self._note_inputs(ids, inputs, moved, stage)
         return ids
+
+    def _note_inputs(self, ids: Tensor, inputs: Tensor, moved: Tensor | None, stage: Stage) -> None:
+        """Notes the inputs of samples, as they were fetched; ``moved``: which of them is in each row now."""
+        if stage == "train":
+            self.overlap.note_training(inputs)
+        else:
+            self.overlap.note_controls(ids, inputs if moved is None else inputs[moved])
 
     def _merged_ids(self, batch: Any, taken: list[FetchedBatch | None]) -> Tensor | None:
         """The ids of a batch that a hook of the user's has made of those of several loaders."""
@@ -178,7 +197,16 @@ class LoaderIds:
             for position, iterator in enumerate([] if combined_pass is None else combined_pass.iterators):
                 if iterator is batches:
                     loader = getattr(combined_pass, "_iterator_idx", position)  # sequential mode: one at a time
-                    waiting.put(combined_pass, loader, batch, fetched, stage == "train" and self._compares(fetched))
+                    with_contents = stage == "train" and self._compares(fetched)
+                    waiting.put(combined_pass, loader, batch, fetched, with_contents, self._inputs_of(stage))
+
+    def _inputs_of(self, stage: Stage) -> Inputs | None:
+        """Which inputs of the next batch are hashed."""
+        if self._ids_are_texts:
+            return None
+        if stage == "validate":
+            return "named"
+        return "all" if self.overlap.wants_training() else None
 
     def _combined_loaders(self) -> Iterator[CombinedLoader]:
         assert self._trainer is not None

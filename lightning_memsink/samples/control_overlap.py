@@ -1,0 +1,172 @@
+"""Which controls have the input of a training sample, so that the model does not meet them for the first time.
+
+M  controls      n  samples of a batch
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_memsink._distributed import gather
+from lightning_memsink.samples.input_prints import NO_PRINT
+
+MOST = 1 << 20
+"""Training inputs that are remembered, 8 bytes each."""
+PENDING = 4096
+"""Inputs that are compared together, or a quarter of those that are remembered if that is more."""
+EVERY = 16
+"""Of the batches whose inputs came before, the one that is still compared."""
+NEW = 0.01
+"""Share of inputs that did not come before, up to which they count as those that did."""
+
+
+class ControlPrints(NamedTuple):
+    """``ids`` and ``prints`` ``[M]`` int64 of controls: their hashes, as `input_prints` makes them."""
+
+    ids: Tensor
+    prints: Tensor
+
+
+class ControlOverlap:
+    """Compares the inputs of controls with those of training samples, by their hashes.
+
+    The first ``most`` training inputs are remembered, so that controls can come later. Of more, those are found that
+    come after the controls: in the rest of the epoch, and in the next one.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+        self._restart({})
+
+    def _restart(self, state: dict[str, Any]) -> None:
+        self._trained = state.get("trained", _none()).clone()  # sorted
+        self._found = state.get("found", _none()).clone()  # hashes of controls that training samples have, sorted
+        self._controls = ControlPrints(state.get("ids", _none()).clone(), state.get("prints", _none()).clone())
+        self._pending: list[Tensor] = []
+        self._count = 0  # of hashes in _pending
+        self._new_controls: list[ControlPrints] = []
+        self._unshared = ControlPrints(_none(), _none())  # that other processes don't have
+        self._batches = 0
+        self._is_known = False  # whether the latest training inputs came before
+
+    def wants_training(self) -> bool:
+        """Whether the next training batch is to be compared: each, until the same inputs come again; then a few."""
+        self._batches += 1
+        return not self._is_known or self._batches % EVERY == 0
+
+    def note_training(self, prints: Tensor) -> None:
+        """Notes hashes ``[n]`` of the inputs of samples that are trained on."""
+        self._pending.append(prints)
+        self._count += len(prints)
+        if self._count >= self._batch_of_inputs:
+            self._remember()
+
+    def note_controls(self, ids: Tensor, prints: Tensor) -> None:
+        """Notes hashes ``[n]`` of the inputs of controls ``ids`` ``[n]``; one that came before has that of now."""
+        if len(ids) != len(prints):
+            return
+        self._new_controls.append(ControlPrints(ids.clone(), prints))
+        if len(self._new_controls) >= PENDING:
+            self._add_controls()
+
+    def overlap(self, ids: Tensor) -> Tensor:
+        """Bool ``[M]``: of controls ``ids``, those with the input of a training sample; False where it isn't known."""
+        self._add_controls()
+        self._remember()
+        controls = self._controls
+        if not len(controls.ids) or not len(ids):
+            return torch.zeros(len(ids), dtype=torch.bool)
+        place = torch.searchsorted(controls.ids, ids.contiguous()).clamp(max=len(controls.ids) - 1)
+        return (controls.ids[place] == ids) & torch.isin(controls.prints[place], self._found)
+
+    def exchange(self) -> None:
+        """Shares what each process knows. All must call it at the same point, before `overlap`."""
+        self._add_controls()
+        self._new_controls = gather(self._unshared)
+        self._add_controls()
+        self._unshared = ControlPrints(_none(), _none())
+        self._remember()
+        self._found = torch.cat(gather(self._found)).unique()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._remember()
+        self._add_controls()
+        ids, prints = self._controls
+        return {"trained": self._trained, "ids": ids, "prints": prints, "found": self._found}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint; from one of an older version, which is empty, as at the start of a run."""
+        self._restart(state)
+
+    def _remember(self) -> None:
+        """Remembers the pending training inputs, and compares them with the controls that are known."""
+        if not self._pending:
+            return
+        are_many = self._count >= self._batch_of_inputs
+        prints = torch.cat(self._pending).unique()
+        self._pending, self._count = [], 0
+        self._find(prints)
+        new = prints[~_is_in(prints, self._trained) & (prints != NO_PRINT)]
+        self._is_known = len(new) <= NEW * len(prints) and (are_many or self._is_known)
+        room = self.most - len(self._trained)
+        if len(new) and room > 0:
+            self._trained = torch.cat([self._trained, new[:room]]).sort().values
+
+    @property
+    def _batch_of_inputs(self) -> int:
+        return max(PENDING, len(self._trained) // 4)
+
+    def _add_controls(self) -> None:
+        """Compares the controls that were noted since the last call."""
+        if not self._new_controls:
+            return
+        ids = torch.cat([new.ids for new in self._new_controls])
+        prints = torch.cat([new.prints for new in self._new_controls])
+        self._new_controls = []
+        is_changed = ~self._has(ids, prints)
+        if not bool(is_changed.any()):
+            return
+        new = ControlPrints(ids[is_changed], prints[is_changed])
+        self._unshared = _joined(self._unshared, new)
+        self._controls = _joined(self._controls, new)
+        self._find(self._trained)
+        self._is_known = False
+
+    def _has(self, ids: Tensor, prints: Tensor) -> Tensor:
+        known = self._controls
+        if not len(known.ids):
+            return torch.zeros(len(ids), dtype=torch.bool)
+        place = torch.searchsorted(known.ids, ids).clamp(max=len(known.ids) - 1)
+        return (known.ids[place] == ids) & (known.prints[place] == prints)
+
+    def _find(self, trained: Tensor) -> None:
+        """Adds the controls whose inputs are among ``trained``, sorted hashes."""
+        of_controls = self._controls.prints
+        found = of_controls[_is_in(of_controls, trained) & (of_controls != NO_PRINT)]
+        if len(found):
+            self._found = torch.cat([self._found, found]).unique()
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
+def _is_in(values: Tensor, ranked: Tensor) -> Tensor:
+    """Bool, as ``values``: those that are among ``ranked``, which are sorted."""
+    if not len(ranked):
+        return torch.zeros(len(values), dtype=torch.bool)
+    place = torch.searchsorted(ranked, values.contiguous()).clamp(max=len(ranked) - 1)
+    return ranked[place] == values
+
+
+def _joined(first: ControlPrints, second: ControlPrints) -> ControlPrints:
+    """Each id once, with its last hash, in the order of ids."""
+    ids, prints = (torch.cat(pair).flip(0) for pair in zip(first, second, strict=True))
+    order = ids.argsort(stable=True)
+    ranked = ids[order]
+    is_first = torch.ones(len(ranked), dtype=torch.bool)
+    is_first[1:] = ranked[1:] != ranked[:-1]
+    return ControlPrints(ranked[is_first], prints[order][is_first])
