@@ -45,8 +45,8 @@ def test_an_ordinary_run_is_described_without_a_warning():
     assert said() == (
         "memsink: 10,000 samples; 500 held-out controls and first visits of samples as controls in the first 4 epochs. "
         "Up to 10 evaluations; a sample is memorized after 2 in a row that flag it. Smallest p-value 1/10,501: at a "
-        "false-discovery rate of 0.05 at least 20 memorized samples must be significant together, for a single one "
-        "199,999 controls. Each evaluation measures up to 512 samples again.",
+        "false-discovery rate of 0.05 at least 39 memorized samples must be significant together, for a single one "
+        "399,999 controls. Each evaluation measures up to 512 samples again.",
         False,
     )
 
@@ -58,10 +58,10 @@ def test_the_number_that_must_be_significant_together_is_that_of_benjamini_and_h
     run = facts(samples=samples, held_out=held_out, takes_first_visits=False)
 
     def is_flagged(memorized):
-        """Whether so many samples at the smallest p-value are flagged."""
+        """Whether so many samples at the smallest p-value are flagged at one evaluation."""
         p = torch.ones(samples)
         p[:memorized] = 1 / (held_out + 1)
-        return bool(benjamini_hochberg(p, run.alpha)[0])
+        return bool(benjamini_hochberg(p, run.level)[0])
 
     assert is_flagged(samples) == (run.together <= samples)
     if run.together <= samples:
@@ -194,10 +194,10 @@ def test_fewer_controls_than_support_a_verdict_are_a_warning():
 
 
 def test_controls_that_can_flag_nothing_whatever_is_found_are_a_warning():
-    message, is_warning = said(held_out=18, takes_first_visits=False, samples=10, recheck=0)
+    message, is_warning = said(held_out=38, takes_first_visits=False, samples=10, recheck=0)
     assert is_warning
-    assert "at least 19 held-out samples" in message
-    assert not said(held_out=19, takes_first_visits=False, samples=10, recheck=0)[1]
+    assert "at least 39 held-out samples" in message
+    assert not said(held_out=39, takes_first_visits=False, samples=10, recheck=0)[1]
 
 
 def test_a_second_look_too_small_to_find_enough_together_is_a_warning():
@@ -211,7 +211,7 @@ def test_a_second_look_too_small_to_find_enough_together_is_a_warning():
 
 
 def test_a_second_look_at_all_samples_is_never_too_small():
-    assert not said(samples=500, held_out=19, takes_first_visits=False)[1]
+    assert not said(samples=500, held_out=39, takes_first_visits=False)[1]
 
 
 STREAMS = {
