@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from tests.support.capturing import QUIET
+from tests.support.small_runs import Rows, TinyLM, chain
 
 pytestmark = QUIET
 
@@ -74,6 +75,11 @@ def list_of(batch):
 def run(kind=Labelled, model=None, own_controls=False, held_out=HELD_OUT, **options):
     control_loader = DataLoader(kind(held_out, OTHER_LABELS[: len(held_out)]), batch_size=5)
     tracker = LossTracker(**({"controls": control_loader} if own_controls else {}))
+    loader = DataLoader(kind(X, Y), batch_size=6, shuffle=kind is not Stream)
+    return fit(tracker, model or Classifier(), loader, None if own_controls else control_loader, **options)
+
+
+def fit(tracker, model, loader, control_loader, **options):
     tracker.probe.overlap = tracker.loader_ids.overlap
     trainer = Trainer(
         accelerator="cpu",
@@ -85,8 +91,7 @@ def run(kind=Labelled, model=None, own_controls=False, held_out=HELD_OUT, **opti
         callbacks=[tracker],
         **{"max_epochs": 1, **options},
     )
-    loader = DataLoader(kind(X, Y), batch_size=6, shuffle=kind is not Stream)
-    trainer.fit(model or Classifier(), loader, None if own_controls else control_loader)
+    trainer.fit(model, loader, control_loader)
     return tracker
 
 
@@ -113,6 +118,16 @@ def test_those_that_are_left_out_are_the_right_ones(moves):
         tracker = run(model=Classifier(moves))
     assert tracker.controls.ids.tolist() == list(range(12))
     assert torch.isnan(tracker.controls.latest).tolist() == TRAINED
+
+
+@pytest.mark.parametrize("identity", ["auto", "index", "content"])
+def test_texts_that_are_trained_on_are_left_out_whatever_their_ids_are(identity):
+    texts = chain(24, seed=1)
+    held_out = torch.cat([texts[20:], chain(8, seed=2)])
+    loaders = DataLoader(Rows(texts), batch_size=6), DataLoader(Rows(held_out), batch_size=5)
+    with pytest.warns(UserWarning, match=FOUR):
+        tracker = fit(LossTracker(identity), TinyLM(), *loaders)
+    assert losses_left_out(tracker) == 4
 
 
 def test_rows_of_one_number_in_both_sets_are_others():
