@@ -107,6 +107,8 @@ class LossRecorder(Callback):
     def __init__(self, planted: Tensor, followed: Tensor | None = None) -> None:
         self.planted, self.followed = planted, followed
         self.followed_losses: list[list[float]] = []
+        self.records = False
+        """Whether a step of the run itself is under way: samples may be measured again between two steps."""
         # Python numbers: small tensors kept for the whole run fragment the heap around large ones.
         self.visits: list[tuple[list[int], list[int], list[float], list[float]]] = []
         self.evaluations: list[tuple[int, list[float], list[bool]]] = []
@@ -120,6 +122,16 @@ class LossRecorder(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.ids = batch["sample_id"]
+        self.records = True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.records = False
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.records = True
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.records = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: TextModel) -> None:
         exact = torch.cat([exact_match(pl_module, part) for part in self.planted.split(128)])
@@ -128,7 +140,7 @@ class LossRecorder(Callback):
             self.followed_losses.append(token_nll(pl_module, self.followed).mean(1).tolist())
 
     def _record(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if "labels" not in kwargs:
+        if not self.records or "labels" not in kwargs:
             return
         nll = _token_nll(output.logits.detach(), kwargs["labels"])
         if self.trainer.validating or self.trainer.sanity_checking:

@@ -84,7 +84,8 @@ def watching(has_controls: bool = True, every: int = 20) -> tuple[LossTracker, M
 
     Without held-out controls, verdicts are due ``every`` so many steps.
     """
-    return LossTracker(identity="key"), MemorizationDetector()
+    tracker = LossTracker(identity="key") if has_controls else LossTracker(identity="key", control_every=every)
+    return tracker, MemorizationDetector()
 
 
 def describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
@@ -96,12 +97,11 @@ def describe_again(tracker: LossTracker, ids: Tensor, texts: Tensor) -> None:
 
 def verdicts_of(ledger: Ledger, ids: Tensor) -> LiveVerdicts:
     """The state of the samples ``ids`` ``[N]`` when training ended."""
-    rows = ledger.losses.index.find(ids)
-    known = rows >= 0
+    rows = ledger.losses.index.find(ids)  # -1 for an unknown one: the place after the last
     ledger.flags.grow(len(ledger.losses))
 
     def read(column: Tensor, unknown: float) -> Tensor:
-        return torch.where(known, column[rows.clamp(min=0)], torch.tensor(unknown, dtype=column.dtype))
+        return torch.cat([column, torch.tensor([unknown], dtype=column.dtype)])[rows]
 
     return LiveVerdicts(
         gap=read(ledger.flags.gap.float(), torch.nan),

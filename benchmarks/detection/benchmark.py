@@ -30,7 +30,7 @@ from benchmarks.common.criteria import (
 from benchmarks.common.training import Schedule
 from benchmarks.detection import group_report
 from benchmarks.detection.group_runs import GroupFindings, investigate_groups
-from benchmarks.detection.groups import GroupSizes
+from benchmarks.detection.groups import GROUPS, GroupSizes
 from benchmarks.detection.population import Sizes
 from benchmarks.detection.runs import FAMILIES, NEGATIVE, POSITIVE, Findings, investigate
 from benchmarks.detection.settings import SETTINGS
@@ -41,7 +41,10 @@ WITHOUT_CONTROLS = {"canary": FPR, "easy": FPR, "shuffled": FPR, "template": 0.0
 has the n-grams and the length of plain text: matching by statistics alone finds it the wrong controls."""
 STANDARD = "standard"
 QUICK = Sizes(background=1500, held_out=240, repeats=(1, 8, 32), per_rung=6, easy=8, twins=32, once=16, noise=8)
-QUICK_GROUPS = GroupSizes(background=400, held_out=200, repeats=(2, 8, 32), easy=6, twins=32, once=16, families=2)
+QUICK_GROUPS = GroupSizes(
+    background=600, held_out=200, repeats=(8, 32, 64), natural=4, canaries=3, easy=4, twins=32, once=24, noise=4,
+    families=2, members=8,
+)  # fmt: skip
 SCHEDULE = Schedule()
 LIVE = "knn gap, live"
 
@@ -63,7 +66,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     jobs = [
         (name, seed, options.quick, options.save)
         for name in options.setting
-        for seed in (seeds if name == STANDARD or not options.quick else seeds[:1])
+        for seed in (seeds if name == STANDARD else seeds[: -(-len(seeds) // GROUPS)])  # of groups, three runs a seed
     ]
     results = [pickle.loads(each) for each in run_in_processes(investigate_setting, jobs)]
     found = {

@@ -1,6 +1,7 @@
 """Tables and criteria of the settings whose samples come in three groups.
 
-A seed of a setting has three runs; rates are pooled over these and, unless said otherwise, the worst of all seeds.
+A draw of groups has three runs, of three seeds. Rates are pooled over these; of several draws the worst counts, unless
+said otherwise.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _fpr(runs: Iterable[GroupFindings]) -> float:
 
 def _lead(run: GroupFindings) -> Tensor:
     """Bool: of the samples ever extracted, those flagged at an earlier evaluation."""
-    return (run.flag_at < run.exact_at)[run.extracted]
+    return (run.flag_step < run.exact_step)[run.extracted]
 
 
 def tables(found: Found) -> list[Table]:
@@ -147,7 +148,7 @@ def _kind_table(setting: Setting, seeds: Sequence[Seed]) -> Table:
             torch.cat([run.gap for run in runs]),
             torch.cat([run.flagged for run in runs]).float(),
             torch.cat([torch.where(run.negative, run.flagged, torch.nan) for run in runs]),
-            torch.cat([run.exact_at < run.evaluations for run in runs]).float(),
+            torch.cat([run.exact_step.isfinite() for run in runs]).float(),
         ],
         1,
     )

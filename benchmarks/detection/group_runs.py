@@ -5,6 +5,7 @@ U  samples of a group      M  controls      E  evaluations
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,11 @@ from benchmarks.detection import adapter, scores
 from benchmarks.detection.corpus import documentation
 from benchmarks.detection.groups import Group, Groups, GroupSizes, draw_groups
 from benchmarks.detection.settings import Setting, VariedText
+from benchmarks.detection.verdict_log import VerdictLog
 from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
 
 NEGATIVE = 0.3
-EVALUATE_EVERY = 20
 UNPLANTED = ("background", "near")
 """Ordinary text shown once an epoch, and near-duplicates: the table shows them, bounds are on the others."""
 
@@ -45,12 +46,10 @@ class GroupFindings:
     last_step: Tensor
     """Optimizer step before the last visit; -1 if it was never visited."""
     exposures: Tensor
-    flag_at: Tensor
-    """The first evaluation at which it was memorized; E if it never was."""
-    exact_at: Tensor
-    """The first evaluation at which it could be extracted verbatim; E if never."""
-    evaluations: int
-    """E"""
+    flag_step: Tensor
+    """Optimizer step of the first evaluation at which it was memorized; infinite if it never was."""
+    exact_step: Tensor
+    """Optimizer step of the first evaluation at which it could be extracted verbatim; infinite if never."""
 
     def of(self, *kinds: str) -> Tensor:
         """Bool ``[U]``."""
@@ -73,33 +72,34 @@ class GroupFindings:
     @property
     def extracted(self) -> Tensor:
         """Bool ``[U]``: memorized, and extracted verbatim at some evaluation."""
-        return (self.exact_at < self.evaluations) & (self.memorization > 1)
+        return self.exact_step.isfinite() & (self.memorization > 1)
 
 
-class Watch(Callback):
-    """Records after every evaluation which samples are memorized, and which can be extracted verbatim."""
+class Extraction(Callback):
+    """The step of the first evaluation at which each sample of a group can be extracted verbatim.
 
-    def __init__(self, group: Group) -> None:
-        self.tokens = group.tokens
+    Without a validation set it looks ``every`` so many steps.
+    """
+
+    def __init__(self, group: Group, every: int) -> None:
+        self.tokens, self.every = group.tokens, every
         self.extractable = (group.of("natural", "canary") & (group.repeats > 1)).nonzero().flatten()
-        self.memorized: list[Tensor] = []
-        self.exact: list[Tensor] = []
+        self.first_step = torch.full((len(group.tokens),), math.inf)
+        """``[U]`` optimizer steps; infinite for a sample that never could."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: VariedText) -> None:
-        self._record(trainer, pl_module)
+        self._look(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: VariedText, *args: Any) -> None:
-        if not trainer.enable_validation and trainer.global_step % EVALUATE_EVERY == 0:
-            self._record(trainer, pl_module)
+        if not trainer.enable_validation and trainer.global_step % self.every == 0:
+            self._look(trainer, pl_module)
 
-    def _record(self, trainer: Trainer, pl_module: VariedText) -> None:
-        ledger, everyone = Ledger.of(trainer), torch.arange(len(self.tokens))
-        self.memorized.append(torch.isin(everyone, ledger.losses.ids[ledger.flags.memorized]))
-        self.exact.append(torch.zeros(len(everyone), dtype=torch.bool))
+    def _look(self, trainer: Trainer, pl_module: VariedText) -> None:
         was_training = pl_module.training
         pl_module.eval()
-        self.exact[-1][self.extractable] = exact_match(pl_module, self.tokens[self.extractable])
+        exact = self.extractable[exact_match(pl_module, self.tokens[self.extractable])]
         pl_module.train(was_training)
+        self.first_step[exact] = self.first_step[exact].clamp(max=trainer.global_step)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class _Fit:
 
     module: LightningModule
     ledger: Ledger
-    watch: Watch
+    flag_step: Tensor
+    exact_step: Tensor
 
 
 def investigate_groups(setting: Setting, sizes: GroupSizes, seed: int) -> list[GroupFindings]:
@@ -124,16 +125,18 @@ def _fit(setting: Setting, drawn: Groups, number: int, vocab_size: int, seed: in
     """An ordinary fit on one group, validated on the controls that the setting has."""
     group = drawn.groups[number]
     seed_everything(seed + number, verbose=False)
-    data = Sequences(group.tokens, group.rows, group.of("noise").nonzero().flatten(), vocab_size, seed)
-    steps = setting.epochs * (len(data) // setting.batch_size) // EVALUATE_EVERY * EVALUATE_EVERY
-    module, watch = VariedText(setting, vocab_size, group.tokens.shape[1], steps), Watch(group)
-    callbacks = adapter.watching(has_controls=setting.controls != "none", every=EVALUATE_EVERY)
-    validated: dict[str, Any] = {"val_check_interval": EVALUATE_EVERY, "check_val_every_n_epoch": None}
+    data = Sequences(group.tokens, group.rows(setting.times), group.of("noise").nonzero().flatten(), vocab_size, seed)
+    every = setting.evaluate_every
+    steps = setting.epochs * (len(data) // setting.batch_size) // every * every
+    module = VariedText(setting, vocab_size, group.tokens.shape[1], steps)
+    verdicts, extraction = VerdictLog(torch.arange(len(group.tokens))), Extraction(group, every)
+    callbacks = adapter.watching(has_controls=setting.controls != "none", every=every)
+    validated: dict[str, Any] = {"val_check_interval": every, "check_val_every_n_epoch": None}
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,  # the last step is evaluated
         num_sanity_val_steps=0,
-        callbacks=[*callbacks, watch],
+        callbacks=[*callbacks, verdicts, extraction],
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
@@ -148,7 +151,7 @@ def _fit(setting: Setting, drawn: Groups, number: int, vocab_size: int, seed: in
         controls = drawn.controls if setting.controls == "all" else drawn.controls[drawn.controls_of("natural")]
         held_out = Sequences(controls, torch.arange(len(controls)), torch.empty(0), vocab_size, seed)
         trainer.fit(module, loader, DataLoader(held_out, 128))
-    return _Fit(module.eval(), Ledger.of(trainer), watch)
+    return _Fit(module.eval(), Ledger.of(trainer), verdicts.first_step, extraction.first_step)
 
 
 def _findings(drawn: Groups, fits: list[_Fit], number: int, vocab_size: int, seed: int) -> GroupFindings:
@@ -167,7 +170,6 @@ def _findings(drawn: Groups, fits: list[_Fit], number: int, vocab_size: int, see
             losses[number][of], twin[of], of_controls[number][like], twin_controls[like]
         )
     live = adapter.verdicts_of(own.ledger, torch.arange(len(texts)))
-    memorized = torch.stack(own.watch.memorized)
     return GroupFindings(
         kind=group.kind,
         repeats=group.repeats,
@@ -178,7 +180,6 @@ def _findings(drawn: Groups, fits: list[_Fit], number: int, vocab_size: int, see
         verdict=live.verdict,
         last_step=live.last_step,
         exposures=live.exposures,
-        flag_at=scores.first_time(memorized),
-        exact_at=scores.first_time(torch.stack(own.watch.exact)),
-        evaluations=len(memorized),
+        flag_step=own.flag_step,
+        exact_step=own.exact_step,
     )

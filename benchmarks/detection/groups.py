@@ -57,10 +57,13 @@ class Group:
     repeats: Tensor
     """``[U]`` times an epoch."""
 
-    @property
-    def rows(self) -> Tensor:
-        """Ids, each as often as an epoch shows it."""
-        return torch.arange(len(self.tokens)).repeat_interleave(self.repeats)
+    def rows(self, times: int = 1) -> Tensor:
+        """Ids, each as often as an epoch shows it. What is repeated, is repeated ``times`` as often."""
+        return torch.arange(len(self.tokens)).repeat_interleave(self.shown(times))
+
+    def shown(self, times: int) -> Tensor:
+        """``[U]`` times that an epoch shows each sample."""
+        return torch.where(self.repeats > 1, times * self.repeats, self.repeats)
 
     def of(self, *kinds: str) -> Tensor:
         """Bool ``[U]``."""

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from benchmarks.common.training import Run, Schedule, Sequences, gradient_norms, token_nll, train
 from benchmarks.detection import adapter, saving, scores
 from benchmarks.detection.corpus import documentation
 from benchmarks.detection.population import Population, Sizes, populate
+from benchmarks.detection.verdict_log import VerdictLog
 from lightning_memsink.detection.matched_controls import Measurement
 from lightning_memsink.detection.ngram_features import compressed_bits
-from lightning_memsink.ledger import Ledger
+from lightning_memsink.detection.verdicts import Verdict
 
 POSITIVE, NEGATIVE = 1.0, 0.3
 """Above the first a sample is memorized, below the second it is not, nats per token; others are left out."""
@@ -44,8 +44,8 @@ class Findings:
     """By kind whose controls were removed: bool ``[N]`` of its samples, and a measurement without them."""
     twins: Tensor
     """Bool ``[M]``: flagged when half of the controls is measured against the other half."""
-    flag_at: Tensor
-    """``[N]`` the first evaluation at which a sample was memorized; E if it never was."""
+    flag_step: Tensor
+    """``[N]`` optimizer step of the first evaluation at which a sample was memorized; infinite if it never was."""
     exact_at: Tensor
     """``[N]`` the first evaluation at which it could be extracted verbatim; E if never."""
     evaluation_step: Tensor
@@ -67,20 +67,7 @@ class Findings:
     def lead_steps(self) -> Tensor:
         """Steps from flag to first extraction, of each memorized sample ever extracted; -inf if never flagged."""
         extracted = (self.exact_at < len(self.evaluation_step)) & self.positive
-        steps = torch.cat([self.evaluation_step.float(), torch.tensor([torch.inf])])
-        return steps[self.exact_at[extracted]] - steps[self.flag_at[extracted]]
-
-
-class Verdicts(Callback):
-    """Records after every evaluation which samples are memorized."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.memorized: list[Tensor] = []
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ledger = Ledger.of(trainer)
-        self.memorized.append(torch.isin(self.rows, ledger.losses.ids[ledger.flags.memorized]))
+        return self.evaluation_step.float()[self.exact_at[extracted]] - self.flag_step[extracted]
 
 
 def investigate(sizes: Sizes, schedule: Schedule, seed: int, save: Path | None = None) -> Findings:
@@ -94,7 +81,7 @@ def investigate(sizes: Sizes, schedule: Schedule, seed: int, save: Path | None =
     all_texts = torch.where(is_noise[:, None], anew, population.tokens)
     planted, texts = population.tokens[population.tested], all_texts[population.tested]
     trained = population.main.unique()
-    verdicts = Verdicts(population.tested)
+    verdicts = VerdictLog(population.tested)
     callbacks = adapter.watching()
     main, twin = (
         train(
@@ -116,11 +103,11 @@ def investigate(sizes: Sizes, schedule: Schedule, seed: int, save: Path | None =
         population=population,
         memorization=memorization,
         scores=_all_scores(population, main, texts, nll, again, ends[0], schedule),
-        flagged=verdicts.memorized[-1],
+        flagged=adapter.verdicts_of(main.ledger, population.tested).verdict == Verdict.MEMORIZED,
         flagged_after=again.after(nll.mean(1), ends[0]).flagged,
         without_controls={kind: _without(kind, population, again, nll.mean(1), ends[0]) for kind in FAMILIES},
         twins=again.halves(),
-        flag_at=scores.first_time(torch.stack(verdicts.memorized)),
+        flag_step=verdicts.first_step,
         exact_at=scores.first_time(main.exact),
         evaluation_step=main.evaluation_step,
     )

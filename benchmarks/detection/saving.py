@@ -46,5 +46,5 @@ def results(found: Findings) -> dict[str, Any]:
     """Truth, scores and verdicts."""
     return {
         name: getattr(found, name)
-        for name in ("memorization", "scores", "flagged", "flagged_after", "twins", "flag_at", "exact_at")
+        for name in ("memorization", "scores", "flagged", "flagged_after", "twins", "flag_step", "exact_at")
     }

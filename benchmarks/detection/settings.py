@@ -33,7 +33,11 @@ class Setting:
     """Whether the learning rate falls linearly to 0."""
     label_smoothing: float = 0.0
     epochs: int = 2
+    times: int = 1
+    """By which the repeats within an epoch are multiplied, of samples that are shown more than once."""
     batch_size: int = 32
+    evaluate_every: int = 20
+    """Steps between two evaluations."""
     lr: float = 2e-3
     controls: Literal["all", "natural", "none"] = "all"
     """Which held-out samples the validation set has: of all kinds, natural text only, or there is none."""
@@ -50,8 +54,10 @@ SETTINGS = {
     "decay": Setting("learning rate that falls to 0", decays=True),
     "smoothing": Setting("label smoothing of .1", label_smoothing=0.1),
     "natural": Setting("controls of natural text only", controls="natural"),
-    "unvalidated": Setting("one epoch, no validation set", epochs=1, controls="none", positive=2.0, tpr=0.8),
-    "twice": Setting("batches of 8: samples seen twice are memorized", "llama", batch_size=8, lr=3e-3),
+    "unvalidated": Setting(
+        "one epoch, no validation set", epochs=1, times=2, evaluate_every=10, controls="none", positive=2.0, tpr=0.8
+    ),
+    "twice": Setting("batches of 8: samples seen twice are memorized", "llama", batch_size=8, evaluate_every=40),
 }
 
 

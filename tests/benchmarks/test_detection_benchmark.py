@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def drawn():
     return draw_groups(made_up(0), 300, TINY_GROUPS, seed=0)
 
 
-def findings(memorization, flagged, *, kind="natural", exposures=2, gap=None, flag_at=0, exact_at=9) -> GroupFindings:
+def findings(
+    memorization, flagged, *, kind="natural", exposures=2, gap=None, flag_step=0, exact_step=math.inf
+) -> GroupFindings:
     """A run whose samples are all alike but for their truth and verdict."""
     truth = torch.tensor(memorization)
     same = torch.ones_like(truth)
@@ -55,9 +58,8 @@ def findings(memorization, flagged, *, kind="natural", exposures=2, gap=None, fl
         verdict=torch.tensor(flagged).byte() * 3,
         last_step=same.int(),
         exposures=(exposures * same).int(),
-        flag_at=(flag_at * same).long(),
-        exact_at=(exact_at * same).long(),
-        evaluations=9,
+        flag_step=flag_step * same,
+        exact_step=exact_step * same,
     )
 
 
@@ -74,10 +76,12 @@ def test_no_group_trains_on_what_another_has_or_on_a_control(drawn):
 
 
 def test_groups_are_of_the_same_kinds_and_as_many_each(drawn):
-    first, *others = ((group.kind, group.repeats.tolist(), len(group.rows)) for group in drawn.groups)
+    first, *others = ((group.kind, group.repeats.tolist(), len(group.rows())) for group in drawn.groups)
     assert all(other == first for other in others)
-    shown = torch.bincount(drawn.groups[0].rows)
+    shown = torch.bincount(drawn.groups[0].rows())
     assert torch.equal(shown, drawn.groups[0].repeats)
+    more = torch.bincount(drawn.groups[0].rows(times=3))
+    assert torch.equal(more, torch.where(shown > 1, 3 * shown, shown))
 
 
 @pytest.mark.parametrize("kind", ["background", "natural", "canary", "easy", "shuffled", "template", "near", "noise"])
@@ -153,7 +157,7 @@ def test_a_sample_without_a_gap_ranks_last():
 
 
 def test_a_flag_at_the_evaluation_of_the_first_exact_match_is_not_before_it():
-    at_once, before = (findings([2.0], [True], flag_at=at, exact_at=4) for at in (4, 3))
+    at_once, before = (findings([2.0], [True], flag_step=at, exact_step=4) for at in (4, 3))
     assert values(Setting("toy"), [[at_once, before]])["flagged before first exact match"] == (0.5, False)
 
 
@@ -175,17 +179,19 @@ def test_what_was_never_visited_counts_nowhere():
 # It runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:memsink. with fewer than 16 held-out controls")  # the setting has none
 def test_detection_runs_and_saves_what_a_detector_is_tuned_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runs, "documentation", made_up)
     monkeypatch.setattr(group_runs, "documentation", made_up)
-    monkeypatch.setattr(group_runs, "EVALUATE_EVERY", 4)
+    for name in ("natural", "unvalidated"):
+        monkeypatch.setitem(SETTINGS, name, replace(SETTINGS[name], evaluate_every=2))
     monkeypatch.setattr(benchmark, "configure_process", lambda: None)  # other tests read what libraries log
     monkeypatch.setattr(
         benchmark, "run_in_processes", lambda work, jobs: [work(*job) for job in jobs]
     )  # a process would not have the made-up text
     monkeypatch.setattr(benchmark, "QUICK", TINY)
     monkeypatch.setattr(benchmark, "QUICK_GROUPS", TINY_GROUPS)
-    monkeypatch.setattr(benchmark, "SCHEDULE", Schedule(evaluate_every=4))
+    monkeypatch.setattr(benchmark, "SCHEDULE", Schedule(evaluate_every=2))
     where = ["--save", str(tmp_path), "--json", str(tmp_path / "out")]
     settings = ["--setting", "standard", "natural", "unvalidated"]
     code = benchmark.main(["--quick", "--seeds", "1", "--first-seed", "0", *settings, *where])
