@@ -147,3 +147,31 @@ def test_training_is_the_same_to_the_bit(mode, workers, persistent):
     assert len(look) == 2 and [len(each.rows) for each in look] == [32, 48]
     assert all(each.losses.isfinite().all() for each in look)
     assert found[0] == found[1]
+
+
+class Sizes(Stateful):
+    """Notes how many samples its steps get."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        SEEN.append(len(batch["x"]))
+        return super().training_step(batch, batch_idx)
+
+
+SEEN: list[int] = []
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 48])
+def test_every_batch_of_a_look_is_full(count):
+    """Batch statistics of one sample are an error, and compiled code is compiled anew for another size."""
+    tracker, looks = watched("training", pick=lambda known: torch.arange(known)[:count], at="on_train_epoch_end")
+    SEEN.clear()
+    fit(
+        [tracker, looks],
+        Sizes(),
+        train=DataLoader(Augmented(), 8),
+        controls="none",
+        max_epochs=1,
+        val_check_interval=None,
+    )
+    assert sorted(looks.looks[0].rows.tolist()) == [*range(count)] and looks.looks[0].losses.isfinite().all()
+    assert SEEN == [8] * (6 + -(-count // 8))

@@ -59,8 +59,8 @@ class RowBatches:
     def batches(
         self, trainer: Trainer, pl_module: LightningModule, rows: Tensor, size: int, seed: int
     ) -> Iterator[LookBatch]:
-        """The samples in ``rows`` ``[V]`` of the table, in full batches: random others fill the last one, so that
-        batch statistics and compiled code find what training gives them.
+        """The samples in ``rows`` ``[V]`` of the table, in full batches: random others fill the last one, or the same
+        again, so that batch statistics and compiled code find what training gives them.
 
         ``size``: B, where the loader doesn't say it. A batch that can't be made is left out; see `failure`.
         """
@@ -93,7 +93,9 @@ class RowBatches:
         others = self._keys(torch.randint(len(self.table), (4 * lacking,), generator=generator), loader)
         others = others[~torch.isin(others, own)].unique()
         others = others[torch.randperm(len(others), generator=generator)[:lacking]]
-        return [[self._as_fetched(key) for key in part.tolist()] for part in torch.cat([own, others]).split(size)]
+        filled = torch.cat([own, others])
+        again = filled[torch.arange(-len(filled) % size) % len(filled)]
+        return [[self._as_fetched(key) for key in part.tolist()] for part in torch.cat([filled, again]).split(size)]
 
     def _keys(self, rows: Tensor, loader: int | None) -> Tensor:
         """The rows of the data set that samples came from first, of those that came from this loader."""

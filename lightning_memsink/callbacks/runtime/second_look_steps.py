@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_memsink._evaluation import run_training_step, without_trace
 from lightning_memsink.callbacks.runtime.certificate_losses import shallow_copy
 from lightning_memsink.callbacks.runtime.kept_state import modules_kept
+from lightning_memsink.callbacks.runtime.mitigation import Mitigation
 from lightning_memsink.callbacks.runtime.second_look_batches import LookBatch
 from lightning_memsink.callbacks.runtime.second_look_messages import of_error
 from lightning_memsink.callbacks.runtime.validation_replay import validation_step
@@ -76,6 +77,12 @@ def losses_of(
 
 
 def _training_modes(trainer: Trainer, pl_module: LightningModule) -> dict[nn.Module, bool]:
-    """Which modules are in training mode when the model trains, also while it is validated."""
+    """Which modules are in training mode when the model trains, also while it is validated.
+
+    Mitigations tell a step of training by the mode of the root, and would give these samples the units of others.
+    """
     before = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.validating else {}
-    return {module: before.get(name, module.training) for name, module in pl_module.named_modules()}
+    modes = {module: before.get(name, module.training) for name, module in pl_module.named_modules()}
+    if any(isinstance(callback, Mitigation) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        modes[pl_module] = False
+    return modes
