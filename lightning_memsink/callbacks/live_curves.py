@@ -12,9 +12,10 @@ from lightning_utilities.core.rank_zero import WarningCache
 
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
+from lightning_memsink.detection.onset import is_settled
 from lightning_memsink.detection.source_budget import SourceBudget
 from lightning_memsink.detection.source_summary import SourceSummary, summarize_sources
-from lightning_memsink.detection.verdicts import Flags
+from lightning_memsink.detection.verdicts import Flags, Onset
 from lightning_memsink.extraction.canaries import CanaryGroup, HasCanaryGroups
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.history import EvaluationProfile
@@ -32,7 +33,9 @@ MOST_ROWS = 1000
 
 
 class LiveCurves(Callback):
-    """Logs ``memsink/...`` to all loggers at each evaluation; to W&B also tables, histograms, and an alert at onset.
+    """Logs ``memsink/...`` to all loggers at each evaluation; to W&B also tables, histograms, and an alert of the onset
+    of memorization: once two evaluations in a row agree on it, or at the end of training. The series ``onset_*`` begin
+    with the alert, and show the same numbers.
 
     `history` keeps what is logged, one row per evaluation, and is published in the ledger. If a logger fails, a warning
     names it once and training goes on.
@@ -70,6 +73,7 @@ class LiveCurves(Callback):
         self._runs: dict[int, LoggedRun] = {}
         self._config: dict[str, Any] = {}
         self._announced = False
+        self._announced_step: int | None = None  # None: not known, of a checkpoint of version 0.1.0
         self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,19 +107,24 @@ class LiveCurves(Callback):
         ledger = Ledger.of(trainer)
         certificate, attribution = ledger.get(Ledger.certificate), ledger.get(Ledger.attribution)
         sources = source_rows(ledger.losses, ledger.flags, ledger.interventions) if trainer.is_global_zero else []
-        end = LoggedEnd(self.history[-1], ledger.onset, certificate, attribution, sources)
+        is_news = ledger.onset is not None and not self._announced
+        end = LoggedEnd(self.history[-1], ledger.onset, certificate, attribution, sources, is_news)
         self._log(trainer, lambda run: run.end(end))
         if self.budget is not None:
             self._warn_of_unknown(ledger.losses, ledger.flags, self.budget)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"history": [dict(row) for row in self.history], "announced": self._announced}
+        state = {
+            "history": [dict(row) for row in self.history],
+            "announced": self._announced,
+            "announced_step": self._announced_step,
+        }
         return state if self.budget is None else {**state, "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("LiveCurves"):
             self.history[:] = state_dict["history"]  # in place: some strategies restore after it was published
-            self._announced = state_dict["announced"]
+            self._announced, self._announced_step = state_dict["announced"], state_dict.get("announced_step")
             if self.budget is not None:
                 self.budget.load_state_dict(state_dict.get("budget", {}))
 
@@ -139,13 +148,20 @@ class LiveCurves(Callback):
                 "LiveCurves was given rungs, but training has seen none of their ids. Ids of planted sequences are "
                 "ids of their content: use LossTracker(identity='content').",
             )
-        onset = None if self._announced else ledger.onset
-        self._announced = ledger.onset is not None
+        onset = self._news(ledger.onset)
         sentences = [crossing(source) for source in crossed]
         evaluation = LoggedEvaluation(row, ledger.losses, flags, self.top, profile, onset, sentences)
         self._log(trainer, lambda run: run.evaluation(evaluation))
         for sentence in sentences:
             rank_zero_warn(sentence)
+
+    def _news(self, onset: Onset | None) -> Onset | None:
+        """The onset if it is settled and was not announced yet, or was at another step."""
+        if onset is None or not is_settled(onset):
+            return None
+        known = self._announced and self._announced_step in (None, onset.step)
+        self._announced, self._announced_step = True, onset.step
+        return None if known else onset
 
     def _needs_sources(self, ledger: Ledger) -> bool:
         return self.budget is not None or "source" in ledger.losses.columns
@@ -153,7 +169,8 @@ class LiveCurves(Callback):
     def _row(
         self, ledger: Ledger, profile: EvaluationProfile | None, sources: SourceSummary | None
     ) -> dict[str, float]:
-        row = scalars(ledger.losses, ledger.controls, ledger.flags, ledger.onset, self._planted)
+        onset = ledger.onset if is_settled(ledger.onset) else None
+        row = scalars(ledger.losses, ledger.controls, ledger.flags, onset, self._planted)
         row |= family_series(ledger.flags.families)
         if sources is not None:
             row |= source_series(ledger.losses, sources)

@@ -3,7 +3,7 @@
 A sample's onset lies between two looks: the last that measured it and did not flag it, and the first that did. All
 samples that were ever memorized count: of those that are memorized still, the ones that began early are missing.
 
-m  samples with an onset, or flagged and waiting for a verdict      C  cells between the ends of their intervals
+m  samples with an onset, or flagged and waiting for a verdict      C  bins between the ends of their intervals
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLOSED = 9
 """Memorized samples from which on the interval has two ends."""
 TAIL = 0.025
 FINE, COARSE = 48, 16
-"""Ends of intervals that are told apart: the first ones, where the onset lies, and parts of the rest."""
+"""Ends of intervals that are distinguished: the first ones, where the onset lies, and parts of the rest."""
 ITERATIONS = 200
 CONVERGED = 0.01
 """Samples that an iteration still moves."""
@@ -185,22 +185,22 @@ def turnbull(after: Tensor, until: Tensor) -> tuple[Tensor, Tensor]:
         until: ``[m]`` int64, `NEVER` where the time lies beyond all that is known.
 
     Returns:
-        ``[C - 1]`` int64 ends of the cells, ascending, and ``[C]`` float64 how many of the m times lie in each; the
-        last cell is beyond the last end. Of very many ends, the later ones share cells, and intervals are widened to
+        ``[C - 1]`` int64 ends of the bins, ascending, and ``[C]`` float64 how many of the m times lie in each; the
+        last bin is beyond the last end. Of very many ends, the later ones share bins, and intervals are widened to
         the ends that are left.
     """
     ends = _ends(after, until)
-    cells = len(ends) + 1
+    bins = len(ends) + 1
     first = torch.searchsorted(ends, after, right=True)
     last = torch.where(until == NEVER, len(ends), torch.searchsorted(ends, until))
-    counts = torch.bincount(first * cells + last, minlength=cells * cells).double()
+    counts = torch.bincount(first * bins + last, minlength=bins * bins).double()
     kinds = counts.nonzero().flatten()  # samples are many, but few of their intervals differ
-    first, last, counts = kinds // cells, kinds % cells, counts[kinds]
-    mass = torch.full((cells,), len(after) / cells, dtype=torch.float64)
+    first, last, counts = kinds // bins, kinds % bins, counts[kinds]
+    mass = torch.full((bins,), len(after) / bins, dtype=torch.float64)
     for _ in range(ITERATIONS):
         below = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
         weight = counts / (below[last + 1] - below[first])
-        change = mass.new_zeros(cells + 1).index_add_(0, first, weight).index_add_(0, last + 1, -weight)
+        change = mass.new_zeros(bins + 1).index_add_(0, first, weight).index_add_(0, last + 1, -weight)
         before, mass = mass, mass * change.cumsum(0)[:-1]
         if (mass - before).abs().max() < CONVERGED:
             break

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.onset import estimate_onset
+from lightning_memsink.detection.onset import onset_of, onset_times
 from lightning_memsink.detection.proportions import clopper_pearson
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Flags, Onset, Verdict
@@ -150,17 +150,16 @@ def _learning_rate(flags: Flags) -> float:
 
 
 def source_onsets(table: LossTable, flags: Flags, codes: Tensor) -> dict[int, Onset]:
-    """By code, the onset of each of the sources ``codes`` ``[S]`` that has memorized samples."""
-    rows = flags.memorized.nonzero().flatten()
+    """By code, the onset of each of the sources ``codes`` ``[S]`` that has samples which were ever memorized."""
+    rows = (flags.onset_step >= 0).nonzero().flatten()
     of_rows = table.source[rows].long()
     order = of_rows.argsort(stable=True)
     rows, of_rows = rows[order], of_rows[order]
-    evaluations = [past.step for past in flags.evaluations]
+    last = flags.evaluations[-1].step if flags.evaluations else 0
     onsets = {}
     for code in codes.tolist():
         first, end = torch.searchsorted(of_rows, torch.tensor([code, code + 1])).tolist()
-        some = rows[first:end]
-        onset = estimate_onset(flags.onset_step[some], flags.onset_exposures[some], evaluations)
+        onset = onset_of(onset_times(table, flags, rows[first:end]), last)
         if onset is not None:
             onsets[code] = onset
     return onsets

@@ -29,7 +29,7 @@ class LoggedEvaluation:
     profile: EvaluationProfile | None = None
     """Of the layers; None without a ``SinkLocalizer``."""
     onset: Onset | None = None
-    """Only at the evaluation that first knows it."""
+    """Only at the evaluation at which it is settled, or settled anew."""
     crossed: Sequence[str] = ()
     """A sentence for each source whose budget this evaluation is the first to find crossed."""
 
@@ -58,6 +58,8 @@ class LoggedEnd:
     attribution: LocalizationHistory | None
     sources: Sequence[Mapping[str, Any]] = ()
     """A row of numbers by name per source, those with the most memorized bits first."""
+    is_news: bool = False
+    """Whether no evaluation announced an onset, and there is one."""
 
 
 class LoggedRun(Protocol):

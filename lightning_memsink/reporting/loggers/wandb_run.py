@@ -12,6 +12,7 @@ from lightning_memsink.detection.verdicts import Onset
 from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.mitigation.certificate import Certificate
 from lightning_memsink.reporting.loggers.logged_run import LoggedEnd, LoggedEvaluation
+from lightning_memsink.reporting.onset_text import onset_alert, onset_title
 from lightning_memsink.reporting.scalars import COLUMNS, measured_gaps, row_values
 
 STEP = "trainer/global_step"
@@ -74,8 +75,10 @@ class WandbRun:
             self._run.alert(title="A budget of memorization is crossed", text=sentence)
 
     def end(self, end: LoggedEnd) -> None:
-        """Writes the summary and logs the heat map of the layers."""
+        """Writes the summary, logs the heat map of the layers, and alerts of an onset that comes last."""
         self._summary(end.row, end.onset)
+        if end.is_news and end.onset is not None:
+            self._alert(end.onset)
         if end.certificate is not None:
             self._certificate(end.certificate)
         if end.attribution is not None and end.attribution.rows:
@@ -132,13 +135,7 @@ class WandbRun:
 
     def _alert(self, onset: Onset) -> None:
         """Sends an alert: an e-mail or a Slack message, as the user has configured W&B."""
-        self._run.alert(
-            title=f"Memorization set in at step {onset.step}",
-            text=(
-                f"Samples flagged as memorized: {onset.samples}. The first tenth were flagged by step {onset.step} "
-                f"(95 % interval {onset.step_low} to {onset.step_high}), at exposure {onset.exposures:g}."
-            ),
-        )
+        self._run.alert(title=onset_title(onset), text=onset_alert(onset))
 
     def _certificate(self, certificate: Certificate) -> None:
         """Summary entries ``memsink/certificate/…``: the verdict and the losses that it rests on."""
