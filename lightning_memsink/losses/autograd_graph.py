@@ -54,6 +54,7 @@ LINEAR = frozenset(
     "Slice Narrow Split View UnsafeView ReshapeAlias Alias Squeeze Unsqueeze Expand Transpose T Permute Clone ToCopy "
     "Cat Stack Unbind _DDPSink".split()
 )
+BY_NUMBERS = frozenset(("MulBackward0", "DivBackward0"))  # Lightning divides every loss by the batches accumulated
 DDP_SINK = "_DDPSinkBackward"  # of DDP that looks for unused parameters: it gives on what it gets
 PRODUCTS = frozenset(("Mul", "Div", "Dot", "Mv"))
 VIEWS = frozenset(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"))
@@ -70,6 +71,9 @@ class NoForward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise ForwardNeeded
+
+
+NO_FORWARD = NoForward()
 
 
 class ForwardNeeded(Exception):
@@ -100,8 +104,9 @@ def find_loss_nodes(loss: Tensor) -> LossNodes:
     """As `find_loss_calls`, each call with its node of the graph. Registers no hooks: ``upstream`` stays empty."""
     root = loss.grad_fn
     try:
-        with NoForward():
-            nodes = _loss_nodes(root)
+        with NO_FORWARD:
+            sole = _sole_loss_node(root)
+            nodes = _loss_nodes(root) if sole is None else [sole]
             saved = [saved_values(node) for node in nodes]
     except ForwardNeeded:
         return []
@@ -195,6 +200,19 @@ def walk(
             below = [child for child, _ in node.next_functions if child is not None]
             linear_below = linear_children(node) if linear else None
             front += [(child, linear_below is not None and child in linear_below) for child in below]
+
+
+def _sole_loss_node(root: Node | None) -> Node | None:
+    """The loss call, where nothing but products with numbers is above it, as in most steps: nothing else to find."""
+    while root is not None:
+        reader = reader_of(root)
+        if reader is not None:
+            return root if not is_log_softmax(root) and reader.is_call(root, True) else None
+        if len(root.next_functions) > 2 or root.name() not in BY_NUMBERS:
+            return None
+        below = [child for child, _ in root.next_functions if child is not None]
+        root = below[0] if len(below) == 1 else None
+    return None
 
 
 def _loss_nodes(root: Node | None) -> list[Node]:

@@ -205,7 +205,12 @@ class StepCapture:
 
     def _remember(self, terms: Sequence[Term]) -> None:
         self._weighed = terms
-        self.terms = tuple(Term(term.kind, term.classes, NOTHING, NOTHING, 1.0, term.factor) for term in terms)
+        same = len(terms) == len(self.terms) and all(
+            term.kind == known.kind and term.classes == known.classes and term.factor == known.factor
+            for term, known in zip(terms, self.terms, strict=True)
+        )
+        if not same:
+            self.terms = tuple(Term(term.kind, term.classes, NOTHING, NOTHING, 1.0, term.factor) for term in terms)
 
     def _not_captured(self, found: str) -> NotCaptured:
         return NotCaptured(remedy(f"{self.module_name}.training_step", found))
@@ -213,6 +218,8 @@ class StepCapture:
 
 def calls_of_compiled(watch: StepWatch, leaves: Sequence[tuple[Tensor, Tensor]], batch_size: int) -> list[LossCall]:
     """Loss calls seen inside compiled code, as if each were the loss. Their targets say whose their rows are."""
+    if not watch.seen.compiled:
+        return []
     return [
         LossCall(*record, record[2].new_ones(()), rows_of_target(target, leaves, batch_size))
         for record, target in watch.seen.compiled

@@ -152,6 +152,8 @@ def terms_of(calls: Sequence[LossCall], batch_size: int, loss_scale: float = 1.0
     Raises:
         UnreadableLoss: a call has no sample axis (`SampleAxisLost`), or calls are on several devices.
     """
+    if len(calls) == 1:
+        return [fold(calls[0], batch_size)]
     devices = dict.fromkeys(str(call.losses.device) for call in calls)
     if len(devices) > 1:
         raise UnreadableLoss(f"its loss calls are on several devices, {', '.join(devices)}")

@@ -66,11 +66,16 @@ class SampleRows:
 
     def fold(self, values: Tensor, batch_size: int) -> Tensor:
         """``[B]``: the sum of each sample's elements of ``values``."""
-        alone = [axis for axis, extent in enumerate(self.owners.shape) if extent == 1 and values.shape[axis] != 1]
-        flat = (values.sum(alone) if alone else values).reshape(-1)
+        if self.owners.shape != values.shape:
+            alone = [axis for axis, extent in enumerate(self.owners.shape) if extent == 1 and values.shape[axis] != 1]
+            values = values.sum(alone) if alone else values
+        flat = values.reshape(-1)
         runs = self.runs
         if runs is not None:
-            sums = flat.reshape(runs.repeats, runs.count, runs.length).sum((0, 2))
+            if runs.repeats == 1:
+                sums = flat if runs.length == 1 else flat.reshape(runs.count, runs.length).sum(1)
+            else:
+                sums = flat.reshape(runs.repeats, runs.count, runs.length).sum((0, 2))
             if runs.count == batch_size:
                 return sums
             return torch.cat([sums.new_zeros(runs.first), sums, sums.new_zeros(batch_size - runs.first - runs.count)])
