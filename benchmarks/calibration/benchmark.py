@@ -30,8 +30,15 @@ from benchmarks.common.criteria import (
 
 NOMINAL = 0.05
 SPLITS, QUICK_SPLITS = 200, 20
-QUICK = ("digits", "regression", "Student t3", "lognormal, low tail", "exponential, one look, 50 controls")
-"""Sources of the quick run: those that need no corpus and few looks, and the first fit end to end."""
+QUICK = (
+    "digits",
+    "regression",
+    "Student t3",
+    "lognormal, low tail",
+    "exponential, one look, 50 controls",
+    "fit: regression",
+)
+"""Sources of the quick run: of those that need no corpus and have few looks."""
 BEFORE = Path(__file__).with_name("before.json")
 """What was measured of an earlier commit, which it names."""
 
@@ -68,11 +75,12 @@ def rates(found: Found) -> Rates:
 def main(arguments_given: Sequence[str] | None = None) -> int:
     parser = argument_parser("calibration", "False verdicts where nothing, or a known part, is memorized.", seeds=4)
     parser.add_argument("--splits", type=int, help=f"splits and fits a setting, default {SPLITS}")
+    parser.add_argument("--only", nargs="+", choices=sources(), metavar="SOURCE", help="fits and settings to run")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the table as Markdown")
     options = parser.parse_args(arguments_given)
     options.seeds = 1 if options.quick else options.seeds
     splits = options.splits or (QUICK_SPLITS if options.quick else SPLITS)
-    chosen = [name for name in sources() if not options.quick or name in QUICK or name.startswith("fit: regression")]
+    chosen = options.only or (QUICK if options.quick else sources())
     seeds, start = fresh_seeds(options), time.perf_counter()
     configure_process()
     measured = measure(chosen, seeds, -(-splits // len(seeds)))
@@ -102,7 +110,8 @@ def report(measured: Mapping[str, Rates], earlier: Mapping[str, Any], seeds: Seq
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "setting" else "right")
     for row in rows(measured, earlier["rates"]):
-        table.add_row(*row)
+        if row[0] in measured:
+            table.add_row(*row)
     worst = max(each.accused for each in measured.values())
     shares = [each.false_share for each in measured.values() if each.false_share is not None]
     return Report(
@@ -125,20 +134,23 @@ def criteria(measured: Mapping[str, Rates]) -> list[Criterion]:
     return made
 
 
-COLUMNS = ("setting", "runs", "accused before", "after", "false before", "after", "power before", "after")
+COLUMNS = (
+    *("setting", "runs before", "after", "accused before", "after"),
+    *("false before", "after", "power before", "after"),
+)
 
 
 def rows(measured: Mapping[str, Rates], earlier: Mapping[str, Rates]) -> list[tuple[str, ...]]:
-    """The table, a row a setting."""
+    """The table, a row a setting. What was not measured is left empty."""
     made = []
-    for name, after in measured.items():
-        old = earlier.get(name)
-        pairs = (
-            _percent(value)
-            for column in ("accused", "false_share", "power")
-            for value in (None if old is None else getattr(old, column), getattr(after, column))
-        )
-        made.append((name, str(after.runs), *pairs))
+    for name in dict.fromkeys([*earlier, *measured]):
+        cells = [name]
+        for column in ("runs", "accused", "false_share", "power"):
+            cells += [
+                _shown(column, None if one is None else getattr(one, column))
+                for one in (earlier.get(name), measured.get(name))
+            ]
+        made.append(tuple(cells))
     return made
 
 
@@ -167,8 +179,10 @@ def page(measured: Mapping[str, Rates], earlier: Mapping[str, Any], seeds: Seque
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows(measured, earlier["rates"])), ""])
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def _shown(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if column == "runs" else f"{100 * value:.1f}"
 
 
 def _mean(values: Sequence[float]) -> float:

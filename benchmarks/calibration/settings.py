@@ -41,6 +41,7 @@ RECORDED = (
     Setting("text, 10 epochs, 396 for 100", "texts", 396, 100),
     Setting("text, 10 epochs, one look", "texts", 400, 200, looks=1, consecutive=1),
     Setting("text, 10 epochs, by visits alone", "texts", 396, 100, second_look=False),
+    Setting("text, 10 epochs, 1,000 controls", "texts", 300, 1000),
     Setting("text, code, random strings", "texts", 500, 200, kinds=(DOCUMENTATION, CODE, RANDOM)),
     Setting("text, code, random strings, 50 controls", "texts", 400, 50, kinds=(DOCUMENTATION, CODE, RANDOM)),
     Setting("text with near-duplicates", "texts", 400, 200, kinds=(DOCUMENTATION, DUPLICATES)),
@@ -51,9 +52,10 @@ RECORDED = (
     Setting("classification, 50 controls", "digits", 500, 50),
     Setting("random labels, 500 controls", "random labels", 1000, 500),
     Setting("random labels, 2,000 controls", "random labels", 500, 2000, looks=5),
+    Setting("classification, 800 controls", "digits", 190, 800),
     Setting("classification, dropout .5, by visits alone", "digits", 500, 200, second_look=False),
-    Setting("regression", "regression", 500, 200),
-    Setting("multi-label BCE", "multi-label", 500, 200),
+    Setting("regression", "regression", 500, 1000),
+    Setting("multi-label BCE", "multi-label", 500, 1000),
 )
 
 DRAWN = (
@@ -61,10 +63,10 @@ DRAWN = (
     Setting("Student t3", "", 600, 100, noise=Noise("student")),
     Setting("Student t3, by visits alone", "", 600, 100, second_look=False, noise=Noise("student")),
     Setting("Student t3, independent", "", 600, 200, noise=Noise("student", correlation=0.0)),
-    Setting("Student t3, matched by features", "", 600, 200, noise=Noise("student", depends_on_features=True)),
+    Setting("Student t3, matched by features", "", 600, 1000, noise=Noise("student", depends_on_features=True)),
     Setting("Student t3, 40 looks", "", 500, 100, looks=40, noise=Noise("student", correlation=0.99)),
-    Setting("lognormal, low tail", "", 600, 200, noise=Noise("lognormal", tail=-1)),
-    Setting("lognormal, high tail, growing", "", 600, 200, noise=Noise("lognormal", spread=4.0)),
+    Setting("lognormal, low tail", "", 600, 1000, noise=Noise("lognormal", tail=-1)),
+    Setting("lognormal, high tail, growing", "", 600, 1000, noise=Noise("lognormal", spread=4.0)),
     Setting("exponential, low tail, 40 looks", "", 500, 100, looks=40, noise=Noise("exponential", tail=-1)),
     Setting(
         "exponential, one look, 50 controls", "", 600, 50, looks=1, consecutive=1, noise=Noise("exponential", tail=-1)

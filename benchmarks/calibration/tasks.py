@@ -35,7 +35,7 @@ def texts(seed: int) -> Fit:
     docs, code = documentation(), source_code()
     generator = torch.Generator().manual_seed(seed)
     training = [_drawn(docs.train, 220, generator), _drawn(code.train, 60, generator), _random(40, generator)]
-    ordinary, templates = _drawn(apart(docs.held_out), 760, generator).split([700, 60])
+    ordinary, templates = _drawn(apart(docs.held_out), 1360, generator).split([1300, 60])
     held_out = [ordinary, _drawn(code.held_out, 200, generator), _random(200, generator)]
     held_out.append(_variants(templates, generator))
     return _language_model(training, held_out, seed, looks=10, steps_a_look=20)
@@ -82,7 +82,7 @@ def random_labels(seed: int) -> Fit:
 def regression(seed: int) -> Fit:
     """Squared errors of a noisy function."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(1640, 16, generator=generator)
+    inputs = torch.randn(2140, 16, generator=generator)
     targets = inputs[:, 0].sin() + inputs[:, 1] * inputs[:, 2] + 0.5 * torch.randn(len(inputs), generator=generator)
     return _classifier((inputs, targets), 640, _squared_error, 1, seed, is_scale=True)
 
@@ -90,7 +90,7 @@ def regression(seed: int) -> Fit:
 def multi_label(seed: int) -> Fit:
     """The mean of the binary cross-entropies of twenty labels, two of each sample's wrong by chance."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(1640, 16, generator=generator)
+    inputs = torch.randn(2140, 16, generator=generator)
     labels = (inputs @ torch.randn(16, 20, generator=generator) > 2).float()
     labels = (labels - (torch.rand(labels.shape, generator=generator) < 0.1).float()).abs()
     return _classifier((inputs, labels), 640, _binary_cross_entropy, 20, seed)
@@ -157,9 +157,9 @@ def _classifier(
 
 def _next_token(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     (tokens,) = batch
-    logits: Tensor = model(input_ids=tokens).logits[:, :-1]
-    losses: Tensor = functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-    return losses
+    logits: Tensor = model(input_ids=tokens).logits
+    each = functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    return each.mean(1)
 
 
 def _cross_entropy(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

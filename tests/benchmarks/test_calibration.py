@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.calibration.benchmark import before, criteria, main, measure, page, rates, report, rows
+from benchmarks.calibration.benchmark import QUICK, before, criteria, main, measure, page, rates, report, rows
 from benchmarks.calibration.end_to_end import RUNS
 from benchmarks.calibration.fits import record
 from benchmarks.calibration.judging import PLANTED, judge, split
@@ -46,11 +46,12 @@ def test_fits_end_to_end_have_no_false_discovery_rate():
 def test_numbers_before_and_after_stand_beside_each_other():
     measured = {"a": rates(found(10, 0.02)), "new": rates(Found("new", [False], [], []))}
     earlier = {"commit": "40fa898", "seeds": [7], "rates": {"a": rates(found(200, 0.5))}}
+    assert rows({}, earlier["rates"]) == [("a", "200", "", "100.0", "", "50.0", "", "50.0", "")]
     assert rows(measured, earlier["rates"]) == [
-        ("a", "200", "100.0", "5.0", "50.0", "2.0", "50.0", "50.0"),
-        ("new", "1", "", "0.0", "", "", "", ""),
+        ("a", "200", "200", "100.0", "5.0", "50.0", "2.0", "50.0", "50.0"),
+        ("new", "", "1", "", "0.0", "", "", "", ""),
     ]
-    assert "| a | 200 | 100.0 | 5.0 | 50.0 | 2.0 | 50.0 | 50.0 |\n" in page(measured, earlier, [3])
+    assert "| a | 200 | 200 | 100.0 | 5.0 | 50.0 | 2.0 | 50.0 | 50.0 |\n" in page(measured, earlier, [3])
     made = report(measured, earlier, [3], 1.0)
     assert "in 5.0% of clean runs of the worst of 2 settings, false-discovery rate up to 2.0%" in made.figure
     assert made.as_json()["environment"]["rates"]["a"]["accused"] == 0.05
@@ -61,7 +62,7 @@ def test_every_setting_was_measured_before():
     assert len(names) == len(set(names)) >= 12
     assert list(before()["rates"]) == names
     assert {setting.source for setting in RECORDED} == set(FITS)
-    assert len(sources()) == len(set(sources()))
+    assert len(sources()) == len(set(sources())) and set(QUICK) < set(sources())
 
 
 def test_no_sample_is_a_control_and_none_is_planted_twice():
