@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.reporting.gap_units import LOG_RATIO, RATIO, short
 
 
 class MemSinkProgressBar(RichProgressBar):
@@ -52,5 +53,7 @@ def describe_flags(flags: Flags) -> str:
     if not flags.evaluations:
         return ""
     last = flags.evaluations[-1]
-    gap = f" · gap {last.gap:.2f} nats" if math.isfinite(last.gap) else ""
+    unit = LOG_RATIO if last.unit == RATIO else last.unit
+    words = short(last.gap, unit) if unit == LOG_RATIO else f"gap {short(last.gap, unit)}"
+    gap = f" · {words}" if math.isfinite(last.gap) else ""
     return f"memorized {last.memorized}{gap}"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from lightning_memsink.detection.statistics import LN2, bits
+from lightning_memsink.detection.statistics import LN2, bits, controls_for
 from lightning_memsink.extraction.audit.cohort import Cohort
 from lightning_memsink.extraction.audit.localized_units import LocalizedUnits
 from lightning_memsink.extraction.audit.results import Audit
@@ -145,9 +145,16 @@ def _single_texts(audit: Audit) -> list[str]:
     lines = [
         f"Each text is compared with the {audit.config.k} controls nearest in length, characters per token and "
         f"compressed size. {int((~gaps.matched).sum()):,} have no comparable controls and no verdict.",
-        f"The smallest p-value that {len(gaps.null):,} controls allow is {gaps.p_floor:.2g}; p-values are "
-        + ("ranks among them." if gaps.tail == "conformal" else "from a fitted normal tail: take them as estimates."),
+        f"The smallest p-value that {count_of(len(gaps.null), 'control')} allow is {gaps.p_floor:.2g}. p-values are "
+        f"ranks among them, of the hypothesis that the gap is at most {gaps.threshold:.2f} nats a token.",
     ]
+    beyond = int((gaps.beyond & gaps.matched & ~gaps.flagged).sum())
+    if beyond:
+        needed = controls_for(int(gaps.matched.sum()), audit.config.alpha, beyond)
+        lines.append(
+            f"{count_of(beyond, 'text')} could not be called memorized, though no control's loss is so far below that "
+            f"of others: it would take {count_of(needed, 'control')} to say so."
+        )
     total = bits(gaps.gap, audit.suspects.tokens - 1)[gaps.flagged]
     if len(total):
         lines.append(f"In all, the gaps of the texts called memorized are {float(total.sum()):,.0f} bits.")

@@ -56,7 +56,7 @@ def loss_by_rung(history: Sequence[Mapping[str, float]], onset: Onset | None, un
             shade: dict[str, Any] = {"color": COLOURS["memorized"], "alpha": 0.15, "linewidth": 0}
             axes.axvspan(onset.step_low, onset.step_high, label="its 95 % interval", **shade)
         axes.set_title(TITLES.get(family, family.replace("_", " ")), fontsize=10)
-        _finish(axes, "optimizer step", f"mean loss ({unit})" if place % columns == 0 else "")
+        _finish(axes, "optimizer step", with_unit("mean loss", unit) if place % columns == 0 else "")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     labels: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def gap_distribution(
     if math.isfinite(threshold):
         label = f"threshold, {threshold:.2f} {unit}"
         axes.axvline(threshold, color=COLOURS["memorized"], linestyle="--", label=label)
-    _finish(axes, f"gap: expected from matched controls − own loss ({unit})", "share of samples (logarithmic)")
+    _finish(axes, f"gap: loss expected from matched controls − own loss ({unit})", "share of samples (logarithmic)")
     _legend_below(figure, axes, 3)
     return figure
 
@@ -109,18 +109,26 @@ def _shares(values: Tensor, bins: Sequence[float]) -> list[float]:
     return (torch.histogram(values.double(), edges).hist / len(values)).tolist()
 
 
-def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = math.nan, unit: str = "nats") -> Figure:
-    """A point per measured sample: early loss (x), gap (y) and, as colour and marker, verdict; all are ``[N]``."""
-    figure = _figure(9.0, 4.6, "Early loss, gap and verdict of samples")
+def verdict_map(
+    first: Tensor,
+    gap: Tensor,
+    verdict: Tensor,
+    threshold: float = math.nan,
+    unit: str = "nats",
+    loss_unit: str = "nats",
+) -> Figure:
+    """A point per measured sample: loss at its first visit (x), gap (y) and, as colour and marker, verdict; all are
+    ``[N]``. ``unit`` is that of gaps."""
+    figure = _figure(9.0, 4.6, "Loss at the first visit, gap and verdict of samples")
     axes = figure.add_subplot()
-    measured = torch.isfinite(early) & torch.isfinite(gap)
+    measured = torch.isfinite(first) & torch.isfinite(gap)
     for rank, (word, colour) in enumerate(COLOURS.items()):
         codes = torch.tensor([code for code in Verdict if code.word == word])
         rows = (measured & torch.isin(verdict.long(), codes)).nonzero().flatten()
         if len(rows):
             drawn = rows[:: math.ceil(len(rows) / MOST_POINTS)]
             axes.scatter(
-                early[drawn].tolist(),
+                first[drawn].tolist(),
                 gap[drawn].tolist(),
                 s=22 if len(drawn) < 300 else 9,
                 c=colour,
@@ -134,7 +142,7 @@ def verdict_map(early: Tensor, gap: Tensor, verdict: Tensor, threshold: float = 
     axes.axhline(0, color=PALE, linewidth=0.8, zorder=0)
     if math.isfinite(threshold):
         axes.axhline(threshold, color=COLOURS["memorized"], linestyle="--", linewidth=1, label="threshold")
-    _finish(axes, f"early loss ({unit})", f"gap to matched controls ({unit})")
+    _finish(axes, with_unit("loss at the first visit", loss_unit), f"gap to matched controls ({unit})")
     _legend_below(figure, axes, 6)
     return figure
 
@@ -177,6 +185,11 @@ def _finish(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=PALE, alpha=0.4, linewidth=0.6)
+
+
+def with_unit(quantity: str, unit: str) -> str:
+    """The label of an axis; ``unit`` may be empty."""
+    return f"{quantity} ({unit})" if unit else quantity
 
 
 def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:

@@ -14,9 +14,13 @@ from lightning_memsink.extraction.history import ExtractionHistory
 from lightning_memsink.localization.history import LocalizationHistory
 from lightning_memsink.mitigation.certificate import Certificate
 from lightning_memsink.mitigation.intervention_log import InterventionLog
+from lightning_memsink.reporting.gap_units import LOG_RATIO, RATIO
 from lightning_memsink.reporting.name_text import names_of
 from lightning_memsink.reporting.scalars import MemorizedSample, top_memorized
 from lightning_memsink.samples.loss_table import LossTable
+
+CONSECUTIVE = 2
+"""Where the settings of the detector are unknown: its default."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,25 @@ class Findings:
 
     @property
     def unit(self) -> str:
-        """Of losses and gaps. Samples of one loss element each have no tokens, so theirs is not per token."""
+        """Of gaps: ``nats``, ``nats per token``, or `LOG_RATIO`. Samples of one loss element each have no tokens."""
+        if self._kind_of_unit == RATIO:
+            return LOG_RATIO
         return "nats per token" if len(self.table) and int(self.table.elements.max()) > 1 else "nats"
+
+    @property
+    def loss_unit(self) -> str:
+        """Of losses; empty where they are no likelihoods, whose unit is the user's."""
+        return "" if self.unit == LOG_RATIO else self.unit
+
+    @property
+    def _kind_of_unit(self) -> str:
+        return self.evaluation.unit if self.flags.evaluations else self.table.unit
+
+    @property
+    def consecutive(self) -> int:
+        """Evaluations in a row that must flag a sample before it is memorized."""
+        detector = self.settings.get("MemorizationDetector")
+        return int(detector.get("consecutive", CONSECUTIVE)) if isinstance(detector, Mapping) else CONSECUTIVE
 
     def top(self, count: int) -> list[MemorizedSample]:
         """The ``count`` memorized samples with the largest gaps; empty without an evaluation."""

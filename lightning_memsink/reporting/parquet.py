@@ -67,7 +67,8 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
         }
     )
     metadata = {name: control_state[name] for name in ("curve", "snapshot_steps", "previous_step", "latest_step")}
-    of_samples: dict[str, object] = {"reference_step": table.reference_step, "sources": table.source_names.labels}
+    of_samples: dict[str, object] = {name: getattr(table, name) for name in _OF_TABLE}
+    of_samples["sources"] = table.source_names.labels
     _write(folder / "samples.parquet", samples, of_samples)
     _write(folder / "controls.parquet", _with_names(held_out, names), metadata)
 
@@ -121,6 +122,8 @@ def detect(folder: Path, rule: DetectionRule | None = None) -> tuple[Flags, Eval
 
 
 _VECTORS = ("previous", "latest")
+_OF_TABLE = ("reference_step", "unit", "begins_with_training")
+"""Of the state of the loss table, what is no column; a file of an older version may lack some."""
 
 
 def _arrow(columns: dict[str, Tensor]) -> pa.Table:

@@ -15,6 +15,11 @@ from lightning_memsink.reporting.provenance import seed
 from lightning_memsink.reporting.run_figures import figures_of
 from lightning_memsink.reporting.run_sections import SECTIONS, TOP, fingerprint
 from lightning_memsink.reporting.source_section import source_numbers
+from lightning_memsink.reporting.statement_section import (
+    if_none_is_memorized,
+    share_words,
+    why_none_is_no_answer,
+)
 
 
 def run_document(findings: Findings, date: str) -> Document:
@@ -75,6 +80,12 @@ def _suppression(findings: Findings, memorized: int | None) -> tuple[State, str]
     if memorized is None:
         return "unknown", f"{names} acted, but memorization was not measured."
     if not memorized:
+        why = why_none_is_no_answer(findings)
+        if why is not None:
+            return (
+                "unknown",
+                f"{names} acted. No sample is called memorized at the end; none may be seen, because {why}.",
+            )
         return "yes", f"{names} acted. No sample is memorized at the end."
     return "partly", f"{names} acted. Memorized at the end: {count_of(memorized, 'sample')}."
 
@@ -82,15 +93,19 @@ def _suppression(findings: Findings, memorized: int | None) -> tuple[State, str]
 def _overview(findings: Findings) -> list[str]:
     if not findings.measured:
         return ["What this run memorized is unknown: its samples were not compared with controls."]
-    last = findings.evaluation
+    last, it = findings.evaluation, findings.evaluation.statement
     lines = [
         "A sample counts as memorized if its loss is far below that of comparable samples that the model was never "
         f"trained on. At the last evaluation this is so for {count_of(last.memorized, 'sample')} "
         f"({percent(last.flagged_fraction)} of all). If the controls are of the same kinds as the training data, no "
         f"more than about {percent(last.alpha)} of these are expected to be wrong."
     ]
-    if last.tail != "conformal":
-        lines.append("There were too few controls for exact p-values, so these verdicts are estimates.")
+    if it is not None:
+        lines.append(
+            f"Of all samples trained on, {share_words(it)} are memorized, by a random sample of {it.samples:,}."
+        )
+    if not last.memorized:
+        lines += if_none_is_memorized(findings)
     undecided = last.counts["undecided"] / max(1, sum(last.counts.values()))
     if undecided > 0.5:
         lines.append(f"{percent(undecided)} of all samples are undecided.")
@@ -107,6 +122,8 @@ def _numbers(findings: Findings) -> dict[str, Any]:
             "fingerprint": fingerprint(findings.table),
             "evaluations": len(evaluations),
             "last_evaluation": asdict(evaluations[-1]) if evaluations else None,
+            "statement": _statement(findings),
+            "cannot_be_said": why_none_is_no_answer(findings) if evaluations else None,
             "onset": None if findings.onset is None else asdict(findings.onset),
             "curves": dict(findings.history[-1]) if findings.history else {},
             "memorized": [
@@ -128,6 +145,11 @@ def _numbers(findings: Findings) -> dict[str, Any]:
         }
     )
     return numbers
+
+
+def _statement(findings: Findings) -> dict[str, Any] | None:
+    statement = findings.evaluation.statement if findings.flags.evaluations else None
+    return None if statement is None else asdict(statement)
 
 
 def _json_value(value: Any) -> Any:

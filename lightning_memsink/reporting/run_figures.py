@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_memsink.reporting.findings import Findings
+from lightning_memsink.reporting.statement_section import has_statement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ class RunFigure:
 def _loss_by_rung(findings: Findings) -> Figure:
     from lightning_memsink.reporting.figures import loss_by_rung
 
-    return loss_by_rung(findings.history, findings.onset, findings.unit)
+    return loss_by_rung(findings.history, findings.onset, findings.loss_unit)
 
 
 def _gap_distribution(findings: Findings) -> Figure:
@@ -44,8 +45,15 @@ def _verdict_map(findings: Findings) -> Figure:
     from lightning_memsink.reporting.figures import verdict_map
 
     flags = findings.flags
-    early_loss = findings.table.early_loss[: len(flags.verdict)].float()
-    return verdict_map(early_loss, flags.gap.float(), flags.verdict, findings.evaluation.threshold, findings.unit)
+    first_loss = findings.table.first_loss[: len(flags.verdict)].float()
+    units = findings.unit, findings.loss_unit
+    return verdict_map(first_loss, flags.gap.float(), flags.verdict, findings.evaluation.threshold, *units)
+
+
+def _memorized_share(findings: Findings) -> Figure:
+    from lightning_memsink.reporting.statement_figure import memorized_share
+
+    return memorized_share(findings.history)
 
 
 def _mitigation(findings: Findings) -> Figure:
@@ -67,12 +75,21 @@ FIGURES = (
         "loss_by_rung", "The loss of repeated samples, compared with samples never trained on", "When", _loss_by_rung
     ),
     RunFigure(
+        "memorized_share",
+        "The share of all samples that is memorized, from a random sample of them, with its 95 % interval",
+        "How much",
+        _memorized_share,
+        has_statement,
+    ),
+    RunFigure(
         "gap_distribution",
         "How far the losses of samples lie below those of their controls, compared with the controls themselves",
         "Which",
         _gap_distribution,
     ),
-    RunFigure("verdict_map", "Early loss, gap and verdict of every measured sample", "Which", _verdict_map),
+    RunFigure(
+        "verdict_map", "Loss at the first visit, gap and verdict of every measured sample", "Which", _verdict_map
+    ),
     RunFigure(
         "layers",
         "Where samples have their effect and their gradient, layer by step. A cell is grey where no sample of the "

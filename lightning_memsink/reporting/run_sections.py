@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Verdict
+from lightning_memsink.reporting.certainty_section import group_shares, how_sure, limits, null_share
 from lightning_memsink.reporting.document import NAMES, Grid
 from lightning_memsink.reporting.family_section import family_sentences, family_tables, has_families, top_families
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of, percent, value_range
+from lightning_memsink.reporting.gap_units import LOG_RATIO, part_of_controls, short
 from lightning_memsink.reporting.localization_summary import where
 from lightning_memsink.reporting.mitigation_summary import what_was_done
 from lightning_memsink.reporting.name_text import shown
 from lightning_memsink.reporting.provenance import seed
+from lightning_memsink.reporting.scalars import MemorizedSample
 from lightning_memsink.reporting.source_section import has_sources, source_sentences, source_tables, top_sources
+from lightning_memsink.reporting.statement_section import (
+    group_sentences,
+    has_statement,
+    if_none_is_memorized,
+    statement_sentences,
+    statement_tables,
+)
 from lightning_memsink.samples.loss_table import LossTable
 
 TOP, TOP_IN_SENTENCES = 20, 5
@@ -65,9 +75,7 @@ def _when(findings: Findings) -> list[str]:
     if last.memorized:
         verb = "is" if last.memorized == 1 else "are"
         return [f"{count_of(last.memorized, 'sample')} {verb} memorized; no onset was estimated."]
-    if last.tail == "none":
-        return ["Unknown: no sample could be compared with controls."]
-    return [f"Memorization did not set in: up to step {last.step:,} no sample is memorized."]
+    return if_none_is_memorized(findings)
 
 
 def _which(findings: Findings) -> list[str]:
@@ -81,6 +89,11 @@ def _which(findings: Findings) -> list[str]:
     reasons = ", ".join(f"{codes[code]:,} {code.reason}" for code in Verdict if code.reason and codes[code])
     if reasons:
         lines.append(f"Undecided because: {reasons}.")
+    if last.controls_needed:
+        lines.append(
+            f"A verdict on those beyond all controls would take {count_of(last.controls_needed, 'control')}, "
+            f"{count_of(last.controls, 'control')} took part: pass more held-out samples."
+        )
     groups = _most_memorized_groups(findings)
     if groups:
         lines.append(f"Groups with the largest memorized share: {groups}.")
@@ -90,39 +103,48 @@ def _which(findings: Findings) -> list[str]:
 def _top_samples(findings: Findings) -> list[str]:
     """Of samples by number: loggers record what a terminal shows, and names stay on the machine."""
     return [
-        f"Sample {sample.name}: seen {sample.exposures:,} times; its loss is {sample.loss:.2f}, that of matched "
-        f"controls {sample.control_loss:.2f} (gap {sample.gap:.2f} {findings.unit}, {sample.bits:,.0f} bits in all)."
+        f"Sample {sample.name}: seen {sample.exposures:,} times; its loss is {sample.loss:.3g}, that of matched "
+        f"controls {sample.control_loss:.3g} ({_gap_of(sample, findings.unit)})."
         for sample in findings.top(TOP_IN_SENTENCES)
     ]
 
 
+def _gap_of(sample: MemorizedSample, unit: str) -> str:
+    in_all = f", {sample.bits:,.0f} bits in all" if math.isfinite(sample.bits) else ""
+    return short(sample.gap, unit) if unit == LOG_RATIO else f"gap {short(sample.gap, unit)}{in_all}"
+
+
 def _sample_table(findings: Findings) -> list[Grid]:
-    samples = findings.top(TOP)
+    samples, is_ratio = findings.top(TOP), findings.unit == LOG_RATIO
     rows: list[tuple[str, ...]] = [
         (
             sample.name,
             f"{sample.exposures:,}",
-            f"{sample.loss:.3f}",
-            f"{sample.control_loss:.3f}",
-            f"{sample.gap:.3f}",
-            f"{sample.bits:,.0f}",
+            f"{sample.loss:.3g}" if is_ratio else f"{sample.loss:.3f}",
+            f"{sample.control_loss:.3g}" if is_ratio else f"{sample.control_loss:.3f}",
+            part_of_controls(sample.gap) if is_ratio else f"{sample.gap:.3f}",
+            *([] if is_ratio else [f"{sample.bits:,.0f}"]),
             f"{sample.p:.2g}",
             "" if sample.onset_step is None else f"{sample.onset_step:,}",
         )
         for sample in samples
     ]
-    head: tuple[str, ...] = ("sample", "exposures", "loss", "controls' loss", "gap", "bits", "p", "since step")
+    gap = ("of the controls' loss",) if is_ratio else ("gap", "bits")
+    head: tuple[str, ...] = ("sample", "exposures", "loss", "controls' loss", *gap, "p", "since step")
     names, by = findings.names_of(samples), "by id or hash"
     if any(name is not None for name in names):
         head, by = (head[0], NAMES, *head[1:]), "by id or hash, and by name"
         rows = [(row[0], shown(name), *row[1:]) for row, name in zip(rows, names, strict=True)]
-    caption = f"The most memorized samples, {by}. Loss and gap in {findings.unit}, bits over the whole sample"
+    unit = "" if is_ratio else f". Loss and gap in {findings.unit}, bits over the whole sample"
+    caption = f"The most memorized samples, {by}{unit}"
     return [Grid(head, rows, caption)] if rows else []
 
 
 def _most_memorized_groups(findings: Findings) -> str:
     """Up to three groups with the largest memorized share, by name."""
-    shares = {name: share for name, share in _shares(findings).items() if share > 0 and not name.endswith("/twins")}
+    shares = {
+        name: share for name, share in group_shares(findings).items() if share > 0 and not name.endswith("/twins")
+    }
     largest = sorted(shares, key=lambda name: -shares[name])[:3]
     return ", ".join(f"{_group_name(name)} ({percent(shares[name])})" for name in largest)
 
@@ -130,58 +152,6 @@ def _most_memorized_groups(findings: Findings) -> str:
 def _group_name(series: str) -> str:
     _, family, member = series.split("/")
     return f"seen {member} times" if family == "exposures" else f"{family.replace('_', ' ')} {member}"
-
-
-def _shares(findings: Findings) -> dict[str, float]:
-    last = findings.history[-1] if findings.history else {}
-    return {name: value for name, value in last.items() if name.startswith("share/")}
-
-
-def _how_sure(findings: Findings) -> list[str]:
-    last = findings.evaluation
-    if last.tail == "none":
-        if not last.controls:
-            return ["There were no usable controls, so there are no verdicts."]
-        return [f"No sample was compared with the {count_of(last.controls, 'control')} yet, so there are no verdicts."]
-    lines = [
-        f"A sample is called memorized at a false-discovery rate of {percent(last.alpha)}, and only if its loss is at "
-        f"least {last.threshold:.2f} {findings.unit} ({last.threshold / LN2:.2f} "
-        f"{findings.unit.replace('nats', 'bits')}) below that of its matched controls.",
-        f"{count_of(last.controls, 'control')} took part; the smallest p-value they allow is {last.p_floor:.2g}. "
-        + _TAILS[last.tail],
-    ]
-    null = findings.flags.null_gaps.float()
-    if len(null):
-        above = int((null >= last.threshold).sum())
-        lines.append(
-            f"Of the controls themselves, which were never trained on, {above:,} of {len(null):,} have a loss that far "
-            "below that of other controls."
-        )
-    twins = {name.split("/")[1]: share for name, share in _shares(findings).items() if name.endswith("/twins")}
-    if twins:
-        shares = ", ".join(f"{percent(share)} of {family}" for family, share in twins.items())
-        lines.append(f"Twins of planted samples, never trained on, that pass the same threshold: {shares}.")
-    return lines
-
-
-_TAILS = {
-    "conformal": "p-values are ranks among the controls (conformal): no assumption on the distribution of gaps.",
-    "normal": "That is too coarse to flag any sample here, so a normal tail is fitted: take p-values as estimates.",
-}
-
-
-def _limits(findings: Findings) -> list[str]:
-    return [
-        "Memorized means a loss far below that of matched samples never trained on. "
-        + (
-            "Whether a sample can be extracted by prompting was not tested."
-            if findings.extraction is None
-            else "Extraction was tested with each text's own beginning only: other prompts may extract more."
-        ),
-        "Controls must come from the same source as the training data. Samples of a kind that the controls lack are "
-        "at best undecided and at worst flagged wrongly.",
-        "Samples seen once can't be judged: their only loss was taken before the model had learned from them.",
-    ]
 
 
 def _extraction(findings: Findings) -> list[str]:
@@ -201,9 +171,10 @@ def _method(findings: Findings) -> list[str]:
     return [
         f"Data: {len(table):,} samples, seen {int(table.exposures.sum()):,} times in all; the SHA-256 of their ids and "
         f"exposures begins with {fingerprint(table)[:16]}.",
-        "Each sample's loss is compared with the losses of the held-out controls nearest to it in difficulty. p-values "
-        "are conformal, or from a fitted normal tail if there are too few controls for that. The procedure of "
-        "Benjamini and Hochberg (1995) bounds the false-discovery rate.",
+        "Each sample's loss is compared with the losses of the controls nearest to it in difficulty. p-values are "
+        "conformal ranks, of the hypothesis that the gap is no larger than the effect that counts. The procedure of "
+        "Benjamini and Hochberg (1995), adapted to the estimated share of samples that are not memorized"
+        f"{null_share(findings)}, bounds the false-discovery rate. docs/verdicts.md explains all of it.",
         "Seed: not set by Lightning's seed_everything." if set_seed is None else f"Seed: {set_seed}.",
     ]
 
@@ -229,6 +200,13 @@ def fingerprint(table: LossTable) -> str:
 SECTIONS = (
     RunSection("Nothing was judged", lambda findings: not _evaluated(findings), no_verdicts),
     RunSection("When", _evaluated, _when),
+    RunSection(
+        "How much",
+        has_statement,
+        statement_sentences,
+        statement_tables,
+        in_place_of_tables=group_sentences,
+    ),
     RunSection("Which", _evaluated, _which, _sample_table, in_place_of_tables=_top_samples),
     RunSection(
         "Families",
@@ -247,8 +225,8 @@ SECTIONS = (
     RunSection("Where", lambda it: _evaluated(it) and it.attribution is not None, _localization),
     RunSection("What can be extracted", lambda it: _evaluated(it) and bool(_extraction(it)), _extraction),
     RunSection("What was done", lambda it: _evaluated(it) and bool(_mitigation(it)), _mitigation),
-    RunSection("How sure", _evaluated, _how_sure),
-    RunSection("What this does not show", _evaluated, _limits),
+    RunSection("How sure", _evaluated, how_sure),
+    RunSection("What this does not show", _evaluated, limits),
     RunSection("Method", lambda findings: True, _method, _settings_tables, in_summary=False),
     RunSection(
         "The logged run",

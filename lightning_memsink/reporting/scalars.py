@@ -17,15 +17,18 @@ from lightning_memsink.detection.source_summary import SourceSummary
 from lightning_memsink.detection.statistics import LN2, finite_mean
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
 from lightning_memsink.extraction.canaries import CanaryGroup
+from lightning_memsink.reporting.gap_units import RATIO
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.id_index import IdIndex
 from lightning_memsink.samples.loss_table import LossTable
 
 EVALUATION = (
     *("gap", "null_low", "null_high", "threshold", "gap_memorized", "flagged_fraction"),
-    *("control_loss", "train_loss", "p_floor", "controls", "tested"),
+    *("control_loss", "train_loss", "p_floor", "controls", "tested", "looked"),
 )
 """Series of every evaluation, named like the fields of ``Evaluation``."""
+STATEMENT = ("share", "share_low", "share_high", "detectable_gap")
+"""Series of every evaluation that measured a random sample, named like the fields of ``RunStatement``."""
 ONSET = ("step", "step_low", "step_high", "exposures", "exposures_low", "exposures_high")
 """Series ``onset_*``, which begin when an onset is known."""
 MOST_SOURCES, LABEL_LENGTH = 20, 60
@@ -59,6 +62,8 @@ def scalars(
     evaluation = flags.evaluations[-1]
     row: dict[str, float] = {"step": evaluation.step}
     row |= {name: getattr(evaluation, name) for name in EVALUATION}
+    if evaluation.statement is not None:
+        row |= {name: getattr(evaluation.statement, name) for name in STATEMENT}
     row["gap_of_top_percent"] = gap_of_top_percent(flags)
     row |= {f"verdict/{word}": count for word, count in evaluation.counts.items()}
     if onset is not None:
@@ -93,7 +98,7 @@ def canary_series(
     """``loss/FAMILY/MEMBER``, the mean last loss, and ``share/FAMILY/MEMBER``, the share in 0…1 that is memorized.
 
     One pair per canary group, and per family a pair with the member ``twins``. Twins can't be memorized: their share is
-    of those whose gap to the other controls passes the threshold, which is the share of false flags.
+    of those whose gap to the other controls passes the threshold, which by itself is not enough for a flag.
     """
     series: dict[str, float] = {}
     twins: dict[str, list[Tensor]] = {}
@@ -133,9 +138,10 @@ def exposure_series(table: LossTable, flags: Flags, evaluation: Evaluation) -> d
 
 @dataclass(frozen=True)
 class MemorizedSample:
-    """A memorized sample as tables list it. Losses and gap are in nats, per token for token losses.
+    """A memorized sample as tables list it. Losses are in nats, per token for token losses, the gap in the unit of the
+    evaluation.
 
-    ``bits`` is the gap over the whole sample, in bits.
+    ``bits`` is the gap over the whole sample, in bits; NaN where the gap is a ratio, which has none.
     """
 
     step: int
@@ -176,15 +182,15 @@ def top_memorized(table: LossTable, flags: Flags, step: int, top: int) -> list[M
 
 def _sample(table: LossTable, flags: Flags, step: int, row: int, id: int) -> MemorizedSample:
     loss, gap = float(table.last_loss[row]), float(flags.gap[row])
-    onset = int(flags.onset_step[row])
+    onset, is_ratio = int(flags.onset_step[row]), flags.evaluations[-1].unit == RATIO
     return MemorizedSample(
         step=step,
         id=id,
         exposures=int(table.exposures[row]),
         loss=loss,
-        control_loss=loss + gap,
+        control_loss=loss * math.exp(gap) if is_ratio else loss + gap,
         gap=gap,
-        bits=gap * int(table.elements[row]) / LN2,
+        bits=math.nan if is_ratio else gap * int(table.elements[row]) / LN2,
         p=float(flags.p[row]),
         verdict=Verdict(int(flags.verdict[row])).word,
         onset_step=onset if onset >= 0 else None,
@@ -234,13 +240,15 @@ def _memorized(table: LossTable, flags: Flags) -> Tensor:
 
 
 def _null_by_control(controls: ControlTable, flags: Flags) -> Tensor:
-    """Null gaps in the order of the controls, ``[M]``: NaN for a control without a finite loss.
+    """Null gaps of the held-out controls in their order, ``[M]``: NaN for a control without a finite loss.
 
-    Empty if the null gaps are of another number of controls.
+    Empty if the null gaps are of another number of them.
     """
     used = torch.isfinite(controls.latest) & torch.isfinite(controls.previous)
-    if int(used.sum()) != len(flags.null_gaps):
+    last = flags.evaluations[-1]
+    held_out = last.held_out if last.held_out or last.first_visits else len(flags.null_gaps)
+    if int(used.sum()) != held_out or held_out > len(flags.null_gaps):
         return torch.zeros(0)
     gaps = torch.full((len(controls),), torch.nan)
-    gaps[used] = flags.null_gaps.float()
+    gaps[used] = flags.null_gaps[:held_out].float()
     return gaps

@@ -42,7 +42,7 @@ def test_the_page_is_valid_self_contained_and_small(folder):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert len(page) < 1_000_000
 
 

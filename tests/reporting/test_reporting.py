@@ -121,10 +121,6 @@ def test_the_summary_without_controls_claims_nothing():
     assert "nan" not in text
 
 
-def test_a_fitted_tail_is_called_an_estimate():
-    assert "take p-values as estimates" in summary(findings_with(made_up(), tail="normal"))
-
-
 def test_samples_without_tokens_are_not_measured_per_token():
     made = made_up()
     made.table.elements.fill_(1)
@@ -137,7 +133,7 @@ def test_the_report_lists_samples_and_links_figures_beside_it(tmp_path):
     text = (tmp_path / "deep" / "report.md").read_text()
     assert "| 6 | 4 |" in text and "W&B run: somewhere" in text
     files = {file.name for file in (tmp_path / "deep" / "report_files").iterdir()}
-    stems = ("loss_by_rung", "gap_distribution", "verdict_map")
+    stems = ("loss_by_rung", "memorized_share", "gap_distribution", "verdict_map")
     assert files == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
     assert all(f"(report_files/{stem}.png)" in text for stem in stems)
 
@@ -152,10 +148,10 @@ def test_the_report_is_the_whole_document():
     document = run_document(findings, "2030-01-01T00:00:00+00:00")
     text = markdown(document, "report_files")
     assert "\n".join(first_page(document)) in text and "2030-01-01T00:00:00+00:00" in text
-    titles = ["When", "Which", "How sure", "What this does not show", "Method"]
+    titles = ["When", "How much", "Which", "How sure", "What this does not show", "Method"]
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {title}" for title in titles]
     tables = [line for line in text.splitlines() if line.startswith("| ---")]
-    assert len(tables) == 3 and "| LossTracker | flush_every=50 |" in text and "| torch | 9.9 |" in text
+    assert len(tables) == 4 and "| LossTracker | flush_every=50 |" in text and "| torch | 9.9 |" in text
     paragraphs = [words for section in document.sections for words in section.paragraphs]
     assert all(text.count(f"- {words}\n") == 1 for words in paragraphs)
     for picture in (picture for section in document.sections for picture in section.pictures):
@@ -190,7 +186,8 @@ def test_settings_are_the_arguments_and_nothing_found_in_training():
     detector.onset = ONSET
     found = settings_of([detector, LossTracker(), object()])
     assert found["MemorizationDetector"] == {
-        "alpha": 0.01, "k": 4, "method": "knn", "min_gap": 1.0, "null_sds": 4.0, "consecutive": 2, "reach": 2.0,
+        "alpha": 0.01, "k": 4, "method": "knn", "min_gap": None, "consecutive": 2, "reach": 2.0, "recheck": 512,
+        "unit": None,
     }  # fmt: skip
     assert found["LossTracker"]["flush_every"] == 50
 

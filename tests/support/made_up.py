@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_memsink.detection.run_statement import GroupStatement, RunStatement
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Onset, Verdict
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.scalars import PlantedIds, scalars
@@ -30,6 +31,31 @@ RUNGS = [
     PlantedRung("canary x4", 4, torch.arange(8, 12), torch.arange(1004, 1008)),
 ]
 ONSET = Onset(step=40, step_low=20, step_high=60, exposures=4, exposures_low=3, exposures_high=6, samples=3)
+
+
+def statement_of(memorized: int, **facts: object) -> RunStatement:
+    """What a random sample of 20 of the samples says, of whom so many are memorized."""
+    share = memorized / 20
+    groups = [GroupStatement("1", 4, 0.0, 0.0, 0.6, 0.0), GroupStatement("4-7", 16, share, share / 2, 0.5, share)]
+    return replace(
+        RunStatement(
+            samples=20,
+            population=SAMPLES,
+            by_second_look=True,
+            share=share,
+            share_low=share / 2,
+            share_high=0.4,
+            at_least=memorized // 2,
+            gap=0.2,
+            gap_low=0.1,
+            gap_high=0.3,
+            detectable_gap=1.5,
+            detectable_share=0.25,
+            by_exposures=groups,
+            by_source=[],
+        ),
+        **facts,
+    )
 
 
 class MadeUp:
@@ -81,6 +107,9 @@ class MadeUp:
             p_floor=1 / 21,
             alpha=0.05,
             tail="conformal",
+            held_out=20,
+            looked=20,
+            statement=statement_of(self.memorized if self.onset else 0),
         )
 
     def row(self, rungs: list[PlantedRung]) -> dict[str, float]:
