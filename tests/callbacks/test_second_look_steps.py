@@ -202,3 +202,41 @@ def test_documents_of_packed_rows_are_measured_by_themselves(layout, mode):
 
 def first(rows: list[Any]) -> Any:
     return copy.deepcopy(rows[0])
+
+
+def cut(tokens: Tensor, length: int, overlong: bool = False) -> list[dict[str, Any]]:
+    """Windows of each text, which the batch names; of the last text there are very many."""
+    parts = [(n, part) for n, text in enumerate(tokens) for part in text.split(length)]
+    parts += [(99, tokens[n % len(tokens), :length].roll(n)) for n in range(20)] if overlong else []
+    return [{"input_ids": part, "sample_id": n} for n, part in parts]
+
+
+named = pytest.mark.filterwarnings("ignore:.*sample ids that came again had other content")  # as it should be
+
+
+@named
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_document_in_windows_has_the_loss_of_all_of_them(shuffle):
+    windows = cut(TEXTS, 4)
+    tracker = LossTracker(families=False)
+
+    @torch.no_grad()
+    def measured(module: Any, rows: Tensor) -> Tensor:
+        mean = [module.loss({"input_ids": TEXTS[n].reshape(3, 4)}) for n in tracker.table.ids[rows].tolist()]
+        return torch.stack(mean)
+
+    train: Any = DataLoader(windows, 8, shuffle=shuffle)  # type: ignore[arg-type]
+    looks = looked(TinyLM(), tracker=tracker, train=train, looks={"measured": measured})
+    look = looks.looks[-1]
+    assert tracker.table.ids[look.rows].sort().values.tolist() == [*range(40)]
+    assert (tracker.table.rows == 3).all() and not looks.second.keeps_batches
+    torch.testing.assert_close(look.losses, looks.truth[-1])
+
+
+@named
+def test_documents_of_more_windows_than_are_looked_for_are_left_out_and_said():
+    tracker = LossTracker(families=False)
+    train: Any = DataLoader(cut(TEXTS, 4, overlong=True), 8)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="could not measure 1 of 41 samples"):
+        looks = looked(TinyLM(), tracker=tracker, train=train)
+    assert tracker.table.ids[looks.looks[-1].rows].sort().values.tolist() == [*range(40)]

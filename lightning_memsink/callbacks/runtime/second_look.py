@@ -21,12 +21,12 @@ from lightning_memsink.callbacks.runtime import second_look_messages as messages
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.second_look_batches import LookBatch, RowBatches
 from lightning_memsink.callbacks.runtime.second_look_reservoir import Reservoir
-from lightning_memsink.callbacks.runtime.second_look_steps import Mode, losses_of, traces_removed
+from lightning_memsink.callbacks.runtime.second_look_steps import Measured, Mode, losses_of, traces_removed
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
+from lightning_memsink.samples.joined_looks import join_looks
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.unique import first_of_each
 
 FAILURES = 3
 """Looks in a row that fail before no other is tried."""
@@ -104,7 +104,7 @@ class SecondLook:
         current = Ledger.of(trainer).batch
         if current.ids is None or not len(current.ids):
             return
-        self._size = max(self._size, len(current.ids))
+        self._size, self._by_row.source = max(self._size, len(current.ids)), self.sample_ids.source
         if self._is_by_row is None:
             self._is_by_row = not self._by_row.refusal(trainer) and self.sample_ids.rows is not None
         if not self._is_by_row and not self.refusal:
@@ -166,8 +166,8 @@ class SecondLook:
         reasons = [reason for _, reason in every if reason]
         if not parts:
             return (None, (*reasons, messages.NO_BATCH)[0]) if reasons or len(rows) else (_nothing(mode), "")
-        found, losses = (torch.cat(each) for each in zip(*parts, strict=True))
-        look = Look(*_distinct(found, losses), mode=mode)
+        found = Measured(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        look = Look(*join_looks(*found, self._by_row.windows(found.ids)), mode=mode)
         if self._is_by_row and len(look.rows) < len(rows):
             missed = len(rows) - len(look.rows)
             warn_once(self._warnings, messages.left_out(missed, len(rows), reasons), key="left out")
@@ -179,8 +179,8 @@ class _Pass:
 
     def __init__(self, look: SecondLook, trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> None:
         self.look, self.trainer, self.module = look, trainer, pl_module
-        self.measured: list[tuple[Tensor, Tensor]] = []
-        """Rows of the table and losses ``[B]`` of each batch."""
+        self.measured: list[Measured] = []
+        """Of each batch, with rows of the table as ids."""
         self.failure = ""
         self._asked = torch.zeros(len(look.table), dtype=torch.bool)
         self._asked[rows] = True
@@ -239,19 +239,12 @@ class _Pass:
         found = losses_of(self.trainer, self.module, self.look.capture, batch, self._count - 1, mode)
         if isinstance(found, str):
             return found
-        ids, losses = found
-        rows = self.look.table.index.find(ids)
+        rows = self.look.table.index.find(found.ids)
         known = rows >= 0
         known[known.clone()] = self._asked[rows[known]] | self.look.keeps_batches
-        self.measured.append((rows[known], torch.where(losses.isfinite(), losses, torch.nan)[known]))
+        losses = torch.where(found.losses.isfinite(), found.losses, torch.nan)
+        self.measured.append(Measured(*(part[known] for part in found._replace(ids=rows, losses=losses))))
         return ""
-
-
-def _distinct(rows: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row once, with a finite loss if it has one."""
-    order = losses.isnan().long().argsort(stable=True)
-    distinct, first = first_of_each(rows[order])
-    return distinct, losses[order][first]
 
 
 def _nothing(mode: Mode) -> Look:

@@ -23,6 +23,9 @@ from lightning_memsink.samples.row_order import RowPrints, SameTensors
 from lightning_memsink.samples.sample_ids import SampleIds
 from lightning_memsink.samples.tagged_batch import Fetched
 
+WINDOWS = 16
+"""Of a document, at most: its windows are looked for in twice as many rows."""
+
 
 class LookBatch(NamedTuple):
     """A batch as a step gets it: where its samples ``ids`` ``[B]`` lie, and whether rows hold several of them."""
@@ -31,6 +34,8 @@ class LookBatch(NamedTuple):
     ids: Tensor
     axes: Axes | None
     is_packed: bool
+    rows: Tensor | None = None
+    """``[B]`` of the data set, if these are known."""
 
 
 class RowBatches:
@@ -44,6 +49,8 @@ class RowBatches:
     def __init__(self, sample_ids: SampleIds, table: LossTable) -> None:
         self.sample_ids = sample_ids
         self.table = table
+        self.source: str | None = None
+        """Where the ids of training batches come from; those of validation may come from elsewhere."""
         self.failure: Exception | None = None
         """Of the last look, the first error of the data set or the collate function."""
 
@@ -97,12 +104,27 @@ class RowBatches:
         again = filled[torch.arange(-len(filled) % size) % len(filled)]
         return [[self._as_fetched(key) for key in part.tolist()] for part in torch.cat([filled, again]).split(size)]
 
+    def windows(self, rows: Tensor) -> Tensor:
+        """``[V]`` in how many windows, a row of the data set each, the samples in ``rows`` ``[V]`` are cut; 1 for most.
+
+        Only texts that their owner has named are cut.
+        """
+        cut = self.source == "key" and "window" in self.table.columns
+        return self.table.rows[rows].long().clamp(min=1) if cut else torch.ones_like(rows)
+
     def _keys(self, rows: Tensor, loader: int | None) -> Tensor:
-        """The rows of the data set that samples came from first, of those that came from this loader."""
-        first = self.table.first_row[rows]
-        if self.sample_ids.source == "index":  # an older version's ledger does not have them
+        """The rows of the data set that samples came from first, of those that came from this loader. Of a document in
+        windows those around it, among which all of its windows are where these follow one another."""
+        first, windows = self.table.first_row[rows], self.windows(rows)
+        if self.source == "index":  # an older version's ledger does not have them
             first = torch.where(first == -1, self.table.ids[rows], first)
-        return first[first != -1 if loader is None else first >> LOADER_BITS == loader]
+        here = (first != -1 if loader is None else first >> LOADER_BITS == loader) & (windows <= WINDOWS)
+        cut = here & (windows > 1)
+        around = [
+            torch.arange(max(one - many + 1, one >> LOADER_BITS << LOADER_BITS), one + many)
+            for one, many in zip(first[cut].tolist(), windows[cut].tolist(), strict=True)
+        ]
+        return torch.cat([first[here & ~cut], *around])
 
     def _as_fetched(self, key: int) -> Any:
         """The key that the loader's sampler gave: a number, or what is named by one."""
@@ -129,7 +151,7 @@ class RowBatches:
             return None
         documents = self.sample_ids.documents
         axes = fetched.axes if documents is None else documents.axes(batch)
-        return LookBatch(batch, ids, axes, documents is not None)
+        return LookBatch(batch, ids, axes, documents is not None, self.sample_ids.rows)
 
 
 def on_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

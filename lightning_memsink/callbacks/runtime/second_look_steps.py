@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.utilities import _no_grad_context
@@ -23,7 +24,7 @@ from lightning_memsink.callbacks.runtime.second_look_messages import of_error
 from lightning_memsink.callbacks.runtime.validation_replay import validation_step
 from lightning_memsink.losses.capture import reported
 from lightning_memsink.losses.evaluation_capture import EvaluationCapture
-from lightning_memsink.losses.per_sample import NotCaptured
+from lightning_memsink.losses.per_sample import Captured, NotCaptured
 from lightning_memsink.samples.visits import DescribedBatch
 
 Mode = Literal["validation_step", "training_step", "training"]
@@ -44,15 +45,25 @@ def traces_removed(trainer: Trainer, pl_module: LightningModule, mode: Mode) -> 
         yield
 
 
+class Measured(NamedTuple):
+    """The losses ``[B]`` of a batch, float32 on the CPU, and what they are of: ``ids`` of samples, the number of
+    ``elements``, and ``rows`` of the data set, -1 where unknown."""
+
+    ids: Tensor
+    losses: Tensor
+    elements: Tensor
+    rows: Tensor
+
+
 def losses_of(
     trainer: Trainer, pl_module: LightningModule, capture: EvaluationCapture, batch: LookBatch, number: int, mode: Mode
-) -> tuple[Tensor, Tensor] | str:
-    """``[B]`` ids and float32 losses on the CPU of a batch, the ``number``-th of its pass; or why there are none.
+) -> Measured | str:
+    """The losses of a batch, the ``number``-th of its pass; or why there are none.
 
     Call it within `traces_removed`. It raises no error of the user's step.
     """
 
-    def measured(_: Any) -> tuple[Tensor, Tensor] | str:
+    def measured(_: Any) -> Measured | str:
         given = shallow_copy(batch.batch)
         capture.begin(given, len(batch.ids), batch.axes, batch.is_packed)
         if mode == "validation_step":
@@ -64,7 +75,7 @@ def losses_of(
             return captured.reason
         samples = reported(outputs, DescribedBatch(batch.ids, None, None))
         assert samples is not None
-        return samples.ids, captured.losses.detach().float().cpu()
+        return _measured(batch, samples.ids, captured)
 
     loop = trainer.fit_loop.epoch_loop.val_loop
     try:  # inference mode, or not, as in Lightning's own validation
@@ -73,7 +84,16 @@ def losses_of(
         return f"{'validation_step' if mode == 'validation_step' else 'training_step'} raises {of_error(error)}"
     finally:
         capture.abandon()
-    return found if isinstance(found, str) else (found[0], found[1].clone())  # no tensors of inference mode
+    return found if isinstance(found, str) else Measured(*(part.clone() for part in found))  # out of inference mode
+
+
+def _measured(batch: LookBatch, ids: Tensor, captured: Captured) -> Measured:
+    losses, counted = captured.losses.detach().float().cpu(), captured.counted
+    elements = torch.ones_like(losses) if counted is None else counted.detach().float().cpu()
+    if bool((elements != elements.round()).any()):  # weights that are no numbers of tokens
+        elements = torch.ones_like(losses)
+    known = batch.rows is not None and len(batch.rows) == len(ids)
+    return Measured(ids, losses, elements, batch.rows if known and batch.rows is not None else torch.full_like(ids, -1))
 
 
 def _training_modes(trainer: Trainer, pl_module: LightningModule) -> dict[nn.Module, bool]:
