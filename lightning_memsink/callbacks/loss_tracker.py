@@ -95,6 +95,7 @@ class LossTracker(Callback):
         self.probe = ControlProbe(controls, control_fraction, control_every)
         self.sample_ids = SampleIds(identity, key, segments)
         self.loader_ids = LoaderIds(self.sample_ids)
+        self.probe.overlap = self.loader_ids.overlap
         self.describe = BatchDescription(self.sample_ids, features, source, names)
         self.loss = loss
         self.flush_every = flush_every
@@ -225,6 +226,7 @@ class LossTracker(Callback):
             **self.visits.state_dict(),
             "validation_weights": self.validation_weights.state_dict(),
             "identity": self.sample_ids.source,
+            "overlap": self.loader_ids.overlap.state_dict(),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -237,6 +239,7 @@ class LossTracker(Callback):
             self.controls.load_state_dict(state_dict["controls"])
             self.visits.load_state_dict(state_dict)
             self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
+            self.loader_ids.overlap.load_state_dict(state_dict.get("overlap", {}))
             self.sample_ids.restore(state_dict.get("identity", "older"))
 
     def _validation_counts(self, trainer: Trainer) -> bool:

@@ -26,34 +26,30 @@ TRIMMED = 3.0
 """Median absolute deviations (as standard deviations) beyond which a first visit has no say in the trend."""
 
 
-def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRule, unit: str = "nats") -> Controls:
-    """The held-out samples of ``controls``, then the first visits of samples in ``table``; losses in ``unit``.
+def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRule) -> Controls:
+    """The held-out samples of ``controls``, then the first visits of samples in ``table``; losses in its unit.
 
     Without matching features held-out samples are matched by an early loss. A first visit has none: then it takes part
     only if there are too few held-out samples.
     """
-    held_out = held_out_controls(controls, unit)
+    held_out = held_out_controls(controls, table)
     usable = held_out.finite()
     if table.features.shape[1] or len(usable) < rule.controls_needed:
-        first = first_visit_controls(table, controls, usable, rule, unit)
+        first = first_visit_controls(table, controls, usable, rule)
         if len(first):
             return _joined(held_out, first) if len(usable) >= rule.controls_needed else first
     return held_out
 
 
-def held_out_controls(controls: ControlTable, unit: str = "nats") -> Controls:
-    """The controls of a table as `measure_gaps` takes them, with an early loss where there are no features."""
+def held_out_controls(controls: ControlTable, table: LossTable) -> Controls:
+    """The held-out samples as `measure_gaps` takes them, with an early loss where there are no features."""
     early = None
     if not controls.features.shape[1] and len(controls.snapshot_steps):
         early = controls.standardize(controls.snapshots, torch.tensor(controls.snapshot_steps)[:, None])
-    return Controls(
-        in_unit(controls.previous, unit), in_unit(controls.latest, unit), controls.features, early, controls.highest
-    )
+    return Controls(in_unit(controls.previous, table), in_unit(controls.latest, table), controls.features, early)
 
 
-def first_visit_controls(
-    table: LossTable, controls: ControlTable, held_out: Controls, rule: DetectionRule, unit: str = "nats"
-) -> Controls:
+def first_visit_controls(table: LossTable, controls: ControlTable, held_out: Controls, rule: DetectionRule) -> Controls:
     """The first visits since `OLDEST` of the steps so far, with the losses that they would have at the evaluation.
 
     The trend is a line in the logarithm of the step (Hestness et al. 2017: losses fall about so): of the distance of
@@ -63,7 +59,7 @@ def first_visit_controls(
     """
     now, before = max(1, controls.latest_step), max(1, controls.previous_step)
     rows = naive_rows(table, now)
-    losses, features = in_unit(table.first_loss[rows].float(), unit), table.features[rows].float()
+    losses, features = in_unit(table.first_loss[rows].float(), table), table.features[rows].float()
     ago = (table.first_step[rows].double().clamp(min=1) / now).log()
     if len(rows) < rule.controls_needed:
         losses, features, ago = losses[:0], features[:0], ago[:0]
@@ -77,8 +73,7 @@ def first_visit_controls(
         _, slope = _trend(losses, ago, torch.ones_like(ago, dtype=torch.bool), design)
         losses = losses - (slope * ago).float()
     shift = slope * float(torch.tensor(before / now).log()) if len(losses) else 0.0
-    unknown = torch.full_like(losses, -torch.inf)
-    return Controls(losses + shift, losses, features, None, unknown, torch.ones_like(losses, dtype=torch.bool))
+    return Controls(losses + shift, losses, features, is_first_visit=torch.ones_like(losses, dtype=torch.bool))
 
 
 def naive_rows(table: LossTable, step: int) -> Tensor:
@@ -96,15 +91,15 @@ def naive_rows(table: LossTable, step: int) -> Tensor:
     return rows if len(rows) <= MOST_FIRST_VISITS else rows[:: -(-len(rows) // MOST_FIRST_VISITS)]
 
 
-def in_unit(losses: Tensor, unit: str) -> Tensor:
+def in_unit(losses: Tensor, table: LossTable) -> Tensor:
     """Losses as they are compared: the logarithm of those that are a scale and no likelihood (``ratio``).
 
-    A loss of 0 is taken for a millionth of the median.
+    Less than a millionth of the median first loss of the run counts as that much: 0 has no logarithm.
     """
-    if unit != "ratio":
+    if table.unit != "ratio":
         return losses
-    known = losses[torch.isfinite(losses) & (losses > 0)]
-    least = 1e-6 * float(known.median()) if len(known) else 1e-6
+    known = table.first_loss[torch.isfinite(table.first_loss) & (table.first_loss > 0)]
+    least = 1e-6 * float(known.float().median()) if len(known) else 1e-6
     return torch.where(losses < 0, torch.nan, losses).clamp(min=least).log()
 
 
@@ -152,12 +147,10 @@ def _trend(values: Tensor, ago: Tensor, use: Tensor, design: Tensor | None = Non
 
 
 def _joined(held_out: Controls, first: Controls) -> Controls:
-    highest = held_out.highest if held_out.highest is not None else torch.full_like(held_out.after, -torch.inf)
     return Controls(
         torch.cat([held_out.before, first.before]),
         torch.cat([held_out.after, first.after]),
         torch.cat([held_out.features, first.features]),
         None,
-        torch.cat([highest, first.highest if first.highest is not None else first.after]),
         torch.cat([held_out.from_training, first.from_training]),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_memsink._chunks import in_blocks
 from lightning_memsink.detection.control_pool import held_out_controls, in_unit, pooled_controls
+from lightning_memsink.detection.equal_controls import controls_are_equal
 from lightning_memsink.detection.evaluation_summary import Judged, summarize
 from lightning_memsink.detection.matched_controls import (
     Controls,
@@ -23,14 +24,11 @@ from lightning_memsink.detection.matched_controls import (
     Measurement,
     SampleFeatures,
 )
-from lightning_memsink.detection.statistics import benjamini_hochberg, null_share
+from lightning_memsink.detection.statistics import benjamini_hochberg, null_share, too_few_together
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
-ALPHA_PER_LOOK = 0.5
-"""Share of the false-discovery rate that one evaluation may spend. A run has many, and a sample may be flagged by any
-of them; the controls' highest scores so far, which samples are compared with, answer for most of that."""
 EVEN_WEIGHT = 0.5
 """Share of a sample's weight among all hypotheses that does not depend on how often it was visited."""
 
@@ -106,11 +104,11 @@ def measure_visits(table: LossTable, controls: ControlTable, flags: Flags, rule:
     previous = flags.evaluations[-1].step if flags.evaluations else -1
     visited = torch.isfinite(table.last_loss) & (table.last_step > table.first_step)
     rows = (visited & (table.last_step >= previous)).nonzero().flatten()
-    pool = pooled_controls(table, controls, rule, table.unit).finite()
+    pool = pooled_controls(table, controls, rule).finite()
     refusal = None
     if len(pool) < rule.controls_needed:
         refusal = Verdict.TOO_FEW_CONTROLS
-    elif _are_equal(pool.after):
+    elif controls_are_equal(pool.after):
         refusal = Verdict.EQUAL_CONTROLS
     matched = None if refusal is not None else MatchedControls(pool, rule, table.unit)
     measurement = matched.measure(samples_of(table, controls, rows)) if matched is not None and len(rows) else None
@@ -141,22 +139,21 @@ def judge(
     share = 1.0
     if final is not None:
         share = null_share(torch.where(final.matched, final.p, 1.0)[is_random])
-    level = min(1.0, ALPHA_PER_LOOK * rule.alpha / share)
+    level, few = min(1.0, rule.alpha / share), too_few_together(1 + len(flags.evaluations))
     step, seen = visits.controls.latest_step, table.exposures[table.exposures > 0]
     if visits.measurement is not None:
         measured = visits.measurement
         flags.gap[rows], flags.p[rows] = measured.gap.clamp(-6e4, 6e4).half(), measured.p.bfloat16()
-        found = _discoveries(measured, exposure_weights(table.exposures[rows], seen), level, population)
+        found = _discoveries(measured, exposure_weights(table.exposures[rows], seen), level, few, population)
         times = table.last_step[rows]
         _update(flags, visits, rows, times, measured, found, consecutive if look is None else 1, look is None)
     if final is not None and look is not None:
         flags.gap[looked], flags.p[looked] = final.gap.clamp(-6e4, 6e4).half(), final.p.bfloat16()
-        found = _discoveries(final, exposure_weights(table.exposures[looked], seen), level, population)
+        found = _discoveries(final, exposure_weights(table.exposures[looked], seen), level, few, population)
         _update(flags, visits, looked, torch.full_like(looked, step).int(), final, found, consecutive, True)
         flags.looked_step[looked] = step
     reference = final or visits.measurement
     if reference is not None:
-        _note_scores(visits, reference)
         flags.null_gaps = reference.null
     by_look = look is not None and final is not None
     judged = Judged(
@@ -166,20 +163,21 @@ def judge(
         by_look,
         share,
         level,
+        few,
     )
     return summarize(visits, flags, judged, epoch, rule)
 
 
-def known_controls(table: ControlTable, unit: str = "nats") -> Controls:
-    """The held-out samples of a table, as `measure_gaps` takes them."""
-    return held_out_controls(table, unit)
+def known_controls(controls: ControlTable, table: LossTable) -> Controls:
+    """The held-out samples, as `measure_gaps` takes them."""
+    return held_out_controls(controls, table)
 
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
     """Losses and features of the samples in ``rows`` ``[N]``, to be measured against the controls."""
     count, has_early = len(rows), not table.features.shape[1] and bool(controls.snapshot_steps)
     samples = SampleFeatures(
-        losses=in_unit(table.last_loss[rows], table.unit),
+        losses=in_unit(table.last_loss[rows], table),
         weight=torch.empty(count),
         features=torch.empty(count, table.features.shape[1]),
         early=torch.empty(count) if has_early else None,
@@ -207,7 +205,7 @@ def _looked(visits: Visits, look: SecondLook | None) -> tuple[Tensor, Tensor, Te
     if look is None:
         return visits.rows, torch.ones(len(visits.rows), dtype=torch.bool), visits.losses
     known = torch.isfinite(look.losses)
-    losses = in_unit(look.losses[known].float(), visits.table.unit)
+    losses = in_unit(look.losses[known].float(), visits.table)
     return look.rows[known], look.is_random[known], losses
 
 
@@ -226,10 +224,10 @@ def exposure_weights(exposures: Tensor, of_all: Tensor) -> Tensor:
     return EVEN_WEIGHT + (1 - EVEN_WEIGHT) * exposures.double() / mean.clamp(min=1)
 
 
-def _discoveries(measured: Measurement, weights: Tensor, level: float, population: int) -> Tensor:
+def _discoveries(measured: Measurement, weights: Tensor, level: float, few: float, population: int) -> Tensor:
     """Bool ``[N]``: significant among all samples of the run; those that were not measured have p = 1."""
     weighted = torch.where(measured.matched, measured.p / weights, torch.inf)
-    return benjamini_hochberg(weighted, level, population) & measured.matched
+    return benjamini_hochberg(weighted, level, population, few) & measured.matched
 
 
 def _update(
@@ -252,7 +250,7 @@ def _update(
     streak = torch.where(found, known + 1, 0).clamp(max=255)
     if not is_final:
         streak = torch.where(found, known.clamp(min=1), torch.where(known > 1, known, 0))
-    typical = in_unit(table.last_loss[rows], table.unit) <= visits.pool.after.median()
+    typical = in_unit(table.last_loss[rows], table) <= visits.pool.after.median()
     verdict = torch.where(typical, int(Verdict.LEARNED), int(Verdict.HARD))
     verdict[measured.beyond & ~found] = Verdict.BELOW_FLOOR
     verdict[streak > 0] = Verdict.WAITING
@@ -268,19 +266,3 @@ def _update(
     clear = (streak == 0) & (flags.onset_step[rows] < 0)
     flags.onset_after[rows[clear]] = times[clear]
     flags.streak[rows] = streak.to(torch.uint8)
-
-
-def _note_scores(visits: Visits, measured: Measurement) -> None:
-    """Keeps the highest score of each held-out control for later evaluations."""
-    controls = visits.controls
-    used = torch.isfinite(controls.latest) & torch.isfinite(controls.previous)
-    held_out = int((~visits.pool.from_training).sum())
-    if held_out == int(used.sum()):
-        highest = controls.highest.clone()
-        highest[used] = torch.maximum(highest[used], measured.null_score[:held_out])
-        controls.highest = highest
-
-
-def _are_equal(losses: Tensor) -> bool:
-    """Whether all losses are the same, up to rounding."""
-    return float(losses.max() - losses.min()) <= 1e-6 * max(1.0, float(losses.abs().max()))

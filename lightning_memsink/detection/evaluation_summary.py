@@ -31,7 +31,9 @@ class Judged:
     by_second_look: bool
     null_share: float
     level: float
-    """The false-discovery rate that the evaluation spent, over the share of null hypotheses."""
+    """The false-discovery rate, over the share of null hypotheses."""
+    few: float
+    """`too_few_together` of this evaluation."""
 
 
 def summarize(visits: Visits, flags: Flags, judged: Judged, epoch: int, rule: DetectionRule) -> Evaluation:
@@ -66,7 +68,7 @@ def summarize(visits: Visits, flags: Flags, judged: Judged, epoch: int, rule: De
         by_first_visits=math.nan
         if measured is None
         else finite_mean((measured.first_visits[measured.beyond] > 0.5).float()),
-        controls_needed=controls_for(visits.population, judged.level, below) if below else 0,
+        controls_needed=controls_for(visits.population, judged.level, below, judged.few) if below else 0,
         null_share=judged.null_share,
         statement=_statement(visits, judged),
     )
@@ -75,6 +77,13 @@ def summarize(visits: Visits, flags: Flags, judged: Judged, epoch: int, rule: De
 def _by_first_visits(measured: Measurement | None) -> float:
     """Share of the samples beyond all controls that were matched with first visits for the most part."""
     return math.nan if measured is None else finite_mean((measured.first_visits[measured.beyond] > 0.5).float())
+
+
+def _p_needed(visits: Visits, judged: Judged) -> float:
+    """The largest p-value at which one more sample like those flagged, or a single one, is flagged now."""
+    assert judged.measured is not None
+    many = max(1, int(judged.measured.flagged.sum()))
+    return judged.level * min(1.0, many / judged.few) * many / max(1, visits.population)
 
 
 def _statement(visits: Visits, judged: Judged) -> RunStatement | None:
@@ -90,7 +99,7 @@ def _statement(visits: Visits, judged: Judged) -> RunStatement | None:
         measured.null,
         measured.null_scale,
         threshold=measured.threshold,
-        p_needed=judged.level / max(1, visits.population),
+        p_needed=_p_needed(visits, judged),
         population=visits.population,
         exposures=table.exposures[rows],
         source=table.source[rows] if "source" in table.columns else None,

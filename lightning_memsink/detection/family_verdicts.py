@@ -110,7 +110,7 @@ def judge_families(
     """
     found = _carried(before, FamilyVerdicts.of(family, table.exposures), family)
     if matched is None:
-        pool = pooled_controls(table, controls, rule, table.unit).finite()
+        pool = pooled_controls(table, controls, rule).finite()
         matched = MatchedControls(pool, rule, table.unit) if len(pool) >= rule.controls_needed else None
     if matched is None or not len(found):
         return found

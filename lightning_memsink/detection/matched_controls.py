@@ -103,9 +103,6 @@ class Controls:
     """``[M, F]``"""
     early: Tensor | None = None
     """``[E, M]`` losses at early evaluations, standardized like ``SampleFeatures.early``; None: not matched on."""
-    highest: Tensor | None = None
-    """``[M]`` the highest score of each control at earlier evaluations, -inf without. A sample that is to be flagged at
-    any of many evaluations is compared with what the controls reached at any of them."""
     is_first_visit: Tensor | None = None
     """Bool ``[M]``: the control is a training sample, before it was trained on; None: all are held-out samples."""
 
@@ -128,7 +125,6 @@ class Controls:
             self.after[keep],
             self.features[keep],
             None if self.early is None else self.early[:, keep],
-            None if self.highest is None else self.highest[keep],
             None if self.is_first_visit is None else self.is_first_visit[keep],
         )
 
@@ -210,8 +206,7 @@ class MatchedControls:
                 # it, and would leave a sample without controls. But a sample that is near with it is nearer without.
                 matched[rows] = part.distance < 0.99 * self._limit
             score, null_score = (gap[group] - self.effect) / scale[group], null / null_scale
-            highest = null_score if controls.highest is None else torch.maximum(null_score, controls.highest)
-            p[group], beyond[group] = conformal_p(score, highest), score > highest.max()
+            p[group], beyond[group] = conformal_p(score, null_score), score > null_score.max()
             groups.append((len(group), snapshot))
         far = (~matched).nonzero().flatten()
         matched[far] = nearest(in_units(samples.features[far], self._units), self._static, rule.k)[1] <= self._limit

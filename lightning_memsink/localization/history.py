@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.feature_units import standardize
+from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.verdicts import Flags, Verdict, verdicts_of
 from lightning_memsink.localization.concentration import Concentration, concentration_test
 from lightning_memsink.localization.locate import locate

@@ -30,8 +30,6 @@ class ControlTable:
         self.features = torch.zeros(0, 0)
         self.previous = torch.zeros(0)
         self.latest = torch.zeros(0)
-        self.highest = torch.zeros(0)
-        """``[M]`` the highest score that the detector has given each control so far; -inf before it has."""
         self.snapshots = torch.zeros(0, 0)
         self.snapshot_steps: list[int] = []
         self.previous_step = -1
@@ -95,7 +93,6 @@ class ControlTable:
             self.ids, self.curve = ids, []
             self.previous, self.previous_step = losses, step
             self.snapshots, self.snapshot_steps = torch.zeros(0, len(ids)), []
-            self.highest = torch.full((len(ids),), -torch.inf)
         finite = losses[torch.isfinite(losses)].double()
         if len(finite) > 1:
             self.curve.append((step, float(finite.mean()), float(finite.std())))
@@ -142,12 +139,11 @@ class ControlTable:
         return torch.bucketize(steps.double().clamp(min=1), (at[:-1] * at[1:]).sqrt())
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*_FACTS, "highest")}
+        return {name: getattr(self, name) for name in _FACTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _FACTS:
             setattr(self, name, state[name])
-        self.highest = state.get("highest", torch.full((len(self.ids),), -torch.inf))  # not in older versions
         self.curve = [(int(step), mean, spread) for step, mean, spread in state["curve"]]
 
 

@@ -105,8 +105,8 @@ class LossTable:
         self.reference_step: int | None = None
         """Step from which a visit counts as early; None until the controls were evaluated once."""
         self.unit = "nats"
-        """``nats`` or ``nats per token`` where losses are likelihoods; ``ratio`` where they are a scale, such as squared
-        errors."""
+        """``nats`` or ``nats per token`` where losses are likelihoods; ``ratio`` where they are a scale, as squared
+        errors are."""
         self.begins_with_training = True
         """Whether first losses are of samples that the model was not trained on: no step was taken before the table."""
         sizes = {"recent": (0, depth), "features": (0, 0)}

@@ -115,11 +115,14 @@ def test_without_features_held_out_samples_are_the_controls_where_there_are_enou
 
 
 def test_a_scale_is_compared_by_its_logarithm_and_a_loss_of_zero_is_finite():
+    table = Run(samples=20).table
     losses = torch.tensor([1.0, math.e, 0.0, -1.0, math.nan, math.inf])
-    found = in_unit(losses, "ratio")
+    assert torch.equal(in_unit(losses[:4], table), losses[:4])
+    table.unit = "ratio"
+    found = in_unit(losses, table)
     assert found[:2].tolist() == pytest.approx([0, 1])
     assert -20 < float(found[2]) < -5 and found[3:5].isnan().all() and found[5].isinf()
-    assert torch.equal(in_unit(losses[:3], "nats"), losses[:3])
+    assert float(in_unit(torch.zeros(1), table)) == float(found[2])  # of samples and of controls the same
 
 
 def test_the_few_samples_of_a_small_run_are_all_looked_at():

@@ -17,13 +17,13 @@ RULE = DetectionRule(k=4)
 
 
 class World:
-    """Four hundred controls around 5 nats; samples whose losses each test sets by hand, one visit an evaluation."""
+    """A thousand controls around 5 nats; samples whose losses each test sets by hand, one visit an evaluation."""
 
     def __init__(self):
         self.table, self.controls, self.flags = LossTable(), ControlTable(), Flags()
         self.step = 0
         generator = torch.Generator().manual_seed(0)
-        self.noise = 0.1 * torch.randn(400, generator=generator)
+        self.noise = 0.1 * torch.randn(1000, generator=generator)
         self.visit(torch.full((10,), 5.0))
 
     def visit(self, losses):
@@ -32,7 +32,7 @@ class World:
         self.table.record(ids, losses, torch.full((len(losses),), self.step - 1), torch.ones(len(losses)))
 
     def evaluate(self):
-        self.controls.record(self.step, torch.arange(100, 500), 5 + self.noise, torch.zeros(400, 0))
+        self.controls.record(self.step, torch.arange(100, 1100), 5 + self.noise, torch.zeros(1000, 0))
         self.flags.evaluations.append(evaluate(self.table, self.controls, self.flags, RULE, 2, epoch=0))
         return [Verdict(code) for code in self.flags.verdict.tolist()]
 
@@ -95,7 +95,7 @@ def test_an_evaluation_counts_every_sample_under_one_word():
     world.evaluate()
     evaluation = world.flags.evaluations[-1]
     assert sum(evaluation.counts.values()) == len(world.table)
-    assert evaluation.p_floor == pytest.approx(1 / 401) and evaluation.threshold == 0.3
+    assert evaluation.p_floor == pytest.approx(1 / 1001) and evaluation.threshold == 0.3
     assert evaluation.gap == pytest.approx(float((5 + world.noise).mean() - losses(1.0, 4.0).mean()), abs=0.1)
 
 

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from lightning_memsink.detection.feature_units import farthest, standardize
 from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.matched_controls import Controls, DetectionRule, SampleFeatures, measure_gaps
-from lightning_memsink.detection.statistics import benjamini_hochberg, conformal_p, controls_for, null_share
+from lightning_memsink.detection.statistics import (
+    benjamini_hochberg,
+    conformal_p,
+    controls_for,
+    flagged_together,
+    null_share,
+    too_few_together,
+)
 
 seeds = st.integers(0, 2**16)
 
@@ -125,15 +132,6 @@ def test_the_effect_is_part_of_the_hypothesis():
     assert p[0] > 0.55 and p[1] < 0.35
 
 
-def test_a_sample_is_compared_with_what_controls_reached_at_any_evaluation():
-    samples, controls = world()
-    plain = measure_gaps(samples, controls, DetectionRule())
-    once = replace(controls, highest=torch.full((300,), -math.inf).index_fill(0, torch.arange(30), 100.0))
-    later = measure_gaps(samples, once, DetectionRule())
-    assert torch.equal(plain.gap, later.gap) and not later.beyond.any()
-    assert later.p.min() >= 31 / 301
-
-
 def test_without_anything_to_match_on_the_mean_of_all_controls_is_expected():
     loss = 5 + normal(50)
     controls = Controls(loss, loss, torch.zeros(50, 0))
@@ -157,9 +155,28 @@ def test_more_controls_than_are_searched_are_all_ranked_among(monkeypatch):
 
 def test_the_share_of_nulls_is_that_of_large_p_values():
     p = torch.cat([torch.full((60,), 1e-3), torch.linspace(0, 1, 41)])
-    assert null_share(p) == pytest.approx(21 / 50.5)
+    assert null_share(p) == pytest.approx(0.4, abs=0.08)
     assert null_share(torch.zeros(0)) == 1.0 and null_share(torch.ones(5)) == 1.0
-    assert null_share(torch.full((500,), 1e-3)) == pytest.approx(1 / 250)
+    assert null_share(torch.full((500,), 1e-3)) == pytest.approx(1 / (500 * 0.95))
+    assert null_share(torch.linspace(0, 0.52, 300)) < 0.01  # a coin's toss knows every second control
+
+
+def test_few_at_once_are_asked_for_more_the_more_evaluations_there_are():
+    """One of a hundred at p = .0004 is flagged by the first evaluation's plain rate only; eight at once by any."""
+    one = torch.cat([torch.tensor([4e-4]), torch.linspace(0.1, 1, 99)])
+    assert benjamini_hochberg(one, 0.05).sum() == 1
+    assert not benjamini_hochberg(one, 0.05, few=too_few_together(1)).any()
+    eight = torch.cat([torch.full((8,), 3e-3), torch.linspace(0.1, 1, 92)])
+    assert [int(benjamini_hochberg(eight, 0.05, few=too_few_together(many)).sum()) for many in (1, 40)] == [8, 8]
+    for samples, controls in ((100, 50), (100, 3000), (10, 10**5), (1000, 500)):
+        few = too_few_together(10)
+        k = flagged_together(samples, controls, 0.05, few)
+        for many in (k - 1, k):
+            p = torch.full((samples,), 1.0)
+            p[:many] = 1 / (controls + 1)
+            assert bool(benjamini_hochberg(p, 0.05, few=few).any()) is (0 < many == k <= samples)
+        needed = controls_for(samples, 0.05, k, few)
+        assert needed <= controls
 
 
 def test_samples_far_from_every_control_are_not_matched():

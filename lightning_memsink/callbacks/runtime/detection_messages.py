@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_memsink.callbacks.runtime.evaluation_schedule import EvaluationSchedule
-from lightning_memsink.detection.evaluate import ALPHA_PER_LOOK
-from lightning_memsink.detection.statistics import controls_for
+from lightning_memsink.detection.statistics import controls_for, flagged_together, too_few_together
 
 NOMINATED = 0.75
 """Share of a second look that is of samples which look memorized; the rest is a random sample."""
@@ -42,9 +41,9 @@ class DetectionFacts:
     """Evaluations of the run that is resumed."""
 
     @property
-    def level(self) -> float:
-        """The false-discovery rate that one evaluation spends."""
-        return ALPHA_PER_LOOK * self.alpha
+    def few(self) -> float:
+        """`too_few_together` at the end of the run."""
+        return too_few_together(self.evaluations or 1)
 
     @property
     def evaluations(self) -> int | None:
@@ -74,7 +73,7 @@ class DetectionFacts:
         """How many memorized samples must be significant together to be flagged, at the smallest p-value."""
         if self.controls is None or self.samples is None:
             return None
-        return max(1, math.ceil(self.samples / (self.level * (self.controls + 1)) - 1e-6))
+        return flagged_together(self.samples, self.controls, self.alpha, self.few)
 
 
 def start_message(facts: DetectionFacts) -> tuple[str, bool]:
@@ -180,7 +179,7 @@ def _narrow_search(facts: DetectionFacts) -> str:
     if not together or not samples:
         return ""
     places = samples if not facts.recheck else min(samples, max(1, int(NOMINATED * facts.recheck)))
-    needed = controls_for(samples, facts.level, places)
+    needed = controls_for(samples, facts.alpha, places, facts.few)
     if together > samples:
         return f"so few controls can't flag anything at a false-discovery rate of {facts.alpha:g}. {_more(needed)}"
     if 0 < facts.recheck < samples and together > places:
@@ -236,7 +235,7 @@ def _power(facts: DetectionFacts) -> str:
         return f"{smallest}: a single memorized sample can be flagged at a false-discovery rate of {facts.alpha:g}."
     return (
         f"{smallest}: at a false-discovery rate of {facts.alpha:g} at least {together:,} memorized samples must be "
-        f"significant together, for a single one {controls_for(samples, facts.level):,} controls."
+        f"significant together, for a single one {controls_for(samples, facts.alpha, few=facts.few):,} controls."
     )
 
 

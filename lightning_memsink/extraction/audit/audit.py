@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.feature_units import standardize
+from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.matched_controls import Measurement
 from lightning_memsink.extraction.audit.answer_cache import AnswersFile
 from lightning_memsink.extraction.audit.cohort import Cohort, cohort_of
