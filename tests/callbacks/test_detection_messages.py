@@ -43,10 +43,10 @@ def said(**changes):
 
 def test_an_ordinary_run_is_described_without_a_warning():
     assert said() == (
-        "memsink: 10,000 samples; 500 held-out controls and first visits of samples as controls in the first 4 epochs. "
+        "memsink: 10,000 samples; 500 held-out controls and first visits of samples as controls in the first 10 epochs. "
         "Up to 10 evaluations; a sample is memorized after 2 in a row that flag it. Smallest p-value 1/10,501: at a "
-        "false-discovery rate of 0.05 at least 39 memorized samples must be significant together, for a single one "
-        "399,999 controls. Each evaluation measures up to 512 samples again.",
+        "false-discovery rate of 0.05 at least 20 memorized samples must be significant together, for a single one "
+        "1,091,886 controls. Each evaluation measures up to 512 samples again.",
         False,
     )
 
@@ -61,7 +61,7 @@ def test_the_number_that_must_be_significant_together_is_that_of_benjamini_and_h
         """Whether so many samples at the smallest p-value are flagged at one evaluation."""
         p = torch.ones(samples)
         p[:memorized] = 1 / (held_out + 1)
-        return bool(benjamini_hochberg(p, run.level)[0])
+        return bool(benjamini_hochberg(p, run.alpha, few=run.few)[0])
 
     assert is_flagged(samples) == (run.together <= samples)
     if run.together <= samples:
@@ -179,12 +179,12 @@ def test_no_controls_at_all_are_a_warning():
     assert "there are no controls" in message and "control_fraction=0.1" in message and "p-value" not in message
 
 
-@pytest.mark.parametrize(("epochs", "warns"), [(1, False), (4, False), (5, True), (None, True)])
+@pytest.mark.parametrize(("epochs", "warns"), [(1, False), (10, False), (11, True), (None, True)])
 def test_first_visits_alone_carry_the_first_epochs(epochs, warns):
     schedule = EvaluationSchedule(epochs=epochs, steps=None, batches=100, every_batches=20)
     message, is_warning = said(held_out=3, schedule=schedule)
     assert is_warning == warns
-    assert ("verdicts in the first 4 epochs only" in message) == warns
+    assert ("verdicts in the first 10 epochs only" in message) == warns
 
 
 def test_fewer_controls_than_support_a_verdict_are_a_warning():
@@ -194,10 +194,10 @@ def test_fewer_controls_than_support_a_verdict_are_a_warning():
 
 
 def test_controls_that_can_flag_nothing_whatever_is_found_are_a_warning():
-    message, is_warning = said(held_out=38, takes_first_visits=False, samples=10, recheck=0)
+    message, is_warning = said(held_out=18, takes_first_visits=False, samples=10, recheck=0)
     assert is_warning
-    assert "at least 39 held-out samples" in message
-    assert not said(held_out=39, takes_first_visits=False, samples=10, recheck=0)[1]
+    assert "at least 19 held-out samples" in message
+    assert not said(held_out=19, takes_first_visits=False, samples=10, recheck=0)[1]
 
 
 def test_a_second_look_too_small_to_find_enough_together_is_a_warning():

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_memsink.callbacks.runtime.evaluation_schedule import EvaluationSchedule
+from lightning_memsink.detection.control_pool import OLDEST
 from lightning_memsink.detection.statistics import controls_for, flagged_together, too_few_together
 
 NOMINATED = 0.75
 """Share of a second look that is of samples which look memorized; the rest is a random sample."""
-FIRST_EPOCHS = 4
+FIRST_EPOCHS = round(1 / OLDEST)
 """After so many epochs a first visit is too long ago to say what an unseen sample's loss would be."""
 SHARES = (0.5, 0.25, 0.2, 0.1, 0.05, 0.02, 0.01)
 HOLD_OUT = "Pass held-out data, trainer.fit(model, train_loader, val_loader), or memsink(control_fraction=0.1)."
