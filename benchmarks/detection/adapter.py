@@ -43,13 +43,6 @@ class Retrospect:
         self.table, self.controls, self.rule = ledger.losses, ledger.controls, DetectionRule()
         self.rows = self.table.index.find(ids)
 
-    def live(self, keep: Tensor) -> Measurement:
-        """By losses recorded in training, against the held-out controls in ``keep`` ``[M]``, in the order of their ids,
-        and all first visits.
-        """
-        samples = samples_of(self.table, self.controls, self.rows)
-        return self._measure(samples, _only(self.controls, keep[self.controls.ids]), self.rule)
-
     def after(
         self, losses: Tensor, of_controls: Tensor, keep: Tensor | None = None, method: Literal["knn", "ridge"] = "knn"
     ) -> Measurement:
@@ -68,15 +61,14 @@ class Retrospect:
         """Bool ``[M]``: flagged when half of the controls is measured as samples, against the other half."""
         even = torch.arange(len(self.controls)) % 2 == 0
         flagged = torch.zeros_like(even)
-        known = known_controls(self.controls)
+        known = known_controls(self.controls, self.table)
         for half in (even, ~even):
             as_samples = SampleFeatures(known.after[half], torch.ones(int(half.sum())), known.features[half])
             flagged[half] = self._measure(as_samples, _only(self.controls, ~half), self.rule).flagged
         return flagged
 
     def _measure(self, samples: SampleFeatures, controls: ControlTable, rule: DetectionRule) -> Measurement:
-        unit = self.table.unit
-        return measure_gaps(samples, pooled_controls(self.table, controls, rule, unit), rule, unit)
+        return measure_gaps(samples, pooled_controls(self.table, controls, rule), rule, self.table.unit)
 
 
 def watching(has_controls: bool = True, every: int = 20) -> tuple[LossTracker, MemorizationDetector]:
@@ -115,7 +107,7 @@ def verdicts_of(ledger: Ledger, ids: Tensor) -> LiveVerdicts:
 def _only(controls: ControlTable, keep: Tensor) -> ControlTable:
     """A copy with the controls in ``keep``, bool ``[M]`` in their own order."""
     part = deepcopy(controls)
-    for name in ("ids", "features", "previous", "latest", "highest"):
+    for name in ("ids", "features", "previous", "latest"):
         setattr(part, name, getattr(part, name)[keep])
     part.snapshots = part.snapshots[:, keep]
     return part

@@ -20,6 +20,7 @@ from benchmarks.common.criteria import Criterion, mean_and_range
 from benchmarks.detection import scores
 from benchmarks.detection.group_runs import NEGATIVE, GroupFindings
 from benchmarks.detection.settings import Setting
+from lightning_memsink.detection.verdicts import Verdict
 
 AUROC, FPR, FDR, EARLY, TWICE, TEMPLATES, CANARIES = 0.99, 0.03, 0.05, 0.98, 0.80, 0.05, 0.95
 FEW = 20
@@ -43,22 +44,21 @@ def _criteria_of(setting: Setting, seeds: Sequence[Seed]) -> list[Criterion]:
     discoveries = torch.cat([run.negative[run.flagged & (run.exposures > 0)] for run in runs])
     sampling = 2 * sqrt(FDR * (1 - FDR) / max(1, len(discoveries)))
     found = [
-        Criterion("live AUROC", worst(lambda seed: _auroc(seed, setting), min), ">=", AUROC),
-        Criterion(
-            f"live TPR above {setting.positive:g} nats",
-            worst(lambda seed: _tpr(seed, setting.positive, lambda run: run.planted), min),
-            ">=",
-            setting.tpr,
-        ),
         Criterion("live FPR", worst(_fpr, max), "<=", FPR),
         Criterion("live FDR, bound with 2 s.e.", _share([discoveries], of_none=0), "<=", FDR + sampling),
         Criterion("flagged before first exact match", _share(_lead(run) for run in runs), ">=", EARLY),
     ]
-    if setting.controls == "natural":
+    if setting.controls == "natural":  # most planted kinds have no controls: theirs is the question who is accused
         others = (run.flagged[run.of("template") & run.negative] for run in runs)
         found += [
             Criterion("template text not memorized, but flagged", _share(others), "<=", TEMPLATES),
             Criterion("canaries found", _tpr(runs, 1.0, lambda run: run.of("canary")), ">=", CANARIES),
+        ]
+    else:
+        tpr = worst(lambda seed: _tpr(seed, setting.positive, lambda run: run.planted), min)
+        found += [
+            Criterion("live AUROC", worst(lambda seed: _auroc(seed, setting), min), ">=", AUROC),
+            Criterion(f"live TPR above {setting.positive:g} nats", tpr, ">=", setting.tpr),
         ]
     if sum(int((run.seen_twice & (run.memorization > 1)).sum()) for run in runs) >= FEW:
         found.append(
@@ -136,7 +136,7 @@ def _twice_table(found: Found) -> Table:
 
 def _kind_table(setting: Setting, seeds: Sequence[Seed]) -> Table:
     """Memorization, gaps and flags by kind and repetitions, all runs together."""
-    head = ("kind", "times", "samples", "memorization", "gap", "flagged", "false", "extracted")
+    head = ("kind", "times", "samples", "memorization", "gap", "flagged", "false", "undecided", "extracted")
     table = Table(*head, title=f"By kind and times shown per epoch: {setting.title}")
     runs = list(chain.from_iterable(seeds))
     kind = list(chain.from_iterable(run.kind for run in runs))
@@ -148,6 +148,7 @@ def _kind_table(setting: Setting, seeds: Sequence[Seed]) -> Table:
             torch.cat([run.gap for run in runs]),
             torch.cat([run.flagged for run in runs]).float(),
             torch.cat([torch.where(run.negative, run.flagged, torch.nan) for run in runs]),
+            torch.cat([run.verdict >= Verdict.NO_LOSS for run in runs]).float(),
             torch.cat([run.exact_step.isfinite() for run in runs]).float(),
         ],
         1,
