@@ -20,6 +20,7 @@ from lightning_memsink.reporting.gap_units import LOG_RATIO, part_of_controls, s
 from lightning_memsink.reporting.localization_summary import where
 from lightning_memsink.reporting.mitigation_summary import what_was_done
 from lightning_memsink.reporting.name_text import shown
+from lightning_memsink.reporting.onset_text import onset_basis, onset_title
 from lightning_memsink.reporting.provenance import seed
 from lightning_memsink.reporting.scalars import MemorizedSample
 from lightning_memsink.reporting.source_section import has_sources, source_sentences, source_tables, top_sources
@@ -68,9 +69,9 @@ def _when(findings: Findings) -> list[str]:
     if onset is not None:
         exposures = value_range(onset.exposures, onset.exposures_low, onset.exposures_high)
         return [
-            f"Memorization set in at step {onset.step:,} (95 % interval {onset.step_low:,} to {onset.step_high:,}), "
-            f"at exposure {exposures} of a sample.",
-            f"This is when the first tenth of {count_of(onset.samples, 'memorized sample')} had been flagged.",
+            f"{onset_title(onset)} (95 % interval {onset.step_low:,} to {onset.step_high:,}), at exposure {exposures} "
+            "of a sample.",
+            onset_basis(onset),
         ]
     if last.memorized:
         verb = "is" if last.memorized == 1 else "are"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_memsink.detection.run_statement import GroupStatement, RunStatement
-from lightning_memsink.detection.statistics import controls_for
+from lightning_memsink.detection.statistics import controls_for, flagged_together, too_few_together
 from lightning_memsink.reporting.document import LABELS, Grid
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of, percent
@@ -126,11 +126,7 @@ def why_none_is_no_answer(findings: Findings) -> str | None:
     if it is None:
         return _by_the_floor(findings) if not (last.held_out or last.first_visits) else _NO_SAMPLE
     if math.isinf(it.detectable_gap):
-        needed = controls_for(max(1, it.population), last.alpha)
-        return (
-            f"{count_of(last.controls, 'control')} can't single out one of {count_of(it.population, 'sample')}; pass "
-            f"{needed:,} held-out samples or more"
-        )
+        return _too_few_controls(findings, it.population)
     if findings.unit != LOG_RATIO and it.detectable_gap >= last.control_loss:
         return (
             f"a sample is found if its loss is {it.detectable_gap:.2f} {findings.unit} lower, but the controls' own "
@@ -144,8 +140,19 @@ def _by_the_floor(findings: Findings) -> str | None:
     last = findings.evaluation
     if last.p_floor <= last.alpha / max(1, last.tested):
         return None
-    needed = controls_for(max(1, last.tested), last.alpha)
-    return f"{count_of(last.controls, 'control')} can't single out one sample; pass {needed:,} held-out samples or more"
+    return _too_few_controls(findings, last.tested)
+
+
+def _too_few_controls(findings: Findings, samples: int) -> str:
+    last, few = findings.evaluation, too_few_together(len(findings.flags.evaluations))
+    level = min(1.0, last.alpha / max(last.null_share, 1e-6))
+    needed = controls_for(max(1, samples), level, few=few)
+    together = flagged_together(max(1, samples), last.controls, level, few)
+    only = f", only {together:,} or more together" if 1 < together <= samples else ""
+    return (
+        f"{count_of(last.controls, 'control')} can't single out one of {count_of(samples, 'sample')}{only}; pass "
+        f"{needed:,} held-out samples or more"
+    )
 
 
 _NO_SAMPLE = (

@@ -75,10 +75,10 @@ def test_none_is_said_where_it_would_have_been_seen():
         ({"controls": 0, "tail": "none"}, "there are no usable ones; pass held-out samples"),
         ({"tail": "none"}, "none was measured after a training step on it"),
         ({"controls_needed": 4000}, "pass 4,000 held-out samples or more"),
-        ({"statement": statement_of(0, detectable_gap=math.inf)}, "can't single out one of 24 samples; pass 479"),
+        ({"statement": statement_of(0, detectable_gap=math.inf)}, "24 samples, only 23 or more together; pass 1,720"),
         ({"statement": statement_of(0, detectable_gap=2.6)}, "2.60 nats per token lower, but the controls' own is"),
         ({"statement": None}, "the controls tell nothing of samples like these"),
-        ({"statement": None, "held_out": 0}, "20 controls can't single out one sample; pass 399 held-out"),
+        ({"statement": None, "held_out": 0}, "20 controls can't single out one of 20 samples"),
     ],
 )  # fmt: skip
 def test_otherwise_it_can_not_be_said_and_the_report_says_why_and_what_to_set(facts, words):
