@@ -40,7 +40,8 @@ class Outcome:
     unit: str
     must_find: bool
     """Whether the run has enough looks to find what is known by heart, and no rule to learn."""
-    learns_a_rule: bool
+    knows_nothing: bool
+    """Whether the rule is all that there is to learn."""
     truth: Tensor
     """``[N]`` counterfactual memorization."""
     effect: float
@@ -118,8 +119,8 @@ def judged(task: Task, arm: Arm, seed: int, unseen: Tensor, held_out: Tensor) ->
         seed=seed,
         unit=task.unit,
         must_find=arm.claims and not task.learns_a_rule,
-        learns_a_rule=task.learns_a_rule,
-        truth=counterfactual(own, unseen, controls, held_out),
+        knows_nothing=task.knows_nothing,
+        truth=counterfactual(own, unseen, controls, held_out, task.unit),
         effect=task.effect,
         verdict=verdict,
         gap=gap,

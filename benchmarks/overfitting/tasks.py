@@ -60,7 +60,9 @@ class Task:
     arms: Sequence[Arm]
     batch_size: int = 32
     learns_a_rule: bool = False
-    """Whether the run has a rule to learn, so that nothing must be known by heart."""
+    """Whether there is a rule to learn, so that not everything must be known by heart."""
+    knows_nothing: bool = False
+    """Whether the rule is all that there is to learn."""
 
     @property
     def effect(self) -> float:
@@ -135,24 +137,30 @@ class Size:
         return max(2, round(self.epochs * usual))
 
 
-def digits(seed: int, size: Size, random_labels: bool) -> Task:
-    """scikit-learn's digits, 1,024 of them held out; with labels drawn at random, or with their own."""
+def digits(seed: int, size: Size, wrong: float) -> Task:
+    """scikit-learn's digits, 1,024 of them held out, a share ``wrong`` of all labels drawn at random.
+
+    With some labels drawn at random a run learns a rule and knows by heart what does not follow it: held-out samples
+    are then as well predicted as half of the training samples would be.
+    """
     pixels, target = load_digits(return_X_y=True)
     generator = torch.Generator().manual_seed(seed)
     inputs, labels = torch.tensor(pixels).float() / 16, torch.tensor(target)
-    if random_labels:
-        labels = torch.randint(10, labels.shape, generator=generator)
+    drawn = torch.randint(10, labels.shape, generator=generator)
+    labels = torch.where(torch.rand(labels.shape, generator=generator) < wrong, drawn, labels)
     order = torch.randperm(len(labels), generator=generator)
     held_out, train = (TensorDataset(inputs[rows], labels[rows]) for rows in (order[:HELD_OUT], order[HELD_OUT:]))
+    kind = {0: "true labels", 1: "random labels"}.get(wrong, f"{wrong:.0%} of labels random")
     return Task(
-        "digits, random labels" if random_labels else "digits, true labels",
+        f"digits, {kind}",
         "nats",
         train,
         held_out,
-        lambda: Perceptron(64, 10, functional.cross_entropy, lr=2e-3 if random_labels else 1e-3),
+        lambda: Perceptron(64, 10, functional.cross_entropy, lr=2e-3 if wrong else 1e-3),
         losses_of_rows,
-        arms(size.of_epochs(40 if random_labels else 15), size.controls),
-        learns_a_rule=not random_labels,
+        arms(size.of_epochs(40 if wrong else 15), size.controls),
+        learns_a_rule=wrong < 1,
+        knows_nothing=not wrong,
     )
 
 
@@ -229,13 +237,14 @@ def _hot(rows: int, generator: torch.Generator) -> Tensor:
 
 
 TASKS: dict[str, Callable[[int, Size], Task]] = {
-    "digits": lambda seed, size: digits(seed, size, random_labels=True),
+    "digits": lambda seed, size: digits(seed, size, wrong=1),
     "binary": noise("Gaussian inputs, 2 classes", "nats", functional.cross_entropy, _classes(2), 2, 30),
     "classes": noise(SPARSE, "nats", functional.cross_entropy, _classes(10), 10, 30),
     "mse": noise("regression, squared error", "ratio", functional.mse_loss, _one_number, 1, 40),
     "l1": noise("regression, absolute error", "ratio", functional.l1_loss, _one_number, 1, 40),
     "bce": noise("12 labels a sample, BCE", "nats", functional.binary_cross_entropy_with_logits, _hot, 12, 30),
     "text": fine_tuning,
-    "true": lambda seed, size: digits(seed, size, random_labels=False),
+    "noisy": lambda seed, size: digits(seed, size, wrong=0.5),
+    "true": lambda seed, size: digits(seed, size, wrong=0),
 }
 """By the name that ``--tasks`` takes."""
