@@ -150,7 +150,7 @@ def digits(seed: int, size: Size, wrong: float) -> Task:
     labels = torch.where(torch.rand(labels.shape, generator=generator) < wrong, drawn, labels)
     order = torch.randperm(len(labels), generator=generator)
     held_out, train = (TensorDataset(inputs[rows], labels[rows]) for rows in (order[:HELD_OUT], order[HELD_OUT:]))
-    kind = {0: "true labels", 1: "random labels"}.get(wrong, f"{wrong:.0%} of labels random")
+    kind = "true labels" if not wrong else "random labels" if wrong == 1 else f"{wrong:.0%} of labels random"
     return Task(
         f"digits, {kind}",
         "nats",
