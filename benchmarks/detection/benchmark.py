@@ -40,6 +40,7 @@ WITHOUT_CONTROLS = {"canary": FPR, "easy": FPR, "shuffled": FPR, "template": 0.0
 """Bounds on the share of not memorized samples that are flagged without held-out controls of their kind. Template text
 has the n-grams and the length of plain text: matching by statistics alone finds it the wrong controls."""
 STANDARD = "standard"
+QUICK_SETTINGS = (STANDARD, "llama", "unvalidated")
 QUICK = Sizes(background=1500, held_out=240, repeats=(1, 8, 32), per_rung=6, easy=8, twins=32, once=16, noise=8)
 QUICK_GROUPS = GroupSizes(
     background=600, held_out=200, repeats=(8, 32, 64), natural=4, canaries=3, easy=4, twins=32, once=24, noise=4,
@@ -56,22 +57,20 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
         "--setting",
         nargs="+",
         choices=[STANDARD, *SETTINGS],
-        default=[STANDARD, *SETTINGS],
         metavar="NAME",
-        help=f"which of {', '.join([STANDARD, *SETTINGS])}; default all",
+        help=f"which of {', '.join([STANDARD, *SETTINGS])}; default all, with --quick {', '.join(QUICK_SETTINGS)}",
     )
     options = parser.parse_args(arguments_given)
+    chosen = options.setting or (QUICK_SETTINGS if options.quick else [STANDARD, *SETTINGS])
     seeds, start = fresh_seeds(options), time.perf_counter()
     configure_process()
     jobs = [
         (name, seed, options.quick, options.save)
-        for name in options.setting
+        for name in chosen
         for seed in (seeds if name == STANDARD else seeds[: -(-len(seeds) // GROUPS)])  # of groups, three runs a seed
     ]
     results = [pickle.loads(each) for each in run_in_processes(investigate_setting, jobs)]
-    found = {
-        name: [result for job, result in zip(jobs, results, strict=True) if job[0] == name] for name in options.setting
-    }
+    found = {name: [result for job, result in zip(jobs, results, strict=True) if job[0] == name] for name in chosen}
     return report(found, seeds, time.perf_counter() - start).publish(options.json)
 
 
