@@ -88,7 +88,7 @@ class Proxy:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._memsink_inner,)
 
-    __class__ = property(lambda self: type(self._memsink_inner))
+    __class__ = property(lambda self: self._memsink_inner.__class__)  # of a proxy, what that stands for
 
 
 class Samples(NamedTuple):

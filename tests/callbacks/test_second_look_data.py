@@ -223,13 +223,29 @@ def test_of_streams_some_batches_are_kept(name, mode):
     assert len(looks.second._reservoir) == 0
 
 
+def offer(reservoir: Reservoir, batch: Any, ids: Tensor) -> None:
+    reservoir.offer(len(ids), lambda: LookBatch(batch, ids, None, False))
+
+
+def test_a_batch_is_described_only_if_it_is_kept():
+    reservoir, described = Reservoir(4), []
+
+    def describe() -> LookBatch:
+        described.append(1)
+        return LookBatch(torch.zeros(2), torch.arange(2), None, False)
+
+    for _ in range(1000):
+        reservoir.offer(2, describe)
+    assert len(reservoir) == 2 and len(described) < 40  # of two places about 2 + 2 log(1000 / 2) = 14
+
+
 def test_the_batches_that_are_kept_are_a_uniform_sample():
     """Of 20 batches, each is kept in 4 of 20 runs; the standard error of 2,000 runs is .009."""
     counts = torch.zeros(20)
     for seed in range(2000):
         reservoir = Reservoir(8, seed)
         for n in range(20):
-            reservoir.offer(LookBatch({"x": torch.zeros(2, 1)}, torch.tensor([2 * n, 2 * n + 1]), None, False))
+            offer(reservoir, {"x": torch.zeros(2, 1)}, torch.tensor([2 * n, 2 * n + 1]))
         for batch in reservoir.batches(torch.device("cpu"), 99):
             counts[int(batch.ids[0]) // 2] += 1
     assert counts.sum() == 8000 and ((counts / 2000 - 0.2).abs() < 4 * 0.009).all()
@@ -239,7 +255,7 @@ def test_a_batch_that_is_kept_shares_nothing_with_the_step():
     reservoir = Reservoir(8)
     x = torch.ones(2, 3, requires_grad=True)
     batch = {"x": x * 2, "list": ["a"]}
-    reservoir.offer(LookBatch(batch, torch.arange(2), None, False))
+    offer(reservoir, batch, torch.arange(2))
     batch["x"].data.zero_()
     batch["list"].append("b")
     for _ in range(2):
@@ -255,6 +271,6 @@ def test_a_batch_that_is_kept_shares_nothing_with_the_step():
 def test_never_more_samples_are_kept_than_asked_for_or_one_batch(samples, sizes, held):
     reservoir = Reservoir(samples)
     for size in sizes:
-        reservoir.offer(LookBatch(torch.zeros(size), torch.arange(size), None, False))
+        offer(reservoir, torch.zeros(size), torch.arange(size))
     assert len(reservoir) == held
     assert sum(len(batch.ids) for batch in reservoir._kept) <= max(samples, sizes[0])

@@ -108,9 +108,13 @@ class SecondLook:
         if self._is_by_row is None:
             self._is_by_row = not self._by_row.refusal(trainer) and self.sample_ids.rows is not None
         if not self._is_by_row and not self.refusal:
-            documents = current.documents
-            axes = self.loader_ids.axes if documents is None else documents.axes(batch)
-            self._reservoir.offer(LookBatch(batch, current.ids, axes, documents is not None))
+            ids, documents, axes = current.ids, current.documents, self.loader_ids.axes
+
+            def described() -> LookBatch:  # reads documents on the host
+                found = axes if documents is None else documents.axes(batch)
+                return LookBatch(batch, ids, found, documents is not None)
+
+            self._reservoir.offer(len(ids), described)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, rows: Tensor, mode: Mode) -> Look:
         """The losses that the samples in ``rows`` ``[V]`` of the table have now; every process calls it with the same.

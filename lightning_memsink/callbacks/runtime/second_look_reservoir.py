@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,12 +37,13 @@ class Reservoir:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def offer(self, batch: LookBatch) -> None:
-        """Takes the batch, or does not. It keeps fewer of them where later ones are larger."""
+    def offer(self, size: int, described: Callable[[], LookBatch]) -> None:
+        """Takes a batch of ``size`` samples, which is described only then, or does not. It keeps fewer batches where
+        later ones are larger."""
         if self.samples <= 0:
             return
         self._offered += 1
-        self._largest = max(self._largest, len(batch.ids))
+        self._largest = max(self._largest, size)
         places = max(1, self.samples // self._largest)
         while len(self._kept) > places:
             self._kept.pop(self._random.randrange(len(self._kept)))
@@ -52,6 +53,7 @@ class Reservoir:
         if place >= places:
             return
         try:
+            batch = described()
             kept = batch._replace(batch=host_copy(batch.batch), ids=batch.ids.clone())
         except Exception as error:  # a batch of a kind that can't be copied must not end the training
             self.failure = f"{type(error).__name__}: {error}"
