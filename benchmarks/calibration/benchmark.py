@@ -171,7 +171,8 @@ def page(measured: Mapping[str, Rates], earlier: Mapping[str, Any], seeds: Seque
         "",
         "Bounds: 5, and two standard errors.",
         "",
-        f"Before: commit {earlier['commit']}, seeds from {min(earlier['seeds'])}. After: seeds from {min(seeds)}.",
+        f"Before: commit {earlier['commit']}, seeds from {min(earlier['seeds'])}. After: "
+        + (f"seeds from {min(seeds)}." if seeds else "not measured yet."),
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",

@@ -167,7 +167,8 @@ def _cross_entropy(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def _squared_error(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    return (model(batch[0])[:, 0] - batch[1]).square()
+    predicted: Tensor = model(batch[0])
+    return (predicted[:, 0] - batch[1]).square()
 
 
 def _binary_cross_entropy(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

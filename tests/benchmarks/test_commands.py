@@ -1,4 +1,4 @@
-"""Every benchmark that README.md, BENCHMARKS.md or the Makefile names starts under that name."""
+"""Every benchmark that README.md, BENCHMARKS.md, its own page or the Makefile names starts under that name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMAND = re.compile(r"python -m benchmarks\.([a-z_]+)((?: --[a-z-]+(?: [\w./]+)
 DOCUMENTED = sorted(
     {
         (name, *options.split())
-        for page in ("README.md", "BENCHMARKS.md", "Makefile")
+        for page in ("README.md", "BENCHMARKS.md", "Makefile", "docs/verdicts-calibration.md")
         for name, options in COMMAND.findall(" ".join((ROOT / page).read_text().split()))
     }
 )
@@ -24,7 +24,8 @@ NAMES = sorted({name for name, *_ in DOCUMENTED})
 
 def test_all_benchmarks_are_documented():
     assert NAMES == sorted(
-        "all averaging capture detection faults findings growth localization mitigation overhead scale".split(),
+        "all averaging calibration capture detection faults findings growth".split()
+        + "localization mitigation overhead scale".split()
     )
 
 
