@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
 from lightning_memsink.callbacks.runtime.mitigation import LossWeighing
+from lightning_memsink.detection.alpha_spending import significant_for_good
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.gradient_routing import reserved_units, routing_hook
@@ -38,11 +39,13 @@ class SampleGradientMask(LossWeighing):
             has raised its loss. Evaluate often (every few dozen steps): between two evaluations, what the model learns
             in general looks like memorization. Samples without a matched control, and samples at their first visit,
             train as usual. Related to flooding (Ishida et al. 2020) and RHO-loss (Mindermann et al. 2022).
-            ``skip``: once the detector has flagged a sample, its gradient is left out for good.
-            ``attenuate``: once a sample is flagged, its gradient is multiplied by ``weight``.
-            ``route``: once a sample is flagged, its gradient passes hidden layers only at the ``reserved`` units
-            (gradient routing, Cloud et al. 2024). All columns of the down projections, attention, norms and embeddings
-            still learn from it.
+            ``skip``: once a sample is memorized for good, its gradient is left out.
+            ``attenuate``: from then on, its gradient is multiplied by ``weight``.
+            ``route``: from then on, its gradient passes hidden layers only at the ``reserved`` units (gradient routing,
+            Cloud et al. 2024). All columns of the down projections, attention, norms and embeddings still learn from
+            it. These three never take back what they act on. So a sample must be memorized by a p-value that passes at
+            the share of the false-discovery rate that its evaluation may spend (`detection.alpha_spending`), which
+            falls from a half as evaluations double. Late in a run that takes more controls than a verdict does.
         at: the set point, in nats of the loss (per token for token losses). In fine-tuning for many epochs, where the
             loss of all training samples falls below that of others, .75 held numbers as well as .5 and cost nothing at
             the best epoch (`benchmarks.mitigation`, E3).
@@ -94,9 +97,9 @@ class SampleGradientMask(LossWeighing):
         of_sources = "" if self.sources is None else f" ({self.sources})"
         self.interventions = InterventionLog(descriptions[mode] + of_sources, "gradient")
         self.latched = torch.zeros(0, dtype=torch.int64)
-        """Sorted ids of samples that were ever flagged. A flag alone would not last: the loss of a sample that is left
-        out rises again."""
-        self._evaluations = -1  # of the detector, whose flags are latched
+        """Sorted ids of samples that were ever memorized for good. A verdict would not last: the loss of a sample that
+        is left out rises again."""
+        self._evaluations = -1  # of the detector, whose verdicts are latched
         self._reference: tuple[tuple[int, int], Reference | None] = ((-1, 0), None)
         self._weights: SampleWeights | None = None  # of the current batch
         self._weighed = self.latched  # ids of its samples
@@ -173,6 +176,7 @@ class SampleGradientMask(LossWeighing):
     def state_dict(self) -> dict[str, Any]:
         return {
             "latched": self.latched,
+            "evaluations": self._evaluations,
             "backwards": self._backwards or self._backwards_before,
             **super().state_dict(),
         }
@@ -180,6 +184,7 @@ class SampleGradientMask(LossWeighing):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("SampleGradientMask"):
             self.latched, self._backwards_before = state_dict["latched"].clone(), state_dict["backwards"]
+            self._evaluations = state_dict.get("evaluations", -1)  # version 0.1.0 saved none
             super().load_state_dict(state_dict)
 
     # Private ------------------------------------------------------------------------------------------------------
@@ -247,11 +252,11 @@ class SampleGradientMask(LossWeighing):
             self.interventions.add_by_source(labels_of(table, ids))
 
     def _latch_flagged(self, ledger: Ledger) -> None:
-        """Adds the samples flagged by evaluations since the last batch."""
+        """Adds the samples that an evaluation since the last batch found memorized for good."""
         evaluations = len(ledger.flags.evaluations)
         if evaluations != self._evaluations:
             self._evaluations = evaluations
-            rows = ledger.flags.memorized.nonzero().flatten()
+            rows = significant_for_good(ledger.losses, ledger.flags).nonzero().flatten()
             if self.sources is not None:
                 rows = rows[self.sources.includes(ledger.losses, rows)]
             self.latched = latch(self.latched, ledger.losses.ids[rows])

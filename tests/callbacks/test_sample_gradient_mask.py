@@ -189,6 +189,7 @@ def test_routing_keeps_values_and_opens_reserved_units_only():
     assert images.grad[:, 0].sum(1).tolist() == [0.0] * 8 + [4.0] * 2 and images.grad[:, 1].eq(1).all()
 
 
+@pytest.mark.filterwarnings("ignore:memsink. only one evaluation takes place:UserWarning")
 def test_a_routed_sample_moves_reserved_rows_of_the_up_projection_only():
     """Alone in its batch, with its id latched by hand."""
     mask = SampleGradientMask("route", reserved=0.25)
