@@ -92,6 +92,7 @@ def test_a_short_fit_gives_every_sample_a_truth_and_a_verdict(name):
         assert one.evaluation is not None and not (one.verdict == Verdict.UNSEEN).any()
 
 
+@pytest.mark.slow  # a tokenizer is trained
 def test_repeated_texts_are_one_sample():
     found = {one.arm: one for one in outcomes("text", 0, SMALL)}
     repeated = found["one epoch of texts that stand in it 8 times, one validation"]
