@@ -104,6 +104,8 @@ class Ledger:
         self._facts: dict[str, object] = {}
         self._closing: dict[str, WeakMethod[Callable[[Ledger], None]]] = {}
         self._nominate: WeakMethod[Callable[[Ledger], tuple[Tensor, Tensor]]] | None = None
+        self.most_nominated = 0
+        """How many samples an evaluation looks at again, at most."""
         self.interventions: dict[str, InterventionLog] = {}
         """By name of the mitigation, each written by that one and read by logs and reports."""
 
@@ -131,10 +133,10 @@ class Ledger:
         if close is not None:
             close(self)
 
-    def nominate_with(self, nominate: Callable[[Ledger], tuple[Tensor, Tensor]]) -> None:
-        """Names the method that chooses samples for a second look: rows of the loss table, and whether each was drawn
-        at random. The writer of the losses asks it as soon as the controls are measured."""
-        self._nominate = WeakMethod(nominate)
+    def nominate_with(self, nominate: Callable[[Ledger], tuple[Tensor, Tensor]], most: int) -> None:
+        """Names the method that chooses up to ``most`` samples for a second look: rows of the loss table, and whether
+        each was drawn at random. The writer of the losses asks it as soon as the controls are measured."""
+        self._nominate, self.most_nominated = WeakMethod(nominate), most
 
     def nominated(self) -> tuple[Tensor, Tensor] | None:
         """The samples to look at again now; None if nothing asks for a second look."""

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.checkpointing import restoring
-from lightning_memsink.callbacks.runtime.detection_messages import DetectionFacts, equal_controls, start_message
+from lightning_memsink.callbacks.runtime.detection_messages import (
+    DetectionFacts,
+    equal_controls,
+    start_message,
+    too_few_controls,
+)
 from lightning_memsink.callbacks.runtime.evaluation_schedule import EvaluationSchedule
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.evaluate import Visits, judge, measure_visits
 from lightning_memsink.detection.family_verdicts import FamilyVerdicts, judge_families
 from lightning_memsink.detection.matched_controls import DetectionRule
 from lightning_memsink.detection.nomination import nominate
-from lightning_memsink.detection.onset import estimate_onset
+from lightning_memsink.detection.onset import RunOnset, run_onset
 from lightning_memsink.detection.verdicts import Flags, Onset, Verdict
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.loss_table import REMEDY
@@ -81,7 +86,7 @@ class MemorizationDetector(Callback):
         ledger.flags = self.flags
         ledger.onset = self.onset
         if self.recheck:
-            ledger.nominate_with(self._nominate)
+            ledger.nominate_with(self._nominate, self.recheck)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ledger = Ledger.of(trainer)
@@ -155,14 +160,11 @@ class MemorizationDetector(Callback):
             self._judge_families(ledger, evaluated, visits)
             self.flags.evaluations.append(evaluation)
         self._visits = None
+        if visits.refusal is Verdict.TOO_FEW_CONTROLS:
+            warn_once(self._warnings, too_few_controls(len(visits.pool), self.rule.controls_needed), key="too few")
         if visits.refusal is Verdict.EQUAL_CONTROLS:
             warn_once(self._warnings, equal_controls(len(visits.pool), float(visits.pool.after.median())), key="equal")
-        memorized = self.flags.memorized
-        ledger.onset = self.onset = estimate_onset(
-            self.flags.onset_step[memorized],
-            self.flags.onset_exposures[memorized],
-            [past.step for past in self.flags.evaluations],
-        )
+        ledger.onset = self.onset = run_onset(ledger.losses, self.flags, self.onset)
         return True
 
     def _judge_families(self, ledger: Ledger, since: int, visits: Visits) -> None:
@@ -213,7 +215,7 @@ class MemorizationDetector(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with restoring("MemorizationDetector"):
             self.flags.load_state_dict(state_dict["flags"])
-            self.onset = None if state_dict["onset"] is None else Onset(**state_dict["onset"])
+            self.onset = None if state_dict["onset"] is None else RunOnset(**state_dict["onset"])
             families = state_dict.get("families")
             self.flags.families = None if families is None else FamilyVerdicts.from_state(families)
 

@@ -240,7 +240,7 @@ class SampleGradientMask(LossWeighing):
                 )
             self._known = self._unmatched = 0
             try:
-                self._reference = (evaluation, Reference.of(controls.features, controls.latest, self.k))
+                self._reference = (evaluation, Reference.of(controls.features, controls.unknown_to_the_model, self.k))
             except ValueError as error:
                 self._reference = (evaluation, None)
                 self._warn("every sample", str(error))

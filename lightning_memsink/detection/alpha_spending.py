@@ -58,6 +58,6 @@ def _measured(table: LossTable, flags: Flags) -> Tensor:
     """Bool ``[N]``: samples whose p-value is of the last evaluation."""
     known = torch.isfinite(flags.p)
     if flags.evaluations[-1].looked:
-        return known & (flags.looked_step == flags.evaluations[-1].step)
+        return known & torch.zeros_like(known).index_fill(0, flags.looked, True)
     before = flags.evaluations[-2].step if len(flags.evaluations) > 1 else -1
     return known & (table.last_step[: len(known)] >= before)

@@ -44,9 +44,17 @@ def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRul
 def held_out_controls(controls: ControlTable, table: LossTable) -> Controls:
     """The held-out samples as `measure_gaps` takes them, with an early loss where there are no features."""
     early = None
-    if not controls.features.shape[1] and len(controls.snapshot_steps):
-        early = controls.standardize(controls.snapshots, torch.tensor(controls.snapshot_steps)[:, None])
-    return Controls(in_unit(controls.previous, table), in_unit(controls.latest, table), controls.features, early)
+    if has_early(controls):
+        steps = torch.tensor(controls.snapshot_steps)[controls.earlier]
+        early = controls.standardize(controls.snapshots[controls.earlier], steps[:, None])
+    return Controls(
+        in_unit(controls.previous, table), in_unit(controls.unknown_to_the_model, table), controls.features, early
+    )
+
+
+def has_early(controls: ControlTable) -> bool:
+    """Whether held-out samples are matched by an early loss: they have no features, and were evaluated before."""
+    return not controls.features.shape[1] and bool(controls.earlier.any())
 
 
 def first_visit_controls(table: LossTable, controls: ControlTable, held_out: Controls, rule: DetectionRule) -> Controls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEARLY = 1e-3
+NEARLY = 1e-6
 """Difference of two losses, as a share of their size, up to which they are the same."""
 
 

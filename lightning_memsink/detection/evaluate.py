@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink._chunks import in_blocks
-from lightning_memsink.detection.control_pool import held_out_controls, in_unit, pooled_controls
+from lightning_memsink.detection.control_pool import has_early, held_out_controls, in_unit, pooled_controls
 from lightning_memsink.detection.equal_controls import controls_are_equal
 from lightning_memsink.detection.evaluation_summary import Judged, summarize
 from lightning_memsink.detection.matched_controls import (
@@ -143,15 +143,25 @@ def judge(
     step, seen = visits.controls.latest_step, table.exposures[table.exposures > 0]
     if visits.measurement is not None:
         measured = visits.measurement
-        flags.gap[rows], flags.p[rows] = measured.gap.clamp(-6e4, 6e4).half(), measured.p.bfloat16()
+        _note_gaps(flags, rows, measured)
         found = _discoveries(measured, exposure_weights(table.exposures[rows], seen), level, few, population)
-        times = table.last_step[rows]
-        _update(flags, visits, rows, times, measured, found, consecutive if look is None else 1, look is None)
+        again = torch.zeros(len(rows), dtype=torch.bool) if final is None or look is None else torch.isin(rows, looked)
+        by_visit = ~again  # a sample is measured once an evaluation: those of the second look by that
+        _update(
+            flags,
+            visits,
+            rows[by_visit],
+            table.last_step[rows[by_visit]],
+            measured.only(by_visit),
+            found[by_visit],
+            consecutive,
+            look is None,
+        )
     if final is not None and look is not None:
-        flags.gap[looked], flags.p[looked] = final.gap.clamp(-6e4, 6e4).half(), final.p.bfloat16()
+        _note_gaps(flags, looked, final)
         found = _discoveries(final, exposure_weights(table.exposures[looked], seen), level, few, population)
         _update(flags, visits, looked, torch.full_like(looked, step).int(), final, found, consecutive, True)
-        flags.looked_step[looked] = step
+        flags.looked = looked
     reference = final or visits.measurement
     if reference is not None:
         flags.null_gaps = reference.null
@@ -175,13 +185,13 @@ def known_controls(controls: ControlTable, table: LossTable) -> Controls:
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
     """Losses and features of the samples in ``rows`` ``[N]``, to be measured against the controls."""
-    count, has_early = len(rows), not table.features.shape[1] and bool(controls.snapshot_steps)
+    count, by_early = len(rows), not table.features.shape[1] and has_early(controls)
     samples = SampleFeatures(
         losses=in_unit(table.last_loss[rows], table),
         weight=torch.empty(count),
         features=torch.empty(count, table.features.shape[1]),
-        early=torch.empty(count) if has_early else None,
-        snapshot=torch.empty(count, dtype=torch.int64) if has_early else None,
+        early=torch.empty(count) if by_early else None,
+        snapshot=torch.empty(count, dtype=torch.int64) if by_early else None,
     )
 
     def fill(part: slice) -> None:
@@ -224,6 +234,12 @@ def exposure_weights(exposures: Tensor, of_all: Tensor) -> Tensor:
     return EVEN_WEIGHT + (1 - EVEN_WEIGHT) * exposures.double() / mean.clamp(min=1)
 
 
+def _note_gaps(flags: Flags, rows: Tensor, measured: Measurement) -> None:
+    """Writes gaps and p-values; a gap to controls of another kind is none."""
+    gap = torch.where(measured.matched, measured.gap, torch.nan)
+    flags.gap[rows], flags.p[rows] = gap.clamp(-6e4, 6e4).half(), measured.p.bfloat16()
+
+
 def _discoveries(measured: Measurement, weights: Tensor, level: float, few: float, population: int) -> Tensor:
     """Bool ``[N]``: significant among all samples of the run; those that were not measured have p = 1."""
     weighted = torch.where(measured.matched, measured.p / weights, torch.inf)
@@ -249,7 +265,7 @@ def _update(
     found = found | (was_memorized & measured.beyond & measured.matched)  # there may be fewer controls than before
     streak = torch.where(found, known + 1, 0).clamp(max=255)
     if not is_final:
-        streak = torch.where(found, known.clamp(min=1), torch.where(known > 1, known, 0))
+        streak = torch.where(found, known.clamp(min=1), known)
     typical = in_unit(table.last_loss[rows], table) <= visits.pool.after.median()
     verdict = torch.where(typical, int(Verdict.LEARNED), int(Verdict.HARD))
     verdict[measured.beyond & ~found] = Verdict.BELOW_FLOOR

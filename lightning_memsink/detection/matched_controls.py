@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -155,6 +155,11 @@ class Measurement:
     """``[M]`` usual size of gaps near each control."""
     threshold: float
     """The effect that counts: a gap of at most this is the null hypothesis."""
+
+    def only(self, keep: Tensor) -> Measurement:
+        """The measurement of the samples in ``keep``, bool ``[N]``."""
+        names = ("gap", "p", "matched", "beyond", "flagged", "scale", "by_chance", "first_visits")
+        return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
     @property
     def null_score(self) -> Tensor:

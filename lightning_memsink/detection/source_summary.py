@@ -156,7 +156,7 @@ def source_onsets(table: LossTable, flags: Flags, codes: Tensor) -> dict[int, On
     order = of_rows.argsort(stable=True)
     rows, of_rows = rows[order], of_rows[order]
     last = flags.evaluations[-1].step if flags.evaluations else 0
-    onsets = {}
+    onsets: dict[int, Onset] = {}
     for code in codes.tolist():
         first, end = torch.searchsorted(of_rows, torch.tensor([code, code + 1])).tolist()
         onset = onset_of(onset_times(table, flags, rows[first:end]), last)

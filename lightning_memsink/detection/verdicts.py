@@ -140,7 +140,7 @@ class Flags:
     measurement, NaN until then; ``streak[n]`` is the number of evaluations in a row at which it was flagged;
     ``onset_step[n]`` and ``onset_exposures[n]`` are step and exposures of the visit that was flagged first, -1 without;
     ``onset_after[n]`` is the step at which it was measured last before, and not flagged; -1 without.
-    ``looked_step[n]`` is the step at which it was last measured once more; -1 without.
+    ``looked`` ``[V]`` are the rows that the last evaluation measured once more.
     ``null_gaps`` ``[M]``: gap of each control against the other controls at the last evaluation, held-out ones first.
     """
 
@@ -152,7 +152,7 @@ class Flags:
         self.onset_step = torch.zeros(0, dtype=torch.int32)
         self.onset_exposures = torch.zeros(0, dtype=torch.int16)
         self.onset_after = torch.zeros(0, dtype=torch.int32)
-        self.looked_step = torch.zeros(0, dtype=torch.int32)
+        self.looked = torch.zeros(0, dtype=torch.int64)
         self.null_gaps = torch.zeros(0)
         self.evaluations: list[Evaluation] = []
         self.families: FamilyVerdicts | None = None
@@ -185,7 +185,7 @@ class Flags:
         return counts
 
     def state_dict(self) -> dict[str, Any]:
-        columns = {name: getattr(self, name) for name in (*_COLUMNS, "null_gaps")}
+        columns = {name: getattr(self, name) for name in (*_COLUMNS, "null_gaps", "looked")}
         return {**columns, "evaluations": [asdict(evaluation) for evaluation in self.evaluations]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,6 +194,7 @@ class Flags:
             empty = torch.full((known,), unknown, dtype=getattr(self, name).dtype)
             setattr(self, name, state.get(name, empty).clone())  # older versions had fewer columns
         self.null_gaps = state["null_gaps"].clone()
+        self.looked = state.get("looked", self.looked).clone()
         self.evaluations = [
             Evaluation(**record | {"statement": _statement(record.get("statement"))}) for record in state["evaluations"]
         ]
@@ -220,5 +221,4 @@ _COLUMNS = {
     "onset_step": -1,
     "onset_exposures": -1,
     "onset_after": -1,
-    "looked_step": -1,
 }

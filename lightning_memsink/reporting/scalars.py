@@ -244,7 +244,7 @@ def _null_by_control(controls: ControlTable, flags: Flags) -> Tensor:
 
     Empty if the null gaps are of another number of them.
     """
-    used = torch.isfinite(controls.latest) & torch.isfinite(controls.previous)
+    used = torch.isfinite(controls.unknown_to_the_model) & torch.isfinite(controls.previous)
     last = flags.evaluations[-1]
     held_out = last.held_out if last.held_out or last.first_visits else len(flags.null_gaps)
     if int(used.sum()) != held_out or held_out > len(flags.null_gaps):

@@ -30,6 +30,8 @@ class ControlTable:
         self.features = torch.zeros(0, 0)
         self.previous = torch.zeros(0)
         self.latest = torch.zeros(0)
+        self.trained = torch.zeros(0, dtype=torch.bool)
+        """Bool ``[M]``: controls that are samples which the model was trained on, and so say nothing."""
         self.snapshots = torch.zeros(0, 0)
         self.snapshot_steps: list[int] = []
         self.previous_step = -1
@@ -93,11 +95,23 @@ class ControlTable:
             self.ids, self.curve = ids, []
             self.previous, self.previous_step = losses, step
             self.snapshots, self.snapshot_steps = torch.zeros(0, len(ids)), []
+            self.trained = torch.zeros(len(ids), dtype=torch.bool)
         finite = losses[torch.isfinite(losses)].double()
         if len(finite) > 1:
             self.curve.append((step, float(finite.mean()), float(finite.std())))
         self.features, self.latest, self.latest_step = features, losses, step
         self._keep(step, losses)
+
+    @property
+    def unknown_to_the_model(self) -> Tensor:
+        """``[M]`` the latest losses; NaN of controls that the model was trained on."""
+        return torch.where(self.trained, torch.nan, self.latest)
+
+    @property
+    def earlier(self) -> Tensor:
+        """Bool ``[E]``: remembered evaluations before the latest. A sample that were matched by the loss that is judged
+        would be matched with whatever has that loss, and never lie below it."""
+        return torch.tensor(self.snapshot_steps, dtype=torch.int64) < self.latest_step
 
     def pass_by(self, step: int) -> None:
         """An evaluation at ``step`` without any held-out sample: the controls are first visits then."""
@@ -134,16 +148,17 @@ class ControlTable:
         return ((losses - _between(at, mean, steps)) / _between(at, spread, steps).clamp(min=1e-6)).float()
 
     def snapshot_of(self, steps: Tensor) -> Tensor:
-        """``[N]`` int64: the remembered evaluation nearest to each step, in the logarithm."""
-        at = torch.tensor(self.snapshot_steps).double().clamp(min=1)
+        """``[N]`` int64: of the `earlier` evaluations that nearest to each step, in the logarithm."""
+        at = torch.tensor(self.snapshot_steps)[self.earlier].double().clamp(min=1)
         return torch.bucketize(steps.double().clamp(min=1), (at[:-1] * at[1:]).sqrt())
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _FACTS}
+        return {name: getattr(self, name) for name in (*_FACTS, "trained")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _FACTS:
             setattr(self, name, state[name])
+        self.trained = state.get("trained", torch.zeros(len(self.ids), dtype=torch.bool))  # older versions knew of none
         self.curve = [(int(step), mean, spread) for step, mean, spread in state["curve"]]
 
 

@@ -16,6 +16,7 @@ from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.hashing import content_ids
 from tests.support.small_runs import (
+    CANARIES,
     CONTROLS,
     TRAIN,
     Rows,
@@ -58,7 +59,7 @@ def test_a_model_gone_to_nan_is_undecided_not_memorized():
         def loss(self, batch):
             return super().loss(batch) * float("nan")
 
-    with pytest.warns(UserWarning, match="0 controls for"):
+    with pytest.warns(UserWarning, match="0 controls with a finite loss, and 16 are needed"):
         run, _ = fit(watch(), Diverged())
     counts = Ledger.of(run).flags.counts()
     assert counts["memorized"] == counts["learned"] == counts["hard"] == 0
@@ -72,9 +73,13 @@ def test_controls_with_infinite_losses_are_left_out():
             return loss if batch_idx else loss * float("inf")
 
     run, _ = fit(watch(), Odd())
-    assert Ledger.of(run).flags.evaluations[-1].controls in (len(CONTROLS), len(CONTROLS) - 40)
+    assert Ledger.of(run).flags.evaluations[-1].held_out in (len(CONTROLS), len(CONTROLS) - 40)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*have the content of training samples",  # texts are cut to six tokens, and one comes twice
+    "ignore:.*could not measure",  # the text of a row depends on its batch
+)
 def test_empty_and_ragged_batches_pass():
     """A collate function that pads to the longest of the batch, and one that leaves everything out."""
 
@@ -153,31 +158,53 @@ def test_an_unknown_identity_is_refused_with_a_hint():
         LossTracker(identity="contents")
 
 
-def test_without_a_validation_set_losses_are_kept_and_a_warning_says_what_is_missing():
-    with pytest.warns(UserWarning, match=r"has no controls: this Trainer runs no validation.*Pass held-out data"):
-        run, _ = fit(watch(), controls="none")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_without_a_validation_set_first_visits_are_the_controls():
+    run, _ = fit(
+        [LossTracker(identity="content", control_every=7), MemorizationDetector()], controls="none", max_epochs=2
+    )
     ledger = Ledger.of(run)
+    last = ledger.flags.evaluations[-1]
     assert len(ledger.losses) == 204
-    assert ledger.flags.evaluations == [] and ledger.onset is None
+    assert (last.held_out, last.step) == (0, run.global_step) and last.first_visits >= 100
+    assert not ledger.flags.memorized.any()
+    # No other random string came later than these: there is nothing like them to compare with.
+    assert set(ledger.flags.verdict[canary_rows(ledger)].tolist()) == {Verdict.NO_MATCHED_CONTROLS}
 
 
 @pytest.mark.parametrize("many", [1, 7])
-def test_too_few_controls_support_no_verdict_and_are_counted(many):
-    expected = rf"{many} controls for .* samples.*Fewer than 16 controls support no verdict"
-    with pytest.warns(UserWarning, match=expected):
-        run, _ = fit(watch(), controls=control_loader(CONTROLS[:many]))
+def test_too_few_held_out_controls_leave_verdicts_to_first_visits(many):
+    run, _ = fit(watch(), controls=control_loader(CONTROLS[:many]))
+    last = Ledger.of(run).flags.evaluations[-1]
+    assert last.held_out == 0 and last.first_visits > 50
+
+
+def test_too_few_controls_of_any_kind_support_no_verdict_and_are_counted():
+    """A tracker that joins a run does not know who was trained on before."""
+    tracker, detector = LossTracker(), MemorizationDetector()
+    with pytest.warns(UserWarning, match="7 controls with a finite loss, and 16 are needed|support no verdict"):
+        tracker.table.begins_with_training = False
+        run, _ = fit([tracker, detector], controls=control_loader(CONTROLS[:7]))
     reasons = {Verdict(code).reason for code in Ledger.of(run).flags.verdict.tolist()}
     assert reasons == {"too few controls"}
 
 
-def test_controls_of_another_kind_give_no_verdict():
-    """Trained on text with canaries, compared with constant sequences only: no sample has matched controls."""
+def test_with_controls_of_another_kind_first_visits_find_what_is_memorized():
+    """Trained on text with canaries; held-out samples are constant sequences, with which nothing is matched."""
     other = torch.arange(32)[:, None].repeat(3, 12)
     other[:, 0] = torch.arange(96) // 3 % 32
     run, _ = fit(watch(), controls=control_loader(other), max_epochs=4)
-    flags = Ledger.of(run).flags
-    assert flags.counts()["memorized"] == 0
-    assert flags.counts()["undecided"] > 0.9 * len(flags.verdict)
+    ledger = Ledger.of(run)
+    assert set(memorized_rows(ledger)) <= set(canary_rows(ledger))
+    assert ledger.flags.evaluations[-1].by_first_visits > 0.5
+
+
+def memorized_rows(ledger):
+    return ledger.flags.memorized.nonzero().flatten().tolist()
+
+
+def canary_rows(ledger):
+    return ledger.losses.index.find(content_ids({"input_ids": CANARIES})).tolist()
 
 
 class OneClass(LightningModule):

@@ -269,7 +269,7 @@ def test_tied_weights_and_a_model_without_a_hidden_layer_are_watched_and_held(ki
 # Ctrl-C in the middle of ours -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("home", "name"), [(LossTable, "describe"), (judging, "_summarize")])
+@pytest.mark.parametrize(("home", "name"), [(LossTable, "describe"), (judging, "summarize")])
 def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(home, name, monkeypatch, sigint):
     """Table and verdicts are whole on the way out, where Lightning may save them."""
     original = getattr(home, name)
@@ -285,4 +285,4 @@ def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(home, name, monkeyp
     table, flags = crew[0].table, crew[1].flags
     assert module.global_step == 7 and int(table.exposures.sum()) == 7 * 16
     assert (table.features[:, 0] > 0).all()
-    assert len(flags.evaluations) == (name == "_summarize")
+    assert len(flags.evaluations) == (name == "summarize")

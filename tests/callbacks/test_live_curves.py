@@ -135,7 +135,7 @@ def test_the_report_is_written_and_printed_with_the_last_evaluation(tmp_path, ca
     text, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     assert "set in at step 40" in text and "natural x4 (75 %)" in text
     assert "set in at step 40" in printed and "report.md" in printed
-    assert len([file for file in (tmp_path / "report_files").iterdir() if file.suffix in (".png", ".svg")]) == 6
+    assert len([file for file in (tmp_path / "report_files").iterdir() if file.suffix in (".png", ".svg")]) == 8
     assert sorted(file.name for file in (tmp_path / "report_files/ledger").iterdir()) == [
         "controls.parquet",
         "samples.parquet",

@@ -56,8 +56,7 @@ def test_where_most_are_memorized_more_pass():
 
 def test_only_verdicts_of_this_look_count():
     table, flags = judged([1e-4] * 4, 2, looked=2)
-    flags.looked_step[:2] = 20
-    flags.looked_step[2:] = 10
+    flags.looked = torch.arange(2)
     assert significant_for_good(table, flags).tolist() == [True, True, False, False]
     flags.verdict[0] = int(Verdict.WAITING)
     flags.p[1] = torch.nan

@@ -66,8 +66,6 @@ class ControlEvaluation:
         """When fit starts."""
         tracker = self.tracker
         self._fit = trainer, pl_module
-        self.second_look = SecondLook(tracker.sample_ids, tracker.loader_ids, tracker.table, tracker.control_capture)
-        self.second_look.attach(trainer)
         Ledger.of(trainer).look = None
         alone = self.has_first_visits_only(trainer)
         tracker.controls.own_every = tracker.probe.every if alone or tracker.probe.has_controls else None
@@ -83,8 +81,9 @@ class ControlEvaluation:
 
     def note(self, trainer: Trainer, batch: Any) -> None:
         """At the start of each training step whose samples are known."""
-        if self.second_look is not None:
-            self.second_look.note(trainer, batch)
+        look = self._opened(trainer)
+        if look is not None:
+            look.note(trainer, batch)
 
     def is_due(self, trainer: Trainer) -> bool:
         """Whether controls that are no validation set are to be evaluated after this step."""
@@ -154,6 +153,16 @@ class ControlEvaluation:
             warn_once(tracker.warnings, not_evaluated(error))
         self.close(Ledger.of(trainer))
 
+    def _opened(self, trainer: Trainer) -> SecondLook | None:
+        """The second look of this fit; None if nothing asks for one."""
+        tracker, samples = self.tracker, Ledger.of(trainer).most_nominated
+        if self.second_look is None and samples:
+            self.second_look = SecondLook(
+                tracker.sample_ids, tracker.loader_ids, tracker.table, tracker.control_capture, samples
+            )
+            self.second_look.attach(trainer)
+        return self.second_look
+
     def _leave_out_trained(self) -> None:
         """Controls that the model was trained on say nothing: their losses count as unknown."""
         tracker, controls = self.tracker, self.tracker.controls
@@ -162,8 +171,8 @@ class ControlEvaluation:
         trained = overlap.overlap(controls.ids)
         if tracker.sample_ids.source == "content" and len(tracker.table):
             trained |= tracker.table.index.find(controls.ids) >= 0
+        controls.trained = trained
         if bool(trained.any()):
-            controls.latest = torch.where(trained, torch.nan, controls.latest)
             warn_once(
                 tracker.warnings,
                 trained_controls(int(trained.sum()), len(trained), DetectionRule().controls_needed),
@@ -175,15 +184,16 @@ class ControlEvaluation:
         ledger.look = None
         tracker.table.unit = joint_unit(gather(tracker.capture.unit.unit)) or tracker.table.unit
         nominated = ledger.nominated()
-        if nominated is None or self.second_look is None or self._fit is None or not len(nominated[0]):
+        opened = None if self._fit is None else self._opened(self._fit[0])
+        if nominated is None or opened is None or self._fit is None or not len(nominated[0]):
             return
         rows, is_random = nominated
-        look = self.second_look.measure(*self._fit, rows, self._mode(self._fit[0]))
+        look = opened.measure(*self._fit, rows, self._mode(self._fit[0]))
         if not len(look.rows):
             return
         was_random = torch.zeros(len(tracker.table), dtype=torch.bool)
         was_random[rows] = is_random
-        keeps_batches = self.second_look.keeps_batches
+        keeps_batches = opened.keeps_batches
         ledger.look = LookedAgain(
             look.rows, look.losses, torch.ones_like(look.rows).bool() if keeps_batches else was_random[look.rows]
         )

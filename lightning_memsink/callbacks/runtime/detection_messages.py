@@ -93,6 +93,13 @@ def equal_controls(controls: int, loss: float) -> str:
     )
 
 
+def too_few_controls(usable: int, needed: int) -> str:
+    """Fewer controls of any kind have a finite loss than support a verdict."""
+    return (
+        f"memsink: {usable:,} controls with a finite loss, and {needed} are needed: samples stay undecided. {HOLD_OUT}"
+    )
+
+
 def trained_controls(trained: int, controls: int, needed: int) -> str:
     """Some controls have the content of training samples; ``needed``: fewest that support a verdict."""
     rest = controls - trained

@@ -134,6 +134,8 @@ class SecondLook:
         if mode != "validation_step" and not pl_module.automatic_optimization:
             self._fail(messages.MANUAL)
             return _nothing(mode)
+        if self._is_by_row:
+            rows = rows[self._by_row.are_known(rows)]
         known = dict(vars(self.sample_ids))  # of the batch that was trained on last
         try:
             with torch.inference_mode(False):

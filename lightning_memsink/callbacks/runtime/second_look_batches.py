@@ -104,13 +104,22 @@ class RowBatches:
         again = filled[torch.arange(-len(filled) % size) % len(filled)]
         return [[self._as_fetched(key) for key in part.tolist()] for part in torch.cat([filled, again]).split(size)]
 
+    def are_known(self, rows: Tensor) -> Tensor:
+        """Bool ``[V]``: where samples came from. An older version's ledger says it of none before they come again."""
+        known = self.table.first_row[rows] != -1
+        return torch.ones_like(known) if self.source == "index" else known
+
     def windows(self, rows: Tensor) -> Tensor:
         """``[V]`` in how many windows, a row of the data set each, the samples in ``rows`` ``[V]`` are cut; 1 for most.
 
         Only texts that their owner has named are cut.
         """
-        cut = self.source == "key" and "window" in self.table.columns
-        return self.table.rows[rows].long().clamp(min=1) if cut else torch.ones_like(rows)
+        many = torch.ones_like(rows)
+        if self.source != "key" or "window" not in self.table.columns or not len(self.table):
+            return many
+        passes = int(self.table.window_epoch.max()) + 1  # the same text in several rows has more visits than these
+        is_cut = self.table.exposures[rows] <= passes
+        return torch.where(is_cut, self.table.rows[rows].long().clamp(min=1), many)
 
     def _keys(self, rows: Tensor, loader: int | None) -> Tensor:
         """The rows of the data set that samples came from first, of those that came from this loader. Of a document in
