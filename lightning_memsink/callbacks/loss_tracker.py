@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
+from lightning_memsink._distributed import gather
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime.batch_description import BatchDescription
 from lightning_memsink.callbacks.runtime.checkpointing import leave_out, restoring
@@ -113,6 +114,7 @@ class LossTracker(Callback):
         self.batch = CurrentBatch()
         self._current: DescribedBatch | None = None
         self._step = 0
+        self._is_restored = False
         self.warnings = WarningCache()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,6 +136,9 @@ class LossTracker(Callback):
         self.evaluation.attach(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        restored, self._is_restored = self._is_restored, False
+        if restored and any(gather(self.visits.has_any_before(trainer.current_epoch))):
+            self.visits.end_epoch()  # the epoch of the checkpoint had ended, but for its last hook
         ids = self.loader_ids.take(batch, "train")
         if trainer.fit_loop._skip_backward:  # SWA's last epoch, which only updates batch norm, trains on no sample
             ids = None
@@ -240,6 +245,7 @@ class LossTracker(Callback):
             self.visits.load_state_dict(state_dict)
             self.validation_weights.load_state_dict(state_dict.get("validation_weights", {}))
             self.loader_ids.overlap.load_state_dict(state_dict.get("overlap", {}))
+            self._is_restored = True
             self.sample_ids.restore(state_dict.get("identity", "older"))
 
     def _validation_counts(self, trainer: Trainer) -> bool:

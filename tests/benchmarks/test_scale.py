@@ -12,7 +12,7 @@ from lightning_memsink.detection.evaluate import evaluate, known_controls, sampl
 from lightning_memsink.detection.expected_losses import SCALE_NEIGHBOURS
 from lightning_memsink.detection.feature_units import farthest, standardize
 from lightning_memsink.detection.matched_controls import DetectionRule
-from lightning_memsink.detection.verdicts import Flags
+from lightning_memsink.detection.verdicts import Flags, Verdict
 from lightning_memsink.samples.loss_table import LossTable
 
 MANY = 100_000
@@ -22,6 +22,7 @@ MANY = 100_000
 def judged():
     """A tracker whose samples were all visited four times, and flags after two evaluations."""
     tracker, flags = filled(MANY), Flags()
+    tracker.table.begins_with_training = False  # so that all controls are held-out samples
     for step in (STEPS["then"], STEPS["last"]):
         visit_all(tracker, MANY, step)
         record_controls(tracker, step + 10)
@@ -41,24 +42,25 @@ def test_a_sample_takes_64_bytes_in_memory_and_in_the_checkpoint(judged):
 def test_the_evaluation_in_blocks_equals_that_over_a_matrix_of_all_pairs(judged):
     """The definition, for the first thousand samples: all distances, sorted."""
     tracker, flags = judged
-    rule, controls = DetectionRule(), known_controls(tracker.controls)
+    rule, controls = DetectionRule(), known_controls(tracker.controls, tracker.table)
     samples = samples_of(tracker.table, tracker.controls, torch.arange(1000))
     static, own_static = standardize(samples.features, controls.features)
-    assert samples.snapshot.unique().numel() == 1
-    own = torch.cat([own_static, controls.early[int(samples.snapshot[0]), :, None]], 1)
-    points = torch.cat([static, samples.early[:, None]], 1)
-    near = torch.cdist(points.double(), own.double()).argsort(1)[:, : rule.k]
+    near = torch.cdist(static.double(), own_static.double()).argsort(1)[:, : rule.k]
     expected = torch.lerp(controls.before[near].mean(1), controls.after[near].mean(1), samples.weight)
-    torch.testing.assert_close(flags.gap[:1000].float(), (expected - samples.losses).half().float())
     apart = torch.cdist(static.double(), own_static.double()).sort(1).values[:, : rule.k].mean(1)
     reached = apart <= float(farthest(own_static, rule.k, rule.reach))
-    assert torch.equal(flags.verdict[:1000] != 6, reached)
+    assert torch.equal(flags.verdict[:1000] != Verdict.NO_MATCHED_CONTROLS, reached)
+    gap = torch.where(reached, expected - samples.losses, torch.nan)
+    torch.testing.assert_close(flags.gap[:1000].float(), gap.half().float(), equal_nan=True)
     assert SCALE_NEIGHBOURS * rule.k < CONTROLS
 
 
-def test_samples_planted_far_below_controls_are_flagged(judged):
+def test_samples_planted_far_below_controls_are_beyond_all_of_them(judged):
+    """Two thousand controls can't single out a hundred among a hundred thousand."""
     _, flags = judged
-    assert 0.5 * MANY * 0.001 < int(flags.memorized.sum()) < 2 * MANY * 0.001
+    beyond = int((flags.verdict == Verdict.BELOW_FLOOR).sum())
+    assert 0.5 * MANY * 0.001 < beyond < 2 * MANY * 0.001 and not flags.memorized.any()
+    assert flags.evaluations[-1].controls_needed > CONTROLS
 
 
 def test_a_large_table_is_restored_to_the_bit_and_grows_on(judged):

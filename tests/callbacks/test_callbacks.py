@@ -170,6 +170,7 @@ def test_nothing_is_left_behind(end):
     assert run is None or "process_dataloader" not in vars(run.strategy)
 
 
+@pytest.mark.filterwarnings("ignore:.*have the content of training samples")
 def test_a_share_of_the_training_set_serves_as_controls():
     """The share is never trained on, every other sample is, and the run is that on the rest."""
     callbacks = [LossTracker(identity="index", control_fraction=0.2, control_every=5), MemorizationDetector(k=4)]

@@ -44,14 +44,14 @@ def trained_unpacked() -> Trainer:
 
 
 def train_on_repeats(layout: str, of_controls: str) -> Trainer:
-    controls = [each for each in texts(60, seed=70) if len(each) > 1]
-    model = Model(lr=2e-2)
+    controls = [each for each in texts(300, seed=70) if len(each) > 1]
+    model = Model(lr=4e-2)
     return fit(
         model,
         loader(repeated_steps(), layout),
-        loader([controls[:30], controls[30:]], of_controls),
-        MemorizationDetector(k=4, min_gap=0.5, null_sds=2.0),
-        max_epochs=3,
+        loader([controls[:150], controls[150:]], of_controls),
+        MemorizationDetector(k=4, recheck=0),
+        max_epochs=4,
         val_check_interval=8,
     )
 
@@ -63,9 +63,9 @@ def test_training_on_packed_documents_leaves_the_same_losses_exposures_and_verdi
     found, expected = (Ledger.of(each) for each in (run, trained_unpacked))
     assert_close(found.controls.latest, expected.controls.latest, **CLOSE)
     order, wanted = (each.losses.ids.argsort() for each in (found, expected))
-    assert torch.equal(found.flags.verdict[order], expected.flags.verdict[wanted])
     assert_close(found.flags.gap[order].float(), expected.flags.gap[wanted].float(), rtol=0, atol=2e-3, equal_nan=True)
     memorized = set(found.losses.ids[found.flags.memorized].tolist())
+    assert memorized == set(expected.losses.ids[expected.flags.memorized].tolist())
     assert memorized and memorized <= {id_of(each) for each in texts(6, seed=90)[2:]}
     assert int((found.flags.verdict == Verdict.UNSEEN).sum()) == 0
 

@@ -224,6 +224,7 @@ def test_micro_batches_that_are_accumulated(layout):
     assert_same(visits(run), alone(Model(), STEPS))
 
 
+@pytest.mark.filterwarnings("ignore:.*have the content of training samples")
 def test_controls_are_packed_documents_too():
     held_out = [texts(30, seed=60), texts(30, seed=61)]
     run = fit(Model(), loader(STEPS, "packed"), loader(held_out, "packed"))

@@ -227,6 +227,7 @@ class Ragged(TinyLM):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+@pytest.mark.filterwarnings("ignore:.*could not measure")  # rows are left out of a batch, or their text depends on it
 @pytest.mark.parametrize("mode", ["hold", "skip", "attenuate", "route"])
 def test_empty_batches_and_sequences_without_a_label_pass(mode):
     def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

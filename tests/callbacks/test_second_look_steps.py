@@ -180,6 +180,7 @@ def packed_loader(layout: str, steps: list[list[Tensor]]) -> DataLoader[Any]:
     return DataLoader(rows, 2)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.*have the content of training samples")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", ["validation_step", "training"])
 def test_documents_of_packed_rows_are_measured_by_themselves(layout, mode):

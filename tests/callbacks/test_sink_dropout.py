@@ -173,7 +173,7 @@ def test_without_dropped_units_a_run_is_bit_identical_to_one_without_the_callbac
     random = torch.get_rng_state()
     for callbacks in ([SinkDropout(0.0, "all", SINKS)], crew(p=1.0)):
         if len(callbacks) > 1:
-            with pytest.warns(UserWarning, match="no controls"):
+            with pytest.warns(UserWarning, match="only one evaluation takes place"):
                 model = fit(callbacks, **QUIET)[1]
         else:
             model = fit(callbacks, **QUIET)[1]

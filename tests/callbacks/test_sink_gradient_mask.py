@@ -194,7 +194,7 @@ def test_without_sinks_nothing_changes_and_no_random_number_is_drawn():
     expected = weights(fit([], **quiet)[1])
     after = torch.get_rng_state()
     torch.set_rng_state(state)
-    with pytest.warns(UserWarning, match="no controls"):
+    with pytest.warns(UserWarning, match="only one evaluation takes place"):
         run, model = fit(crew(), **quiet)
     assert equal(weights(model), expected) and torch.equal(torch.get_rng_state(), after)
     assert {record["acted"] for record in Ledger.of(run).interventions["SinkGradientMask"].records} == {0.0}

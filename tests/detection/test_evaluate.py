@@ -121,7 +121,11 @@ def test_snapshots_thin_out_evenly_in_the_logarithm_of_the_step():
     assert len(steps) == 8 and steps[0] == 10 and steps[-1] == 1280
     assert controls.snapshots[:, 0].tolist() == [float(step) for step in steps]
     assert max(after / before for before, after in pairwise(steps)) < 4
-    assert controls.snapshot_of(torch.tensor([1, 11, 1279])).tolist() == [0, 0, 7]
+    assert controls.snapshot_of(torch.tensor([1, 11, 1279])).tolist() == [
+        0,
+        0,
+        6,
+    ]  # of the loss that is judged nobody is matched
 
 
 def test_other_controls_start_a_new_history():

@@ -118,7 +118,7 @@ class RowBatches:
         if self.source != "key" or "window" not in self.table.columns or not len(self.table):
             return many
         passes = int(self.table.window_epoch.max()) + 1  # the same text in several rows has more visits than these
-        is_cut = self.table.exposures[rows] <= passes
+        is_cut = self.table.exposures[rows] <= 2 * passes
         return torch.where(is_cut, self.table.rows[rows].long().clamp(min=1), many)
 
     def _keys(self, rows: Tensor, loader: int | None) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.loops.utilities import _no_grad_context
 from torch import Tensor, nn
 
 from lightning_memsink._evaluation import run_training_step, without_trace
+from lightning_memsink._lightning import without_gradients
 from lightning_memsink.callbacks.runtime.certificate_losses import shallow_copy
 from lightning_memsink.callbacks.runtime.kept_state import modules_kept
 from lightning_memsink.callbacks.runtime.mitigation import Mitigation
@@ -79,7 +79,7 @@ def losses_of(
 
     loop = trainer.fit_loop.epoch_loop.val_loop
     try:  # inference mode, or not, as in Lightning's own validation
-        found = _no_grad_context(measured)(loop) if mode == "validation_step" else measured(loop)
+        found = without_gradients(loop, measured) if mode == "validation_step" else measured(loop)
     except Exception as error:
         return f"{'validation_step' if mode == 'validation_step' else 'training_step'} raises {of_error(error)}"
     finally:

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.utilities import _no_grad_context
 
 from lightning_memsink._evaluation import run_training_step, without_trace
+from lightning_memsink._lightning import without_gradients
 from lightning_memsink.callbacks.runtime.kept_state import loaders_kept, modules_kept
 
 Step = Callable[[Trainer, LightningModule, Any, int, int], Any]
@@ -65,7 +65,7 @@ def replay(trainer: Trainer, pl_module: LightningModule, step: Step, callback: C
         for context in (without_trace(pl_module), modules_kept(pl_module), loaders_kept(combined.flattened)):
             kept.enter_context(context)
         if step is validation_step:
-            _no_grad_context(batches)(loop)  # inference mode, or not, as in Lightning's own
+            without_gradients(loop, batches)  # inference mode, or not, as in Lightning's own
         else:
             batches(loop)
 

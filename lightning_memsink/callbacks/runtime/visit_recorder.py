@@ -57,6 +57,10 @@ class VisitRecorder:
             if visits:
                 self._record(visits)
 
+    def has_any_before(self, epoch: int) -> bool:
+        """Whether visits of an earlier epoch wait to be recorded."""
+        return any(visit.epoch < epoch for visit in self._visits)
+
     def end_epoch(self) -> None:
         """Records what is left of an epoch, and says once which texts have several ids. Every process calls it."""
         self.flush()
