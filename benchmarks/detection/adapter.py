@@ -107,7 +107,7 @@ def verdicts_of(ledger: Ledger, ids: Tensor) -> LiveVerdicts:
 def _only(controls: ControlTable, keep: Tensor) -> ControlTable:
     """A copy with the controls in ``keep``, bool ``[M]`` in their own order."""
     part = deepcopy(controls)
-    for name in ("ids", "features", "previous", "latest"):
+    for name in ("ids", "features", "previous", "latest", "trained"):
         setattr(part, name, getattr(part, name)[keep])
     part.snapshots = part.snapshots[:, keep]
     return part

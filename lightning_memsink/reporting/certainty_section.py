@@ -54,7 +54,7 @@ def _pools(last: Evaluation) -> list[str]:
         f"Of the controls, {last.held_out:,} are held-out samples and {last.first_visits:,} first visits: training "
         "samples' losses before the model was trained on them."
     ]
-    if math.isfinite(last.by_first_visits):
+    if last.first_visits and math.isfinite(last.by_first_visits):
         lines.append(
             f"{percent(last.by_first_visits)} of the samples called memorized were compared with first visits for the "
             "most part, the others with held-out samples."

@@ -45,8 +45,8 @@ def test_an_ordinary_run_is_described_without_a_warning():
     assert said() == (
         "memsink: 10,000 samples; 500 held-out controls and first visits of samples as controls in the first 10 "
         "epochs. Up to 10 evaluations; a sample is memorized after 2 in a row that flag it. Smallest p-value 1/10,501: "
-        "at a false-discovery rate of 0.05 at least 20 memorized samples must be significant together, for a single one "
-        "1,091,886 controls. Each evaluation measures up to 512 samples again.",
+        "at a false-discovery rate of 0.05 at least 20 memorized samples must be significant together, for a single "
+        "one 1,091,886 controls. Each evaluation measures up to 512 samples again.",
         False,
     )
 
