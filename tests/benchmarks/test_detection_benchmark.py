@@ -179,7 +179,9 @@ def test_what_was_never_visited_counts_nowhere():
 # It runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:memsink. with fewer than 16 held-out controls")  # the setting has none
+@pytest.mark.filterwarnings(
+    "ignore:memsink. .*16 held-out controls", "ignore:memsink. .*are needed"
+)  # a setting has none
 def test_detection_runs_and_saves_what_a_detector_is_tuned_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runs, "documentation", made_up)
     monkeypatch.setattr(group_runs, "documentation", made_up)

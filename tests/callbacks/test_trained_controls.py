@@ -97,7 +97,7 @@ def fit(tracker, model, loader, control_loader, **options):
 
 def losses_left_out(tracker):
     """Number of controls whose losses are unknown at the last evaluation."""
-    return int(torch.isnan(tracker.controls.latest).sum())
+    return int(torch.isnan(tracker.controls.unknown_to_the_model).sum())
 
 
 FOUR = "4 of 12 controls have the content of training samples"
@@ -117,7 +117,7 @@ def test_those_that_are_left_out_are_the_right_ones(moves):
     with pytest.warns(UserWarning, match=FOUR):
         tracker = run(model=Classifier(moves))
     assert tracker.controls.ids.tolist() == list(range(12))
-    assert torch.isnan(tracker.controls.latest).tolist() == TRAINED
+    assert torch.isnan(tracker.controls.unknown_to_the_model).tolist() == TRAINED
 
 
 @pytest.mark.parametrize("identity", ["auto", "index", "content"])
