@@ -53,7 +53,9 @@ def agree(model: nn.Module, batch: Tensor, loss: Loss = mean_square, axis: int =
     oracle = one_by_one(model, batch, loss, axis)
     norms, recorder = in_one(model, batch, loss, axis)
     assert recorder.covered == 1 and not recorder.uncovered
-    assert_close(total_squared_norm(norms), torch.stack(list(oracle.values())).sum(0), rtol=rtol, atol=0)
+    expected = torch.stack(list(oracle.values())).sum(0)
+    # An output near zero is a small difference of large products: its gradient has their rounding, not its own.
+    assert_close(total_squared_norm(norms), expected, rtol=rtol, atol=1e-6 * float(expected.max()))
     floor = 1e-7 * float(total_squared_norm(norms).max())
     for name in norms.keys() & oracle.keys():
         assert_close(norms[name], oracle[name], rtol=rtol, atol=floor, msg=lambda text, name=name: f"{name}: {text}")
