@@ -65,9 +65,7 @@ def summarize(visits: Visits, flags: Flags, judged: Judged, epoch: int, rule: De
         held_out=len(pool) - first_visits,
         first_visits=first_visits,
         looked=len(judged.rows) if judged.by_second_look else 0,
-        by_first_visits=math.nan
-        if measured is None
-        else finite_mean((measured.first_visits[measured.beyond] > 0.5).float()),
+        by_first_visits=_by_first_visits(measured),
         controls_needed=controls_for(visits.population, judged.level, below, judged.few) if below else 0,
         null_share=judged.null_share,
         statement=_statement(visits, judged),

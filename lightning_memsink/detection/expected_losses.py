@@ -57,7 +57,7 @@ class ExpectedLosses:
         self.is_flat = not bool((points != points[:1]).any())  # nothing to match on
         self.search = NearestRows(points, SCALE_NEIGHBOURS * rule.k)
         self.ridge = Ridge(points, reference.before, reference.after) if rule.method == "ridge" else None
-        self.losses, self.mean = torch.stack([reference.before, reference.after], 1), reference.after.mean()
+        self.losses = torch.stack([reference.before, reference.after], 1)
         self.from_training = reference.from_training.float()
         others, _ = nearest(points, points, SCALE_NEIGHBOURS * rule.k, leave_one_out=True)
         self.null = self._null_of(others, reference.after)

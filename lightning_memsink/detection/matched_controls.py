@@ -84,12 +84,6 @@ class SampleFeatures:
     snapshot: Tensor | None = None
     """``[N]`` int64: the row of ``Controls.early`` nearest to that visit."""
 
-    def only(self, rows: Tensor) -> SampleFeatures:
-        """The samples in ``rows``, a mask or positions."""
-        early = None if self.early is None else self.early[rows]
-        snapshot = None if self.snapshot is None else self.snapshot[rows]
-        return SampleFeatures(self.losses[rows], self.weight[rows], self.features[rows], early, snapshot)
-
 
 @dataclass(frozen=True)
 class Controls:
@@ -160,11 +154,6 @@ class Measurement:
         """The measurement of the samples in ``keep``, bool ``[N]``."""
         names = ("gap", "p", "matched", "beyond", "flagged", "scale", "by_chance", "first_visits")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
-
-    @property
-    def null_score(self) -> Tensor:
-        """``[M]`` scores of the controls at this evaluation."""
-        return self.null / self.null_scale
 
     @property
     def p_floor(self) -> float:

@@ -8,7 +8,6 @@ import torch
 
 from lightning_memsink.detection.evaluate import evaluate
 from lightning_memsink.detection.matched_controls import DetectionRule
-from lightning_memsink.detection.onset import estimate_onset
 from lightning_memsink.detection.verdicts import Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
@@ -139,40 +138,6 @@ def test_a_control_that_comes_twice_counts_once():
     controls = ControlTable()
     controls.record(10, torch.tensor([3, 1, 3]), torch.tensor([1.0, 2.0, 9.0]), torch.zeros(3, 0))
     assert controls.ids.tolist() == [1, 3] and controls.latest.tolist() == [2.0, 1.0]
-
-
-def test_onset_is_a_quantile_of_the_samples_with_a_bootstrap_interval():
-    steps, exposures = torch.tensor([100] * 50 + [300] * 50), torch.tensor([4] * 50 + [9] * 50)
-    onset = estimate_onset(steps, exposures, [50, 90, 110, 290, 310])
-    assert (onset.step, onset.exposures, onset.samples) == (100, 4.0, 100)
-    assert onset.step_low == 90  # it set in after the evaluation before
-    median = estimate_onset(steps, exposures, [50, 90, 110, 290, 310], quantile=0.5)
-    assert median.step_low <= 100 and median.step_high == 300  # half and half: the median may be either
-
-
-def test_the_onset_interval_is_that_of_resampling():
-    """Every resample drawn and sorted, which takes as much memory as samples times draws."""
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(10_000, (300,), generator=generator)
-    onset = estimate_onset(steps, steps, [5], draws=20_000)
-    drawn = steps[torch.randint(300, (20_000, 300), generator=generator)].sort(1).values[:, math.floor(0.1 * 299)]
-    low, high = drawn.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert onset.exposures == float(steps.sort().values[29])
-    assert (onset.exposures_low, onset.exposures_high) == pytest.approx((low, high), rel=0.03)
-
-
-def test_onset_of_very_many_memorized_samples():
-    """A thousand resamples of them would take gigabytes, and older torch takes no quantile of so many."""
-    onset = estimate_onset(torch.arange(200_000) // 2000, torch.full((200_000,), 3), [5])
-    assert (onset.step, onset.step_low, onset.step_high, onset.samples) == (9, 5, 10, 200_000)
-
-
-def test_onset_draws_from_a_generator_of_its_own():
-    state = torch.get_rng_state()
-    first = estimate_onset(torch.arange(30), torch.arange(30), [5])
-    assert first == estimate_onset(torch.arange(30), torch.arange(30), [5])
-    assert torch.equal(state, torch.get_rng_state())
-    assert estimate_onset(torch.zeros(0), torch.zeros(0), []) is None
 
 
 def test_nothing_measured_is_no_number_rather_than_zero():
