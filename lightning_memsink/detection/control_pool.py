@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.feature_units import farthest, in_units, standard_units
+from lightning_memsink.detection.feature_units import in_units, limit_of, standard_units
 from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.matched_controls import Controls, DetectionRule
 from lightning_memsink.detection.statistics import robust_sd
@@ -72,10 +72,15 @@ def first_visit_controls(table: LossTable, controls: ControlTable, held_out: Con
     if len(rows) < rule.controls_needed:
         losses, features, ago = losses[:0], features[:0], ago[:0]
     elif len(held_out) >= rule.controls_needed and features.shape[1] == held_out.features.shape[1]:
-        expected, matched = _expected(features, held_out, rule.k, rule.reach)
+        units = standard_units(held_out.features)
+        reference = in_units(held_out.features, units)
+        others, apart = nearest(reference, reference, rule.k, leave_one_out=True)
+        index, distance = nearest(in_units(features, units), reference, rule.k)
+        expected, matched = held_out.after[index].mean(1), distance <= limit_of(apart, rule.reach)
         level, slope = _trend(losses - expected, ago, matched)
-        losses = losses - (level + slope * ago).float()
-        losses = expected + (losses - expected) * _spread_ratio(losses - expected, held_out, matched, rule.k)
+        away = losses - (level + slope * ago).float() - expected
+        theirs = held_out.after[others].mean(1) - held_out.after
+        losses = expected + away * _spread_ratio(theirs, away[matched])
     else:
         design = in_units(features, standard_units(features)) if len(features) else features
         _, slope = _trend(losses, ago, torch.ones_like(ago, dtype=torch.bool), design)
@@ -111,22 +116,10 @@ def in_unit(losses: Tensor, table: LossTable) -> Tensor:
     return torch.where(losses < 0, torch.nan, losses).clamp(min=least).log()
 
 
-def _expected(features: Tensor, held_out: Controls, k: int, reach: float) -> tuple[Tensor, Tensor]:
-    """``[V]`` mean loss of the k nearest held-out samples, and bool ``[V]`` whether these are near."""
-    units = standard_units(held_out.features)
-    reference = in_units(held_out.features, units)
-    index, distance = nearest(in_units(features, units), reference, k)
-    return held_out.after[index].mean(1), distance <= farthest(reference, k, reach)
-
-
-def _spread_ratio(distances: Tensor, held_out: Controls, matched: Tensor, k: int) -> float:
+def _spread_ratio(theirs: Tensor, own: Tensor) -> float:
     """How much wider held-out losses lie around those of their neighbours than first visits do; at least 1."""
-    units = standard_units(held_out.features)
-    reference = in_units(held_out.features, units)
-    index, _ = nearest(reference, reference, k, leave_one_out=True)
-    theirs = robust_sd(held_out.after[index].mean(1) - held_out.after)
-    own = robust_sd(distances[matched]) if bool(matched.any()) else 0.0
-    return max(1.0, theirs / own) if own > 0 else 1.0
+    spread = robust_sd(own) if len(own) else 0.0
+    return max(1.0, robust_sd(theirs) / spread) if spread > 0 else 1.0
 
 
 def _trend(values: Tensor, ago: Tensor, use: Tensor, design: Tensor | None = None) -> tuple[float, float]:

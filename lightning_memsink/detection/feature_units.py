@@ -16,7 +16,12 @@ def farthest(controls: Tensor, k: int, reach: float) -> Tensor:
 
     ``controls`` ``[M, F]``: their standardized features.
     """
-    return reach * nearest(controls, controls, k, leave_one_out=True)[1].quantile(0.99).clamp(min=1e-6)
+    return limit_of(nearest(controls, controls, k, leave_one_out=True)[1], reach)
+
+
+def limit_of(distances: Tensor, reach: float) -> Tensor:
+    """`farthest`, from the mean ``distances`` ``[M]`` of the controls to their own k nearest others."""
+    return reach * distances.quantile(0.99).clamp(min=1e-6)
 
 
 def standardize(features: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
