@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from benchmarks.common.criteria import configure_process
-from benchmarks.overfitting.tasks import TASKS, Arm, Size, Task, Texts
+from benchmarks.overfitting.tasks import TASKS, Arm, Size, Task
 from benchmarks.overfitting.truth import counterfactual
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
 from lightning_memsink.detection.verdicts import Evaluation, Verdict
+from lightning_memsink.examples.text import Sequences
 from lightning_memsink.ledger import Ledger
 
 PAIRS = 3
@@ -174,7 +175,7 @@ def fit(
 def rows_of(ledger: Ledger, task: Task) -> Tensor:
     """The row of the training data that each row of the loss table is about; of repeats, their first."""
     table = ledger.losses
-    rows = table.first_row if isinstance(task.train, Texts) else table.ids & ROW
+    rows = table.first_row if isinstance(task.train, Sequences) else table.ids & ROW
     return rows % sized(task.train)
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 from benchmarks.common.planted_text import documentation
 from benchmarks.common.training import TextModel, token_nll
 from lightning_memsink.examples.corpora import apart
+from lightning_memsink.examples.text import Sequences
 from lightning_memsink.samples.unique import distinct_rows
 
 HELD_OUT = 1024
@@ -98,20 +99,7 @@ def losses_of_rows(module: Perceptron, dataset: TensorDataset) -> Tensor:
     return losses.reshape(len(inputs), -1).mean(1)
 
 
-class Texts(Dataset[dict[str, Tensor]]):
-    """Token ids ``[N, T]`` as rows of a data set, one text a row."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[row]}
-
-
-def losses_of_texts(module: TextModel, dataset: Texts) -> Tensor:
+def losses_of_texts(module: TextModel, dataset: Sequences) -> Tensor:
     """``[N]`` mean loss of each text's tokens."""
     return token_nll(module.eval(), dataset.tokens).mean(1)
 
@@ -208,7 +196,7 @@ def fine_tuning(seed: int, size: Size) -> Task:
         Arm("one epoch, one validation", 200, 1, claims=False),
         Arm("one epoch of texts that stand in it 8 times, one validation", 200, 1, times=8, claims=False),
     ]
-    return Task("fine-tuning GPT-2", "nats", Texts(few), Texts(held_out), module, losses_of_texts, made, 8)
+    return Task("fine-tuning GPT-2", "nats", Sequences(few), Sequences(held_out), module, losses_of_texts, made, 8)
 
 
 def pretrained(tokens: Tensor, vocabulary: int, steps: int, seed: int) -> dict[str, Tensor]:
