@@ -87,18 +87,13 @@ class ControlEvaluation:
 
     def is_due(self, trainer: Trainer) -> bool:
         """Whether controls that are no validation set are to be evaluated after this step."""
-        tracker = self.tracker
-        if tracker.probe.has_controls:
-            return tracker.probe.is_due(trainer.global_step, tracker.controls.latest_step)
-        return self.has_first_visits_only(trainer) and tracker.probe.is_time(
-            trainer.global_step, tracker.controls.latest_step
-        )
+        controls = self.tracker.controls
+        return controls.own_every is not None and self.tracker.probe.is_due(trainer.global_step, controls.latest_step)
 
     def is_due_at_the_end_of_an_epoch(self, trainer: Trainer) -> bool:
         """The same, after the last step of an epoch."""
-        tracker = self.tracker
-        own = tracker.probe.has_controls or self.has_first_visits_only(trainer)
-        return own and tracker.controls.latest_step < trainer.global_step
+        controls = self.tracker.controls
+        return controls.own_every is not None and controls.latest_step < trainer.global_step
 
     def has_first_visits_only(self, trainer: Trainer) -> bool:
         """Whether no held-out samples will come, so that the controls are first visits of training samples."""

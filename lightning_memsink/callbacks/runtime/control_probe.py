@@ -70,10 +70,6 @@ class ControlProbe:
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether an evaluation is due at ``step``, if the last one was at step ``last``."""
-        return self.has_controls and self.is_time(step, last)
-
-    def is_time(self, step: int, last: int) -> bool:
-        """The same, of an evaluation without such controls."""
         return step % self.every == 0 and step > max(0, last)
 
     def attach(self, trainer: Trainer) -> None:

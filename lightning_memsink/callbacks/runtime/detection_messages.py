@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_memsink.callbacks.runtime.evaluation_schedule import EvaluationSchedule
-from lightning_memsink.detection.control_pool import OLDEST
+from lightning_memsink.detection.control_pool import MOST_FIRST_VISITS, OLDEST
+from lightning_memsink.detection.nomination import RANDOM_SHARE
 from lightning_memsink.detection.statistics import controls_for, flagged_together, too_few_together
 
-NOMINATED = 0.75
+NOMINATED = 1 - RANDOM_SHARE
 """Share of a second look that is of samples which look memorized; the rest is a random sample."""
 FIRST_EPOCHS = round(1 / OLDEST)
 """After so many epochs a first visit is too long ago to say what an unseen sample's loss would be."""
@@ -36,7 +37,7 @@ class DetectionFacts:
     """Samples of a second look; 0 if there is none, or the data can't be fetched again."""
     takes_first_visits: bool = True
     """Whether first visits of training samples are controls."""
-    most_controls: int = 1 << 17
+    most_controls: int = MOST_FIRST_VISITS
     """That samples are compared with."""
     evaluated: int = 0
     """Evaluations of the run that is resumed."""
