@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.memorization_detector import MemorizationDetector
-from lightning_memsink.detection.control_pool import pooled_controls
-from lightning_memsink.detection.evaluate import known_controls, samples_of
+from lightning_memsink.detection.control_pool import held_out_controls, pooled_controls
+from lightning_memsink.detection.evaluate import samples_of
 from lightning_memsink.detection.matched_controls import DetectionRule, Measurement, SampleFeatures, measure_gaps
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.samples.control_table import ControlTable
@@ -61,7 +61,7 @@ class Retrospect:
         """Bool ``[M]``: flagged when half of the controls is measured as samples, against the other half."""
         even = torch.arange(len(self.controls)) % 2 == 0
         flagged = torch.zeros_like(even)
-        known = known_controls(self.controls, self.table)
+        known = held_out_controls(self.controls, self.table)
         for half in (even, ~even):
             as_samples = SampleFeatures(known.after[half], torch.ones(int(half.sum())), known.features[half])
             flagged[half] = self._measure(as_samples, _only(self.controls, ~half), self.rule).flagged

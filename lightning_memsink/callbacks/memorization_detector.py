@@ -78,7 +78,6 @@ class MemorizationDetector(Callback):
         self.flags = Flags()
         self.onset: Onset | None = None
         self._visits: Visits | None = None
-        self._measured_at = -1
         self._warnings = WarningCache()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,15 +136,13 @@ class MemorizationDetector(Callback):
 
     def _measure(self, ledger: Ledger) -> Visits:
         """The comparison of this evaluation's visits, made once."""
-        step = ledger.controls.latest_step
-        if self._visits is None or self._measured_at != step:
+        if self._visits is None or self._visits.step != ledger.controls.latest_step:
             if self.unit is not None:
                 ledger.losses.unit = self.unit
             record = ledger.get(Ledger.families)
             if record is not None:  # near-duplicates are no naive first visits
                 ledger.losses.write("family", torch.arange(len(ledger.losses)), record.numbers(len(ledger.losses)))
             self._visits = measure_visits(ledger.losses, ledger.controls, self.flags, self.rule)
-            self._measured_at = step
         return self._visits
 
     def _evaluate(self, trainer: Trainer) -> bool:

@@ -7,14 +7,14 @@ rests on that; only where nothing can be fetched again it rests on the visits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_memsink._chunks import in_blocks
-from lightning_memsink.detection.control_pool import has_early, held_out_controls, in_unit, pooled_controls
+from lightning_memsink.detection.control_pool import has_early, in_unit, pooled_controls
 from lightning_memsink.detection.equal_controls import controls_are_equal
 from lightning_memsink.detection.evaluation_summary import Judged, summarize
 from lightning_memsink.detection.matched_controls import (
@@ -50,6 +50,8 @@ class Visits:
 
     table: LossTable
     controls: ControlTable
+    step: int
+    """Of the evaluation."""
     pool: Controls
     matched: MatchedControls | None
     """The pool, to compare other samples with it; None where it permits no comparison."""
@@ -112,7 +114,7 @@ def measure_visits(table: LossTable, controls: ControlTable, flags: Flags, rule:
         refusal = Verdict.EQUAL_CONTROLS
     matched = None if refusal is not None else MatchedControls(pool, rule, table.unit)
     measurement = matched.measure(samples_of(table, controls, rows)) if matched is not None and len(rows) else None
-    return Visits(table, controls, pool, matched, rows, measurement, refusal)
+    return Visits(table, controls, controls.latest_step, pool, matched, rows, measurement, refusal)
 
 
 def judge(
@@ -126,61 +128,36 @@ def judge(
     """The second stage: verdicts by a second look, or by the visits if there was none."""
     table, rows, population = visits.table, visits.rows, max(1, visits.population)
     flags.verdict[(table.exposures > 1) & ~torch.isfinite(table.last_loss)] = Verdict.NO_LOSS
-    looked, is_random, losses = _looked(visits, look)
-    final = None
     if visits.refusal is not None:
         flags.verdict[rows] = visits.refusal
-    elif look is None:
-        final = visits.measurement
-    elif len(looked) and visits.matched is not None:
-        samples = samples_of(table, visits.controls, looked)
-        samples = SampleFeatures(losses, torch.ones_like(losses), samples.features, samples.early, samples.snapshot)
-        final = visits.matched.measure(samples)
+    by_visits = _Measured(rows, torch.ones_like(rows, dtype=torch.bool), visits.measurement)
+    final = by_visits if look is None else _measure_again(visits, look)
     share = 1.0
-    if final is not None:
-        share = null_share(torch.where(final.matched, final.p, 1.0)[is_random])
+    if final.by is not None:
+        share = null_share(torch.where(final.by.matched, final.by.p, 1.0)[final.is_random])
     level, few = min(1.0, rule.alpha / share), too_few_together(1 + len(flags.evaluations))
-    step, seen = visits.controls.latest_step, table.exposures[table.exposures > 0]
+    seen = table.exposures[table.exposures > 0]
+
+    def found_in(rows: Tensor, by: Measurement) -> Tensor:
+        _note_gaps(flags, rows, by)
+        return _discoveries(by, exposure_weights(table.exposures[rows], seen), level, few, population)
+
     if visits.measurement is not None:
-        measured = visits.measurement
-        _note_gaps(flags, rows, measured)
-        found = _discoveries(measured, exposure_weights(table.exposures[rows], seen), level, few, population)
-        again = torch.zeros(len(rows), dtype=torch.bool) if final is None or look is None else torch.isin(rows, looked)
-        by_visit = ~again  # a sample is measured once an evaluation: those of the second look by that
-        _update(
-            flags,
-            visits,
-            rows[by_visit],
-            table.last_step[rows[by_visit]],
-            measured.only(by_visit),
-            found[by_visit],
-            consecutive,
-            look is None,
-        )
-    if final is not None and look is not None:
-        _note_gaps(flags, looked, final)
-        found = _discoveries(final, exposure_weights(table.exposures[looked], seen), level, few, population)
-        _update(flags, visits, looked, torch.full_like(looked, step).int(), final, found, consecutive, True)
-        flags.looked = looked
-    reference = final or visits.measurement
-    if reference is not None:
-        flags.null_gaps = reference.null
-    by_look = look is not None and final is not None
-    judged = Judged(
-        reference,
-        looked if by_look else rows,
-        is_random if by_look else torch.ones_like(rows).bool(),
-        by_look,
-        share,
-        level,
-        few,
-    )
+        found = found_in(rows, visits.measurement)
+        # A sample is measured once an evaluation: those of the second look by that.
+        once = by_visits.is_random if look is None or final.by is None else ~torch.isin(rows, final.rows)
+        times, by = table.last_step[rows[once]], visits.measurement.only(once)
+        _update(flags, visits, rows[once], times, by, found[once], consecutive, look is None)
+    if look is not None and final.by is not None:
+        times = torch.full_like(final.rows, visits.step).int()
+        found = found_in(final.rows, final.by)
+        _update(flags, visits, final.rows, times, final.by, found, consecutive, True)
+        flags.looked = final.rows
+    basis = by_visits if final.by is None else final
+    if basis.by is not None:
+        flags.null_gaps = basis.by.null
+    judged = Judged(basis.by, basis.rows, basis.is_random, basis is not by_visits, share, level, few)
     return summarize(visits, flags, judged, epoch, rule)
-
-
-def known_controls(controls: ControlTable, table: LossTable) -> Controls:
-    """The held-out samples, as `measure_gaps` takes them."""
-    return held_out_controls(controls, table)
 
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
@@ -207,16 +184,22 @@ def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> Sample
     return samples
 
 
-def _looked(visits: Visits, look: SecondLook | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that a second look measured, whether each was drawn at random, and its loss in the unit of comparison.
+class _Measured(NamedTuple):
+    """Samples in the ``rows`` ``[V]`` of the table, whether each was drawn at random, and their measurement, if any."""
 
-    Without a look: the samples of the visits, all taken for drawn at random.
-    """
-    if look is None:
-        return visits.rows, torch.ones(len(visits.rows), dtype=torch.bool), visits.losses
+    rows: Tensor
+    is_random: Tensor
+    by: Measurement | None
+
+
+def _measure_again(visits: Visits, look: SecondLook) -> _Measured:
+    """The samples of a second look with a finite loss, compared at the time of the controls."""
     known = torch.isfinite(look.losses)
-    losses = in_unit(look.losses[known].float(), visits.table)
-    return look.rows[known], look.is_random[known], losses
+    rows, losses = look.rows[known], in_unit(look.losses[known].float(), visits.table)
+    if visits.matched is None or not len(rows):
+        return _Measured(rows, look.is_random[known], None)
+    samples = replace(samples_of(visits.table, visits.controls, rows), losses=losses, weight=torch.ones_like(losses))
+    return _Measured(rows, look.is_random[known], visits.matched.measure(samples))
 
 
 def exposure_weights(exposures: Tensor, of_all: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.scale import benchmark as scale
 from benchmarks.scale.runs import CONTROLS, STEPS, SizeCosts, StepCosts, filled, ids_of, record_controls, visit_all
-from lightning_memsink.detection.evaluate import evaluate, known_controls, samples_of
+from lightning_memsink.detection.control_pool import held_out_controls
+from lightning_memsink.detection.evaluate import evaluate, samples_of
 from lightning_memsink.detection.expected_losses import SCALE_NEIGHBOURS
 from lightning_memsink.detection.feature_units import farthest, standardize
 from lightning_memsink.detection.matched_controls import DetectionRule
@@ -42,7 +43,7 @@ def test_a_sample_takes_64_bytes_in_memory_and_in_the_checkpoint(judged):
 def test_the_evaluation_in_blocks_equals_that_over_a_matrix_of_all_pairs(judged):
     """The definition, for the first thousand samples: all distances, sorted."""
     tracker, flags = judged
-    rule, controls = DetectionRule(), known_controls(tracker.controls, tracker.table)
+    rule, controls = DetectionRule(), held_out_controls(tracker.controls, tracker.table)
     samples = samples_of(tracker.table, tracker.controls, torch.arange(1000))
     static, own_static = standardize(samples.features, controls.features)
     near = torch.cdist(static.double(), own_static.double()).argsort(1)[:, : rule.k]
