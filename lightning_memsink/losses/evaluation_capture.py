@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_memsink.losses.capture import (
     read_report,
     remedy,
 )
+from lightning_memsink.losses.compiled_parts import around_compiled_parts
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import Captured, NotCaptured, Term, terms_of, weigh
 from lightning_memsink.losses.reductions import read_reductions
@@ -43,6 +45,7 @@ class EvaluationCapture:
         self._shadows = ShadowGraph()
         self._batch: Any = None
         self._leaves: list[tuple[Tensor, Tensor]] = []
+        self._compiled = ExitStack()
 
     def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
         """At the start of a validation step on ``batch``; the arguments as in training."""
@@ -50,10 +53,13 @@ class EvaluationCapture:
         self._leaves = rows_of(batch, batch_size, axes) if batch_size else []
         if self.training.loss is None:
             self.watch.start(self._leaves, self._shadows, is_packed)
+            reader = self.training.reader
+            if reader.module is not None and not reader.can_watch and not reader.is_compiled:
+                self._compiled.enter_context(around_compiled_parts(reader.module, self.watch.suspended))
 
     def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
         """At the end of a validation step; ``outputs`` and ``batch_size`` as in training."""
-        self.watch.stop()
+        self._stop()
         batch, self._batch = self._batch, None
         step = f"{self.training.module_name}.validation_step"
         try:
@@ -74,9 +80,13 @@ class EvaluationCapture:
 
     def abandon(self) -> None:
         """Discards the step, after an exception in it."""
-        self.watch.stop()
+        self._stop()
         self.watch.clear()
         self._batch, self._leaves, self._shadows = None, [], ShadowGraph()
+
+    def _stop(self) -> None:
+        self._compiled.close()
+        self.watch.stop()
 
     def _captured(self, step: str, outputs: Any, batch_size: int) -> Captured | NotCaptured:
         calls = calls_of_compiled(self.watch, self._leaves, batch_size) or self._calls(outputs, batch_size)

@@ -33,9 +33,10 @@ from lightning_memsink.losses.readers import (
     saved_value,
     saved_values,
 )
+from lightning_memsink.losses.reduced import Reduced
 from lightning_memsink.losses.row_rules import follow
 from lightning_memsink.losses.sample_rows import SampleRows
-from lightning_memsink.losses.step_watch import Reduced, StepWatch
+from lightning_memsink.losses.step_watch import StepWatch
 from lightning_memsink.losses.unreduced import unreduced
 from lightning_memsink.losses.upstreams import set_upstreams
 

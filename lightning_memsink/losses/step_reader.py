@@ -9,7 +9,6 @@ are read from the graph alone, which costs next to nothing. Else every step is w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memsink.losses.autograd_graph import LossNodes, find_loss_nodes, names_near
+from lightning_memsink.losses.compiled_parts import has_compiled_parts
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import terms_of, weigh
 from lightning_memsink.losses.readers import is_report
@@ -49,6 +49,7 @@ class StepReader:
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
         self.watch = StepWatch()
         self.can_watch = module is None or not has_compiled_parts(module)
         self.is_watching = False
@@ -97,6 +98,8 @@ class StepReader:
             except UnreadableLoss as error:
                 found = error
             self._read = loss, found
+            if getattr(self.module, "automatic_optimization", False):  # else other losses may follow
+                self.watch.release()
         found = self._read[1]
         if isinstance(found, Exception):
             raise found
@@ -275,12 +278,3 @@ class StepReader:
 
 def _are_close(ours: Tensor, theirs: Tensor, precision: float = 1e-3) -> bool:
     return torch.allclose(ours.float(), theirs.float(), rtol=precision, atol=1e-4, equal_nan=True)
-
-
-def has_compiled_parts(module: nn.Module) -> bool:
-    """Whether a part of ``module`` is compiled. A mode around it would have it compiled once more."""
-    if getattr(module, "_compiler_ctx", None) is not None:  # Lightning's mark of a compiled LightningModule
-        return True
-    compiler = sys.modules.get("torch._dynamo")  # a program that compiles has imported it
-    compiled = () if compiler is None else compiler.OptimizedModule
-    return any(isinstance(part, compiled) or part._compiled_call_impl is not None for part in module.modules())

@@ -7,7 +7,8 @@ reduction of its own. Their operands are seen here as they are called, and the w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +18,17 @@ from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_memsink.losses.compiled_parts import never_compile_alone
 from lightning_memsink.losses.document_attention import attends_across, row_owners
 from lightning_memsink.losses.loss_factors import PRODUCTS, LossFactors
 from lightning_memsink.losses.provenance import Lost, Provenance, Rows
 from lightning_memsink.losses.readers import RECORDERS
+from lightning_memsink.losses.reduced import REDUCTIONS, Reduced, versions
 from lightning_memsink.losses.row_rules import changes_in_place, follow
 from lightning_memsink.losses.rule_call import ProvenanceOf, tensors_in
 from lightning_memsink.losses.shadow_graph import ShadowGraph
 from lightning_memsink.losses.unreduced import Record, has_reduction
 
-REDUCTIONS = frozenset(("mean", "sum", "nanmean", "nansum"))
 # What these make keeps the name of the loss that it was made of.
 KEEPS_NAME = PRODUCTS | frozenset(
     "view reshape flatten unflatten squeeze unsqueeze float double to __getitem__ gather index_select masked_select "
@@ -42,29 +44,6 @@ DYNAMIC = frozenset(
 
 
 PACKED = "it has no targets of the batch, whose rows hold several documents"
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """A call whose result is one number: a mean or sum, or a loss function with its own reduction."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    name: str
-    """Of the loss function; of a mean or sum of anything else "mean of" the function that made its operand."""
-    factors: tuple[Tensor, ...] = ()
-    """What the operand of a mean or sum was made of by multiplication."""
-    versions: tuple[int, ...] = ()
-
-    @property
-    def is_loss_function(self) -> bool:
-        return has_reduction(self.function)
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether no tensor among its arguments was changed in place since."""
-        return self.versions == versions(self.args)
 
 
 @dataclass
@@ -128,6 +107,20 @@ class StepWatch(TorchFunctionMode):
         for tensor, owners in rows:
             self._known[id(tensor)] = _Known(weakref.ref(tensor), Rows((owners,)), "batch")
         if not self.entered:
+            never_compile_alone(StepWatch.__torch_function__)
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self.entered = True
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Leaves the mode for a while, unless another mode was entered within it."""
+        if not self.entered or torch.overrides._get_current_function_mode() is not self:
+            yield
+            return
+        self.stop()
+        try:
+            yield
+        finally:
             super().__enter__()  # type: ignore[no-untyped-call]
             self.entered = True
 
@@ -136,6 +129,11 @@ class StepWatch(TorchFunctionMode):
         if self.entered:
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.entered = False
+
+    def release(self) -> None:
+        """Forgets the operands of reductions, as large as the logits, before a backward needs the memory."""
+        self.seen.reductions.clear()
+        self.seen.without_graph.clear()
 
     def clear(self) -> None:
         """Forgets what was seen."""
@@ -146,13 +144,17 @@ class StepWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            result = func(*args, **kwargs)
-            if func in RECORDERS:
-                with torch.no_grad():
-                    target = args[1] if len(args) > 1 else kwargs["target"]
-                    self.seen.compiled.append((RECORDERS[func](*args, **kwargs), target.detach()))
-            return result
+        if not torch.compiler.is_compiling():
+            return self._followed(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if func in RECORDERS:
+            with torch.no_grad():
+                target = args[1] if len(args) > 1 else kwargs["target"]
+                self.seen.compiled.append((RECORDERS[func](*args, **kwargs), target.detach()))
+        return result
+
+    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+    def _followed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # In a backward, a checkpointed forward runs again: no new loss.
         if self.paused or torch._C._current_graph_task_id() != -1:
             return func(*args, **kwargs)
@@ -280,11 +282,6 @@ class StepWatch(TorchFunctionMode):
 
 def _if_known(provenance: Provenance | None) -> Provenance | None:
     return provenance if isinstance(provenance, Rows) else None
-
-
-def versions(args: Iterable[Any]) -> tuple[int, ...]:
-    """How often each tensor was changed in place; inference tensors don't count that."""
-    return tuple(each._version for each in tensors_in(args) if not each.is_inference())
 
 
 def _reorders(tensors: list[Tensor], inputs: list[_Known], provenances: list[Any]) -> bool:

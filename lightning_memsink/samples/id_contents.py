@@ -99,7 +99,7 @@ class IdContents:
         self._came_again.add(id)
         self._left -= 1
         known = self._known[id]
-        if all(_differ(other, row, kind) for other in known):
+        if row not in known and all(_differ(other, row, kind) for other in known):
             self._changed.add(id)
             if len(known) < _CONTENTS:
                 known.add(row)
