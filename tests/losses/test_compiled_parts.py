@@ -1,4 +1,4 @@
-"""Watching never reaches into compiled parts of a model, and keeps nothing of a step in memory that a backward needs."""
+"""Watching never reaches into compiled parts of a model, and keeps nothing of a step that its backward has no need of."""
 
 from __future__ import annotations
 
