@@ -57,13 +57,13 @@ def shares_above(scores: Scores, members: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     Args:
         scores: of samples and of at least one control.
-        members: bool ``[G, n]``: the samples of each group, at least one.
+        members: bool ``[G, n]``, dense or sparse: the samples of each group, at least one.
 
     Returns:
         Three of ``[G]``, for each group.
     """
     low, high = lowest_shares(scores, members, 0.025), _highest_shares(scores, members, 0.025)
-    sizes = members.sum(1)
+    sizes = _sizes(members)
     above = _sums(members, scores.samples > scores.effect)
     chance = (_sums(members, scores.by_chance) / sizes).clamp(max=1 - 1e-9)
     above_high = [upper_bound(int(k), n, 0.025) for k, n in zip(above.tolist(), sizes.tolist(), strict=True)]
@@ -85,7 +85,7 @@ def lowest_shares(scores: Scores, members: Tensor, tail: float) -> Tensor:
     thresholds = scores.thresholds()
     passing = _sums(members, (scores.samples - scores.effect)[:, None] > thresholds)
     of_null = (scores.null[:, None] > thresholds).sum(0)
-    low = _lower_difference(passing, members.sum(1), of_null, len(scores.null), tail / len(thresholds))
+    low = _lower_difference(passing, _sizes(members), of_null, len(scores.null), tail / len(thresholds))
     return low.amax(1).clamp(0, 1)
 
 
@@ -120,7 +120,7 @@ def _highest_shares(scores: Scores, members: Tensor, tail: float) -> Tensor:
     shift = -mean_of(passing(SMALLER)).amin(0).clamp(max=0)
     size = mean_of(passing(LARGER)).amin(0) + shift
     passes = (scores.samples[:, None] > torch.cat([thresholds, far[None]])).double()
-    values, sizes = (mean_of(passes) + shift) / size.clamp(min=1e-3), members.sum(1)
+    values, sizes = (mean_of(passes) + shift) / size.clamp(min=1e-3), _sizes(members)
     mean = _sums(members, values) / sizes[:, None]
     spread = (_sums(members, values.square()) / sizes[:, None] - mean.square()).clamp(min=0)
     of_null = base * (1 - base) / len(ranked) / (window * size.clamp(min=1e-3)).square()
@@ -176,5 +176,10 @@ def _lower_end(some: int, size: int, others: int, of_others: int, tail: float) -
 
 
 def _sums(members: Tensor, values: Tensor) -> Tensor:
-    """``[G, ...]`` sums of ``values`` ``[n, ...]`` over the members of each group, float64."""
+    """``[G]`` or ``[G, K]`` sums of ``values`` ``[n]`` or ``[n, K]`` over the members of each group, float64."""
     return members.double() @ values.double()
+
+
+def _sizes(members: Tensor) -> Tensor:
+    """``[G]`` int64 numbers of members."""
+    return _sums(members, torch.ones(members.shape[1])).long()

@@ -6,13 +6,14 @@ S  sources
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_memsink.detection.proportions import binomial_tail
+from lightning_memsink.detection.source_shares import source_shares
 from lightning_memsink.detection.source_summary import SourceSummary, summarize_sources
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.samples.loss_table import LossTable
@@ -39,7 +40,8 @@ class BudgetRow:
     """Memorized samples as a share of those measured; NaN where none was."""
     share_low: float = torch.nan
     share_high: float = torch.nan
-    """The 95 % interval of the share among samples like these."""
+    """What the share can be, by the gaps of all its measured samples (`source_shares`), flagged or not: it is below the
+    lower end in no evaluation and of no source with 95 %, and above the higher end in 2.5 % of them at most."""
     memorized: int = 0
     measured: int = 0
     samples: int = 0
@@ -54,11 +56,11 @@ class SourceBudget:
     flags don't explain. They come at most at the rate at which controls, which were never trained on, pass the
     threshold of a flag, and at most at the false-discovery rate; the number above the budget must be one that has a
     probability of at most `LEVEL` under the smaller of the two. So a single false flag in a large source is no alarm,
-    and a source of two samples that are both memorized is one. The interval of the share is not what decides: it is of
-    samples like these, and a budget is of these.
+    and a source of two samples that are both memorized is one. It is crossed, too, where the gaps of all its samples
+    leave no doubt that more of them are memorized, although few or none are flagged by themselves (`source_shares`).
 
-    A source is undecided where the share is above the budget by no more than false flags explain, and where fewer than
-    half of its repeated samples were measured; a sample that was seen once can't be judged.
+    A source is undecided where the share is above the budget by no more than false flags explain, where its gaps say
+    that it is probably above, and where fewer than half of its repeated samples were measured.
 
     Args:
         budget: by source, the largest share of its samples in 0…1 that may be memorized; ``default`` is that of all
@@ -88,18 +90,16 @@ class SourceBudget:
     def update(self, table: LossTable, flags: Flags, summary: SourceSummary | None = None) -> list[BudgetRow]:
         """The sources whose budget the last evaluation finds crossed for the first time."""
         summary = summarize_sources(table, flags) if summary is None else summary
-        names, budgets = self._budgets(table, summary)
-        rate = _false_flag_rate(summary, flags)
-        crossed = _is_crossed(summary, budgets, rate)
-        new = [place for place in crossed.nonzero().flatten().tolist() if names[place] not in self.crossed_at]
-        for place in new:
-            self.crossed_at[names[place]] = flags.evaluations[-1].step if flags.evaluations else 0
-        return self._rows(table, summary.only(torch.tensor(new, dtype=torch.int64)), rate)
+        rows = self._rows(table, flags, summary)
+        new = [row for row in rows if row.state == "crossed" and row.source not in self.crossed_at]
+        step = flags.evaluations[-1].step if flags.evaluations else 0
+        self.crossed_at |= {row.source: step for row in new}
+        return [replace(row, crossed_at=step) for row in new]
 
     def rows(self, table: LossTable, flags: Flags, summary: SourceSummary | None = None) -> list[BudgetRow]:
         """All sources with a budget at the last evaluation, crossed ones first; then names that no sample has."""
         summary = summarize_sources(table, flags) if summary is None else summary
-        rows = self._rows(table, summary, _false_flag_rate(summary, flags))
+        rows = self._rows(table, flags, summary)
         rows += [
             BudgetRow(name, self.shares[name], "undecided", "no sample of this source was seen")
             for name in self.unknown(table, summary)
@@ -126,24 +126,29 @@ class SourceBudget:
         default = self.shares.get(DEFAULT, torch.nan)
         return names, torch.tensor([self.shares.get(name, default) for name in names], dtype=torch.float64)
 
-    def _rows(self, table: LossTable, summary: SourceSummary, rate: float) -> list[BudgetRow]:
+    def _rows(self, table: LossTable, flags: Flags, summary: SourceSummary) -> list[BudgetRow]:
+        rate = _false_flag_rate(summary, flags)
         names, budgets = self._budgets(table, summary)
         has_budget = ~torch.isnan(budgets)
         names = [name for name, has in zip(names, has_budget.tolist(), strict=True) if has]
         summary, budgets = summary.only(has_budget), budgets[has_budget]
-        is_crossed = _is_crossed(summary, budgets, rate).tolist()
+        looks = max(1, len(flags.evaluations))
+        tail = LEVEL / max(1, len(summary)) / (looks * (looks + 1))  # adds up to LEVEL over sources and evaluations
+        by_gaps, low, high = source_shares(table, flags, summary.codes, tail)
+        flagged = summary.share.nan_to_num(0.0)
+        is_crossed = (_is_crossed(summary, budgets, rate) | (low > budgets)).tolist()
         is_above = (summary.memorized > _allowed(summary, budgets)).tolist()
-        low, high = summary.share_interval()
+        may_be_above = (by_gaps > budgets).tolist()
         columns = {
             "share": summary.share,
             "share_low": low,
-            "share_high": high,
+            "share_high": torch.maximum(high, flagged),
             **{name: getattr(summary, name) for name in ("memorized", "measured", "samples")},
         }
         rows = []
         for place, name in enumerate(names):
             state: State = "crossed" if is_crossed[place] else "inside"
-            reason = "" if is_crossed[place] else _undecided(summary, place, is_above[place])
+            reason = "" if is_crossed[place] else _undecided(summary, place, is_above[place], may_be_above[place])
             numbers = {key: column[place].item() for key, column in columns.items()}
             state = "undecided" if reason else state
             rows.append(
@@ -184,10 +189,12 @@ def _false_flag_rate(summary: SourceSummary, flags: Flags) -> float:
     return min(1.0, of_controls, last.alpha * flagged / max(1, measured - flagged))
 
 
-def _undecided(summary: SourceSummary, place: int, is_above: bool) -> str:
+def _undecided(summary: SourceSummary, place: int, is_above: bool, may_be_above: bool) -> str:
     measured, repeated = int(summary.measured[place]), int(summary.repeated[place])
     if not measured:
         return "no sample of it was measured" if repeated else "its samples were seen once, which can't be judged"
     if 2 * measured < repeated:
         return f"only {measured:,} of {repeated:,} repeated samples were measured"
-    return "its share is above the budget, by no more than false flags explain" if is_above else ""
+    if is_above:
+        return "its share is above the budget, by no more than false flags explain"
+    return "more of its samples may be memorized than are flagged: their gaps say so together" if may_be_above else ""

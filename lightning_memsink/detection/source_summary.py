@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from lightning_memsink.detection.onset import onset_of, onset_times
-from lightning_memsink.detection.proportions import clopper_pearson
 from lightning_memsink.detection.statistics import LN2
 from lightning_memsink.detection.verdicts import Flags, Onset, Verdict
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sources import NO_SOURCE
 
-MEASURED = (Verdict.LEARNED, Verdict.HARD, Verdict.MEMORIZED, Verdict.WAITING)
+MEASURED = (Verdict.LEARNED, Verdict.HARD, Verdict.MEMORIZED, Verdict.WAITING, Verdict.BELOW_FLOOR)
 """Verdicts on samples whose loss could be compared with matched controls."""
 CONTROLS_OF_A_SAMPLE = 8
 """With how many the detector compares a sample, by default."""
 LARGEST_SHARE = 0.5
 """Of all visits. There is no telling what training would come to without a larger one."""
+TAKEN = 0.25
+"""Times a source's share of all visits: the part of its gap that other samples may have instead, without it. What is
+learned by heart takes from a model what unseen samples would gain (`benchmarks.sources`: up to a fifth)."""
 Z = 1.959964
 """Standard deviations of a normal interval of 95 %."""
 
@@ -41,13 +43,13 @@ class SourceSummary:
     exposures: Tensor
     """Visits of its samples."""
     repeated: Tensor
-    """Samples with more than one exposure: the others can't be judged."""
+    """Samples with more than one exposure: the others are judged where a second look drew them."""
     measured: Tensor
     """Samples that were compared with matched controls."""
     memorized: Tensor
     """Measured samples with the verdict ``memorized``."""
     bits: Tensor
-    """Memorized bits of all measured samples, float64: see `summarize_sources`. NaN where none was measured."""
+    """Memorized bits of its samples, float64: see `summarize_sources`. NaN where none was measured."""
     bits_low: Tensor
     bits_high: Tensor
     """The 95 % interval of ``bits``."""
@@ -59,10 +61,6 @@ class SourceSummary:
     def share(self) -> Tensor:
         """``memorized`` as a share of ``measured``; NaN where none was measured."""
         return self.memorized.double() / self.measured
-
-    def share_interval(self) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of the share among samples like those measured (`clopper_pearson`)."""
-        return clopper_pearson(self.memorized, self.measured)
 
     def only(self, rows: Tensor) -> SourceSummary:
         """The sources in ``rows``, a mask or positions."""
@@ -82,30 +80,33 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     Bits sum, over all measured samples of a source, the gap above the mean gap of controls, times tokens. Flagged
     samples alone would give too much of what is flagged (a sample is flagged because its gap came out large) and
     nothing of the rest; over all samples the errors of single gaps cancel. The sum may be negative where nothing is
-    memorized.
+    memorized. Of samples that were seen once only some are measured, which a second look has drawn at random: they
+    count for all of the source's that were seen once.
 
     What ``bits_low`` and ``bits_high`` span has two parts: what a single sample's loss deviates from that of its
     matched controls, which the controls' own gaps show, and what the controls deviate as a whole, which is common to
     all samples of a source. Of the M controls a source is taken to be compared with its share, as if they were drawn as
     the samples are, and at least with those of one sample. Training without the source would moreover teach less of
     what all samples share: both ends allow for what held-out loss moves where so many visits are missing (it falls
-    about evenly with the logarithm of their number). The upper end also allows for the latest training step on each
+    about evenly with the logarithm of their number), and the lower end for what others would learn in its place. The
+    upper end also allows for the latest training step on each
     sample, which came after its latest loss: as much again as each step before it has added on average. Not in it is
     what two fits differ by chance, which one fit does not show, nor that bits are too few where samples were memorized
     in part before the first evaluation: their early loss matches them with easier controls.
     """
     codes = table.source.long() + 1
     count = int(codes.max()) + 1 if len(codes) else 0
-    verdict = torch.zeros(len(table), dtype=torch.uint8)
-    verdict[: len(flags.verdict)] = flags.verdict
     tokens, exposures = table.elements.double(), table.exposures
-    is_measured = torch.isin(verdict, torch.tensor(MEASURED, dtype=torch.uint8))
-    rows = is_measured.nonzero().flatten()
-    rows = rows[torch.isfinite(flags.gap[rows])]
+    rows = measured_rows(flags)
+    verdict = flags.verdict
     of_measured, their_tokens = codes[rows], tokens[rows]
 
     def sums(of: Tensor, weights: Tensor | None = None) -> Tensor:
         return torch.bincount(of, weights, minlength=count)
+
+    once, all_once = exposures[rows] == 1, exposures == 1
+    stands_for = sums(codes[all_once], tokens[all_once]) / sums(of_measured[once], their_tokens[once]).clamp(min=1)
+    their_tokens = their_tokens * torch.where(once, stands_for.clamp(min=1)[of_measured], 1.0)
 
     null = flags.null_gaps[torch.isfinite(flags.null_gaps)].double()
     mean, variance = (null.mean(), null.var()) if len(null) > 1 else (torch.tensor(torch.nan),) * 2
@@ -118,7 +119,9 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     visits = sums(codes, exposures.double())
     fewer = (visits / visits.sum().clamp(min=1)).clamp(max=LARGEST_SHARE)
     error = Z * error - _learning_rate(flags) * torch.log1p(-fewer) * token_sum / LN2
-    bits = torch.where(measured > 0, bits, torch.nan)
+    taken = TAKEN * fewer * bits.clamp(min=0)
+    is_of_bits = (measured > 0) & torch.tensor(table.unit != "ratio")
+    bits = torch.where(is_of_bits, bits, torch.nan)
     samples = sums(codes)
     summary = SourceSummary(
         codes=torch.arange(-1, count - 1),
@@ -129,10 +132,16 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
         measured=measured,
         memorized=sums(codes[rows[verdict[rows] == Verdict.MEMORIZED]]),
         bits=bits,
-        bits_low=bits - error,
+        bits_low=bits - error - taken,
         bits_high=bits + error + latest,
     )
     return summary.only(samples > 0)
+
+
+def measured_rows(flags: Flags) -> Tensor:
+    """Rows of the samples that were compared with matched controls."""
+    compared = torch.isin(flags.verdict, torch.tensor(MEASURED, dtype=torch.uint8))
+    return (compared & torch.isfinite(flags.gap)).nonzero().flatten()
 
 
 def _learning_rate(flags: Flags) -> float:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning_memsink.detection.source_budget import BudgetRow
+from lightning_memsink.detection.source_shares import source_shares
 from lightning_memsink.detection.source_summary import SourceSummary, plain_row, source_onsets, summarize_sources
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.mitigation.intervention_log import InterventionLog
@@ -85,8 +86,8 @@ def source_tables(findings: Findings) -> list[Grid]:
     count = int((findings.sources.codes != NO_SOURCE).sum())
     which = "Sources" if count <= IN_TABLE else f"The {IN_TABLE} of {count:,} sources with the most memorized bits"
     caption = (
-        f"{which}. Share: memorized samples of those measured, with the interval (95 %) of Clopper and Pearson for "
-        "samples like these. Bits: the gap above that of controls, over all measured samples, with a 95 % interval"
+        f"{which}. Share: memorized samples of those measured, with what the share can be (95 %) by the gaps "
+        "of all of them, flagged or not. Bits: the gap above that of controls, over all samples, with a 95 % interval"
     )
     grids = [Grid(head, rows, caption)] if rows else []
     return [*grids, *_budget_table(findings.budget_rows)]
@@ -111,7 +112,7 @@ def source_rows(
         most: how many sources are listed.
     """
     summary = (summarize_sources(table, flags) if sources is None else sources).largest(most, by="bits")
-    low, high = summary.share_interval()
+    _, low, high = source_shares(table, flags, summary.codes)
     onsets = source_onsets(table, flags, summary.codes)
     acted = [log.by_source for log in interventions.values() if log.by_source]
     rows = []
@@ -120,7 +121,7 @@ def source_rows(
         when = {name: None if onset is None else getattr(onset, name) for name in ONSET}
         rows.append(
             {"source": table.source_names.label(code), **plain_row(summary, place)}
-            | {"share_low": float(low[place]), "share_high": float(high[place])}
+            | {"share_low": float(low[place]), "share_high": max(float(high[place]), summary.share[place].item())}
             | {f"onset_{name}": value for name, value in when.items()}
         )
         if acted:
@@ -143,6 +144,12 @@ def source_numbers(findings: Findings) -> Mapping[str, Any]:
 def crossing(row: BudgetRow) -> str:
     """A sentence on a budget that is crossed."""
     since = "" if row.crossed_at is None else f", since step {row.crossed_at:,}"
+    if row.memorized <= row.budget * row.measured:
+        return (
+            f"Over budget: by the gaps of its {row.measured:,} measured samples together, at least "
+            f"{percent(row.share_low)} of the source {shown(row.source)} are memorized, where {percent(row.budget)} "
+            f"may be{since}."
+        )
     return (
         f"Over budget: {percent(row.share)} of the measured samples of the source {shown(row.source)} are memorized, "
         f"{row.memorized:,} of {row.measured:,}, where {percent(row.budget)} may be{since}."

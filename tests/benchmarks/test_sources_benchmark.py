@@ -11,6 +11,7 @@ import torch
 from benchmarks.sources.benchmark import EPOCHS, Row, budgets_beside, compared, criteria, in_order, quietly, report
 from benchmarks.sources.runs import Outcome, Sizes, fit, label, packed_without, planted
 from lightning_memsink.detection.verdicts import Verdict
+from tests.support.made_up import statement_of
 from tests.support.sourced import sourced
 
 SMALL = Sizes(doses=(1, 6, 24), documents=6, background=120, controls=40, batch_size=16, evaluations=3)
@@ -57,13 +58,21 @@ def test_a_run_without_two_estimates_has_no_order():
     assert in_order(rows()[:3]) == 1
 
 
+KEPT, SOME, ALL = ("inside", "undecided"), ("crossed", "undecided"), ("crossed",)
+
+
 @pytest.mark.parametrize(
-    ("share", "expected"),
-    [(0.0, [(0.05, False)]), (0.2, [(0.45, False)]), (0.6, [(0.3, True), (0.85, False)]), (1.0, [(0.5, True)])],
+    ("share", "sure", "expected"),
+    [
+        (0.0, 0.0, [(0.05, KEPT)]),
+        (0.2, 0.0, [(0.45, KEPT)]),
+        (0.6, 0.2, [(0.85, KEPT), (0.3, SOME)]),
+        (1.0, 0.6, [(0.5, SOME), (0.3, ALL)]),
+    ],
 )
-def test_budgets_stand_beside_the_share_that_is_memorized(share, expected):
-    found = budgets_beside(share)
-    assert [crosses for _, crosses in found] == [crosses for _, crosses in expected]
+def test_budgets_stand_beside_the_share_that_is_memorized(share, sure, expected):
+    found = budgets_beside(share, sure)
+    assert [right for _, right in found] == [right for _, right in expected]
     assert [budget for budget, _ in found] == pytest.approx([budget for budget, _ in expected])
 
 
@@ -71,14 +80,15 @@ def test_truth_is_the_loss_without_the_source_minus_the_loss_with_it():
     sizes = replace(SMALL, doses=(1, 6), documents=4)
     table, flags = sourced({label(1): {Verdict.LEARNED: 4}, label(6): {Verdict.MEMORIZED: 4}})
     targets = torch.tensor([len(each.tokens) - 1 for each in planted(sizes, 0).planted])
+    flags.evaluations[-1] = replace(flags.evaluations[-1], statement=statement_of(0))
     with_all = targets * 3.0
     without = [with_all, with_all + torch.cat([torch.full((4,), 9.0), 2.0 * targets[4:]])]
     first, second = compared(sizes, 0, 1, Outcome(with_all, table, flags), without)
     assert (first.truth, first.true_share, first.share, first.wrong_budgets, first.budgets) == (0, 0, 0, 0, 1)
     assert second.truth == pytest.approx(2 * float(targets[4:].sum()) / math.log(2))
-    assert (second.true_share, second.share, second.wrong_budgets, second.budgets) == (1, 1, 0, 1)
-    flags.verdict[4:] = int(Verdict.LEARNED)  # as if the detector had found nothing
-    assert compared(sizes, 0, 1, Outcome(with_all, table, flags), without)[1].wrong_budgets == 1
+    assert (second.true_share, second.share, second.wrong_budgets, second.budgets) == (1, 1, 0, 2)
+    flags.verdict[4:], flags.gap[4:] = int(Verdict.LEARNED), 0.0  # as if the detector had found nothing
+    assert compared(sizes, 0, 1, Outcome(with_all, table, flags), without)[1].wrong_budgets == 2
 
 
 def test_documents_of_all_kinds_are_distinct_and_shown_as_often_as_said():

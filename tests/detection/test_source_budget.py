@@ -135,3 +135,33 @@ def test_a_ledger_that_nothing_was_recorded_in():
     flags.evaluations.clear()
     assert SourceBudget({"default": 0.1}).update(table, flags) == []
     assert SourceBudget({"default": 0.1}).rows(table, flags) == []
+
+
+def together(gap, budget, samples=400):
+    """The state of a source none of whose texts is flagged: a text is memorized by more than 1 nat."""
+    table, flags = sourced({"a": {V.LEARNED: samples}, "rest": {V.LEARNED: 400}})
+    noise = torch.randn(samples + 400, generator=torch.Generator().manual_seed(2)) / 4
+    flags.gap[:] = noise.half()
+    flags.gap[:samples] += gap
+    return {row.source: row for row in SourceBudget({"a": budget}).rows(table, flags)}["a"]
+
+
+def test_a_source_memorized_below_what_one_text_shows_is_not_said_to_keep_its_budget():
+    assert together(0.0, 0.1).state == "inside" and together(0.5, 0.1).state == "inside"
+    slightly = together(1.2, 0.5)
+    assert slightly.state == "undecided" and "together" in slightly.reason and slightly.share_high == 1
+    whole = together(3.0, 0.5)
+    assert whole.state == "crossed" and whole.share_low > 0.8 and whole.memorized == 0
+
+
+def test_sources_at_their_budget_are_rarely_crossed_by_gaps_alone():
+    """Half of the texts are memorized, by enough to tell, and half may be."""
+    crossed = 0
+    for seed in range(100):
+        table, flags = sourced({"a": {V.LEARNED: 60}})
+        generator = torch.Generator().manual_seed(seed)
+        flags.gap[:] = (torch.randn(60, generator=generator) / 4).half()
+        flags.gap[:30] += 3
+        flags.null_gaps = torch.randn(200, generator=generator) / 4
+        crossed += SourceBudget({"a": 0.5}).rows(table, flags)[0].state == "crossed"
+    assert crossed <= 2

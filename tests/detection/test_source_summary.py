@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_memsink.detection.source_summary import MEASURED, Z, source_onsets, summarize_sources
+from lightning_memsink.detection.source_shares import source_shares
+from lightning_memsink.detection.source_summary import MEASURED, TAKEN, Z, source_onsets, summarize_sources
 from lightning_memsink.detection.verdicts import Flags, Verdict
 from lightning_memsink.samples.loss_table import LossTable
 from tests.support.sourced import TOKENS, sourced
@@ -38,10 +39,12 @@ def test_every_number_is_a_sum_over_the_texts_of_the_source():
     for place, code in enumerate(summary.codes.tolist()):
         own = [n for n in range(len(table)) if int(table.source[n]) == code]
         measured = [n for n in own if int(flags.verdict[n]) in MEASURED and math.isfinite(flags.gap[n])]
-        tokens = [float(table.elements[n]) for n in measured]
-        bits = sum((float(flags.gap[n]) - float(null.mean())) * float(table.elements[n]) for n in measured) / math.log(
-            2
-        )
+        seen_once = [n for n in own if int(table.exposures[n]) == 1]
+        drawn = [n for n in seen_once if n in measured]
+        stands_for = sum(float(table.elements[n]) for n in seen_once) / max(1, sum(map(float, table.elements[drawn])))
+        tokens = [float(table.elements[n]) * (stands_for if n in drawn else 1) for n in measured]
+        each = [float(flags.gap[n]) - float(null.mean()) for n in measured]
+        bits = sum(gap * t for gap, t in zip(each, tokens, strict=True)) / math.log(2)
         assert summary.samples[place] == len(own) and summary.measured[place] == len(measured)
         assert summary.tokens[place] == sum(float(table.elements[n]) for n in own)
         assert summary.exposures[place] == sum(int(table.exposures[n]) for n in own)
@@ -54,7 +57,9 @@ def test_every_number_is_a_sum_over_the_texts_of_the_source():
         gaps = [float(flags.gap[n]) - float(null.mean()) for n in measured]
         latest = sum(gap * t / step for gap, t, step in zip(gaps, tokens, steps, strict=True)) / math.log(2)
         assert summary.bits_high[place].item() - bits == pytest.approx(Z * error + max(0, latest), rel=1e-6)
-        assert bits - summary.bits_low[place].item() == pytest.approx(Z * error, rel=1e-6)
+        visits = sum(int(table.exposures[n]) for n in own) / int(table.exposures.sum())
+        taken = TAKEN * min(0.5, visits) * max(0, bits)
+        assert bits - summary.bits_low[place].item() == pytest.approx(Z * error + taken, rel=1e-6)
         assert summary.share[place].item() == pytest.approx(int(summary.memorized[place]) / len(measured))
 
 
@@ -87,7 +92,29 @@ def test_the_upper_end_allows_for_the_latest_step_on_texts_that_were_seen_twice(
     flags.null_gaps = torch.zeros(400)
     summary = summarize_sources(table, flags)
     assert summary.bits_high / summary.bits == pytest.approx([2.0, 1 + 1 / 999, 1.0])
-    assert summary.bits_low.equal(summary.bits)
+    part = TAKEN * torch.tensor([80 / 40160, 0.5, 0])  # others would learn in their place
+    assert summary.bits_low.tolist() == pytest.approx((summary.bits * (1 - part)).tolist())
+
+
+def test_texts_seen_once_count_for_all_that_were_seen_once():
+    """A second look has drawn four of forty."""
+    table, flags = sourced({"once": {V.UNSEEN: 36, V.LEARNED: 4}, "often": {V.LEARNED: 40}})
+    table.columns["exposures"][36:40] = 1
+    flags.gap[36:] = 0.5
+    flags.null_gaps = torch.zeros(400)
+    once, often = summarize_sources(table, flags).bits.tolist()
+    assert once == pytest.approx(often)
+    flags.null_gaps = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    summary = summarize_sources(table, flags)
+    wide, narrow = (summary.bits - summary.bits_low).tolist()
+    assert wide > 2 * narrow
+
+
+def test_losses_that_are_no_likelihoods_have_no_bits():
+    table, flags = sourced({"a": {V.LEARNED: 4}})
+    table.unit = "ratio"
+    summary = summarize_sources(table, flags)
+    assert torch.isnan(summary.bits).all() and torch.isnan(summary.bits_low).all() and summary.measured.tolist() == [4]
 
 
 def test_both_ends_allow_for_what_all_samples_learn_from_the_visits_to_a_source():
@@ -128,8 +155,23 @@ def test_sources_without_measured_texts_have_no_share_and_no_bits():
     summary = summarize_sources(table, flags)
     assert summary.measured.tolist() == [0, 0, 1] and summary.repeated.tolist() == [0, 2, 1]
     assert torch.isnan(summary.share[:2]).all() and torch.isnan(summary.bits[:2]).all()
-    low, high = summary.share_interval()
-    assert low.tolist()[:2] == [0, 0] and high.tolist()[:2] == [1, 1]
+    share, low, high = source_shares(table, flags, summary.codes)
+    assert torch.isnan(share[:2]).all() and low.tolist()[:2] == [0, 0] and high.tolist()[:2] == [1, 1]
+
+
+@pytest.mark.parametrize(("gap", "sure"), [(0.0, False), (1.2, False), (3.0, True)])
+def test_the_share_of_a_source_is_known_by_the_gaps_of_all_its_texts(gap, sure):
+    """Not one of them is flagged. A text is memorized by more than 1 nat."""
+    table, flags = sourced({"a": {V.LEARNED: 400}, "b": {V.LEARNED: 400}})
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(1)) / 4
+    flags.gap[400:] = (gap + noise).half()
+    flags.gap[:400] = noise.half()
+    share, low, high = (each[1].item() for each in source_shares(table, flags, torch.tensor([0, 1])))
+    truth = float(gap > 1)
+    assert low <= truth <= high and (low > 0.8) == sure
+    assert share == pytest.approx(truth, abs=0.25)
+    flags.null_gaps = torch.ones(400)
+    assert [each[1].item() for each in source_shares(table, flags, torch.tensor([0, 1]))][1:] == [0, 1]
 
 
 @pytest.mark.parametrize("controls", [0, 1])

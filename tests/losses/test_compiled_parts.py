@@ -1,4 +1,4 @@
-"""Watching never reaches into compiled parts of a model, and keeps nothing of a step that its backward has no need of."""
+"""Watching stays out of compiled parts of a model, and keeps no operand of a step that its backward does not need."""
 
 from __future__ import annotations
 
