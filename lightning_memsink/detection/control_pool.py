@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_memsink.detection.feature_units import in_units, limit_of, standard_units
 from lightning_memsink.detection.knn import nearest
-from lightning_memsink.detection.matched_controls import Controls, DetectionRule
+from lightning_memsink.detection.matched_controls import MAX_REFERENCE, Controls, DetectionRule, evenly
 from lightning_memsink.detection.statistics import robust_sd
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
@@ -72,14 +72,14 @@ def first_visit_controls(table: LossTable, controls: ControlTable, held_out: Con
     if len(rows) < rule.controls_needed:
         losses, features, ago = losses[:0], features[:0], ago[:0]
     elif len(held_out) >= rule.controls_needed and features.shape[1] == held_out.features.shape[1]:
-        units = standard_units(held_out.features)
-        reference = in_units(held_out.features, units)
+        units, some = standard_units(held_out.features), evenly(torch.arange(len(held_out)), MAX_REFERENCE)
+        reference, after = in_units(held_out.features[some], units), held_out.after[some]
         others, apart = nearest(reference, reference, rule.k, leave_one_out=True)
         index, distance = nearest(in_units(features, units), reference, rule.k)
-        expected, matched = held_out.after[index].mean(1), distance <= limit_of(apart, rule.reach)
+        expected, matched = after[index].mean(1), distance <= limit_of(apart, rule.reach)
         level, slope = _trend(losses - expected, ago, matched)
         away = losses - (level + slope * ago).float() - expected
-        theirs = held_out.after[others].mean(1) - held_out.after
+        theirs = after[others].mean(1) - after
         losses = expected + away * _spread_ratio(theirs, away[matched])
     else:
         design = in_units(features, standard_units(features)) if len(features) else features

@@ -31,6 +31,8 @@ from lightning_memsink.samples.loss_table import LossTable
 
 EVEN_WEIGHT = 0.5
 """Share of a sample's weight among all hypotheses that does not depend on how often it was visited."""
+MOST_VISITS_BEFORE = 1.5
+"""Of an early loss, that samples without features are matched on."""
 
 
 class SecondLook(NamedTuple):
@@ -177,11 +179,23 @@ def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> Sample
         samples.features[part] = table.features[some].float()
         if samples.early is not None and samples.snapshot is not None:
             steps = table.early_step[some]
-            samples.early[part] = controls.standardize(table.early_loss[some].float(), steps)
+            losses = torch.where(is_early(table, some), table.early_loss[some].float(), torch.nan)
+            samples.early[part] = controls.standardize(losses, steps)
             samples.snapshot[part] = controls.snapshot_of(steps)
 
     in_blocks(count, fill, 1 << 16)
     return samples
+
+
+def is_early(table: LossTable, rows: Tensor) -> Tensor:
+    """Bool ``[N]``: the early loss was taken at the second visit at the latest. A later one may be that of a sample
+    that is memorized already, whose like among the controls are the easy ones.
+
+    The number of visits before it is not recorded; they are taken to come evenly.
+    """
+    steps = (table.early_step[rows] - table.first_step[rows]).double()
+    whole = (table.last_step[rows] - table.first_step[rows]).double()
+    return (table.exposures[rows] - 1) * steps <= MOST_VISITS_BEFORE * whole
 
 
 class _Measured(NamedTuple):

@@ -218,12 +218,13 @@ class MatchedControls:
 
 
 def _by_snapshot(samples: SampleFeatures, controls: Controls) -> Iterator[tuple[int | None, Tensor]]:
-    """Rows of the samples that are matched at each early evaluation; all at once where none is matched on."""
-    if controls.early is None or samples.snapshot is None:
+    """Rows of the samples that are matched at each early evaluation, and of those that have no early loss."""
+    if controls.early is None or samples.snapshot is None or samples.early is None:
         yield None, torch.arange(len(samples.losses))
         return
-    for snapshot in torch.bincount(samples.snapshot, minlength=1).nonzero().flatten().tolist() or [0]:
-        yield snapshot, (samples.snapshot == snapshot).nonzero().flatten()
+    snapshots = torch.where(torch.isfinite(samples.early), samples.snapshot, -1)
+    for snapshot in snapshots.unique().tolist() or [0]:
+        yield None if snapshot < 0 else snapshot, (snapshots == snapshot).nonzero().flatten()
 
 
 def _reference_rows(controls: Controls) -> Tensor:
@@ -233,11 +234,12 @@ def _reference_rows(controls: Controls) -> Tensor:
         return torch.arange(len(controls))
     held_out, first = ((controls.from_training == which).nonzero().flatten() for which in (False, True))
     places = max(MAX_REFERENCE // 2, MAX_REFERENCE - len(first))
-    held_out = _evenly(held_out, places)
-    return torch.cat([held_out, _evenly(first, MAX_REFERENCE - len(held_out))])
+    held_out = evenly(held_out, places)
+    return torch.cat([held_out, evenly(first, MAX_REFERENCE - len(held_out))])
 
 
-def _evenly(rows: Tensor, most: int) -> Tensor:
+def evenly(rows: Tensor, most: int) -> Tensor:
+    """At most so many of the rows."""
     return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
 
 
