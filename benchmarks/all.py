@@ -1,6 +1,7 @@
 """Runs the benchmarks of cost and of verdicts, one after the other, and writes their results to BENCHMARKS.md.
 
-Parts that are not run again keep their results, with the day and the versions of their own run.
+Parts that are not run again keep their results, with the day and the versions of their own run; a machine without a GPU
+keeps those of one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common.criteria import environment
 
 PARTS = {
@@ -30,6 +33,7 @@ PARTS = {
     "growth": ("Growth with batch, sequence, width, depth and data set", ("growth",)),
     "overfitting": ("Runs that know their data by heart", ("overfitting",)),
     "scale": ("Millions of samples: ledger, detector, checkpoint, report", ("scale",)),
+    "device": ("On a GPU: correctness, waits, time and memory", ("device",)),
 }
 """Heading of the section, and the benchmark's module and options, by name."""
 
@@ -56,7 +60,9 @@ class Part:
         )
         summary = f"`{self.command}`: {holding} criteria hold; {self.seconds / 60:.1f} minutes on {day}."
         ran_with = self.results.get("environment", {})
-        versions = ", ".join(f"{name} {ran_with[name]}" for name in (*environment(), "seeds") if name in ran_with)
+        versions = ", ".join(
+            f"{name} {ran_with[name]}" for name in ("card", *environment(), "seeds") if name in ran_with
+        )
         return "\n".join(
             [f"## {self.title}", "", summary, "", versions, "", "```", self.printed.strip("\n"), "```", ""]
         )
@@ -118,10 +124,11 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, help="runs these parts; the others keep their results")
     parser.add_argument("--to", type=Path, default=Path("BENCHMARKS.md"))
     options = parser.parse_args(arguments_given)
-    sections = sections_of(options.to.read_text()) if options.only and options.to.is_file() else {}
+    sections = sections_of(options.to.read_text()) if options.to.is_file() else {}
+    names = options.only or [name for name in PARTS if name != "device" or torch.cuda.is_available()]
     parts = []
     for name, (title, arguments) in PARTS.items():
-        if not options.only or name in options.only:
+        if name in names:
             part = run_part(title, arguments, options.quick)
             print(f"{part.command}: {'holds' if part.holds else 'falls short'}, {part.seconds:.0f} s", flush=True)
             parts.append(part)

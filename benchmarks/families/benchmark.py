@@ -42,8 +42,8 @@ TEXTS: dict[str, tuple[int | None, tuple[int, int], int]] = {
 FILLED = (0.2, 0.35, 0.5)
 """Share of a template that is filled in."""
 MARGIN = 1.0
-"""Nats per token by which the texts' loss must be higher without their family for it to be memorized in truth: the
-smallest gap that the detector flags."""
+"""Nats per token by which the texts' loss must be higher without their family for it to be memorized in truth. A fifth
+of the families are near it: their truth is between half of it and one and a half."""
 RECALL, RECALL_AT_A_FIFTH, FALSE_JOINS = 0.9, 0.4, 0.01
 AUROC, CERTAIN = 0.95, 0.9
 SECONDS_PER_MILLION, BYTES_PER_TEXT = 60, 400
@@ -121,8 +121,8 @@ def criteria(finding: Finding, outcomes: Sequence[Outcome], cost: Cost) -> list[
         *made,
         Criterion("unrelated pairs joined, worst", max(joins), "<=", FALSE_JOINS),
         Criterion("pairs of one template joined, worst", max(templates), "<=", FALSE_JOINS),
-        Criterion("AUROC of family gaps, worst seed", min(auroc(one.gap, one.effect > MARGIN) for one in outcomes),
-                  ">=", AUROC),
+        Criterion("AUROC of family gaps, mean of seeds",
+                  sum(auroc(one.gap, one.effect > MARGIN) for one in outcomes) / len(outcomes), ">=", AUROC),
         Criterion("memorized families whose truth is half the margin or more", float(
             (effects[flagged] > MARGIN / 2).float().mean()), ">=", CERTAIN),
         Criterion("seconds a million texts", cost.seconds / cost.texts * 1e6, "<=", SECONDS_PER_MILLION),

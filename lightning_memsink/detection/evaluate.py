@@ -31,6 +31,9 @@ from lightning_memsink.samples.loss_table import LossTable
 
 EVEN_WEIGHT = 0.5
 """Share of a sample's weight among all hypotheses that does not depend on how often it was visited."""
+LEAST_NULL_SHARE = 0.2
+"""No smaller share of null hypotheses is believed. Its estimate takes these for uniform, and those that are true as
+a sample is easy are not: of labels half of which follow a rule, all that do have small p-values."""
 MOST_VISITS_BEFORE = 1.5
 """Of an early loss, that samples without features are matched on."""
 
@@ -137,7 +140,7 @@ def judge(
     share = 1.0
     if final.by is not None:
         share = null_share(torch.where(final.by.matched, final.by.p, 1.0)[final.is_random])
-    level, few = min(1.0, rule.alpha / share), too_few_together(1 + len(flags.evaluations))
+    level, few = rule.alpha / max(share, LEAST_NULL_SHARE), too_few_together(1 + len(flags.evaluations))
     seen = table.exposures[table.exposures > 0]
 
     def found_in(rows: Tensor, by: Measurement) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_memsink.detection.family_verdicts import FamilyVerdicts
 from lightning_memsink.reporting.document import NAMES, Grid
 from lightning_memsink.reporting.findings import Findings
 from lightning_memsink.reporting.formatting import count_of
+from lightning_memsink.reporting.gap_units import short
 from lightning_memsink.reporting.name_text import names_of, shown
 
 IN_TABLE, IN_SENTENCES, IN_NUMBERS = 20, 5, 1000
@@ -45,7 +46,7 @@ def top_families(findings: Findings) -> list[str]:
     """The memorized families with the largest gaps, for a terminal."""
     return [
         f"Family of sample {row['sample']}: {count_of(row['texts'], 'text')}, seen {row['exposures']:,} times in all; "
-        f"gap {row['gap']:.2f} {findings.unit}."
+        f"gap {short(row['gap'], findings.unit)}."
         for row in family_rows(findings, IN_SENTENCES)
         if row["verdict"] == "memorized"
     ]

@@ -113,12 +113,24 @@ def test_the_page_has_every_part_and_marks_one_that_failed(tmp_path, monkeypatch
         return everything.Part(title, "python -m " + words[0], "a table", {} if words[0] == "scale" else fine, 60.0)
 
     monkeypatch.setattr(everything, "run_part", ran)
+    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: True)
     assert everything.main(["--to", str(tmp_path / "page.md")]) == 1
     page = (tmp_path / "page.md").read_text()
     assert page.count("a table") == len(everything.PARTS)
     assert "| [Measuring](#measuring) | 2 of 2 | 1.0 |" in page
     assert "| 1 of 2 | 1.0 |" in page and "**it failed**" in page
     assert everything.page(everything.sections_of(page)) == page
+
+
+def test_a_machine_without_a_gpu_keeps_the_results_of_one(tmp_path, monkeypatch):
+    run = lambda title, words, quick: everything.Part(title, "it", "table of " + words[0], {"criteria": []}, 60.0)  # noqa: E731
+    monkeypatch.setattr(everything, "run_part", run)
+    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: False)
+    page = tmp_path / "page.md"
+    assert everything.main(["--to", str(page)]) == 0
+    assert "table of device" not in page.read_text() and "table of growth" in page.read_text()
+    assert everything.main(["--to", str(page), "--only", "device"]) == everything.main(["--to", str(page)]) == 0
+    assert "table of device" in page.read_text()
 
 
 def test_parts_that_are_not_run_again_keep_their_results(tmp_path, monkeypatch):
