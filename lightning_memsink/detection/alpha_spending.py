@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.evaluate import exposure_weights
-from lightning_memsink.detection.statistics import benjamini_hochberg
+from lightning_memsink.detection.statistics import benjamini_hochberg, exposure_weights
 from lightning_memsink.detection.verdicts import Flags
 from lightning_memsink.samples.loss_table import LossTable
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_memsink._chunks import in_blocks
 from lightning_memsink.detection.control_pool import has_early, in_unit, pooled_controls
 from lightning_memsink.detection.equal_controls import controls_are_equal
-from lightning_memsink.detection.evaluation_summary import Judged, summarize
+from lightning_memsink.detection.evaluation_summary import Judged, state, summarize
 from lightning_memsink.detection.matched_controls import (
     Controls,
     DetectionRule,
@@ -24,13 +24,11 @@ from lightning_memsink.detection.matched_controls import (
     Measurement,
     SampleFeatures,
 )
-from lightning_memsink.detection.statistics import benjamini_hochberg, null_share, too_few_together
+from lightning_memsink.detection.statistics import benjamini_hochberg, exposure_weights, null_share, too_few_together
 from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
-EVEN_WEIGHT = 0.5
-"""Share of a sample's weight among all hypotheses that does not depend on how often it was visited."""
 LEAST_NULL_SHARE = 0.2
 """No smaller share of null hypotheses is believed. Its estimate takes these for uniform, and those that are true as
 a sample is easy are not: of labels half of which follow a rule, all that do have small p-values."""
@@ -162,7 +160,10 @@ def judge(
     if basis.by is not None:
         flags.null_gaps = basis.by.null
     judged = Judged(basis.by, basis.rows, basis.is_random, basis is not by_visits, share, level, few)
-    return summarize(visits, flags, judged, epoch, rule)
+    statement = state(visits, judged)
+    if statement is not None:
+        _mark_others(flags, torch.cat([rows, final.rows]).unique(), statement.at_least, rule.effect(table.unit))
+    return summarize(visits, flags, judged, statement, epoch, rule)
 
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
@@ -219,25 +220,24 @@ def _measure_again(visits: Visits, look: SecondLook) -> _Measured:
     return _Measured(rows, look.is_random[known], visits.matched.measure(samples))
 
 
-def exposure_weights(exposures: Tensor, of_all: Tensor) -> Tensor:
-    """``[N]`` weights of hypotheses, of mean 1 over all samples: half the same for all, half by the number of visits.
-
-    What is seen more often is memorized more often, and the number of visits says nothing on a loss by itself. The
-    procedure of Benjamini and Hochberg keeps its rate with any weights that do not depend on the p-values (Genovese,
-    Roeder & Wasserman 2006, "False discovery control with p-value weighting", Biometrika 93).
-
-    Args:
-        exposures: ``[N]`` visits of the samples.
-        of_all: those of all samples that were trained on.
-    """
-    mean = of_all.double().mean() if len(of_all) else torch.ones((), dtype=torch.float64)
-    return EVEN_WEIGHT + (1 - EVEN_WEIGHT) * exposures.double() / mean.clamp(min=1)
-
-
 def _note_gaps(flags: Flags, rows: Tensor, measured: Measurement) -> None:
     """Writes gaps and p-values; a gap to controls of another kind is none."""
     gap = torch.where(measured.matched, measured.gap, torch.nan)
     flags.gap[rows], flags.p[rows] = gap.clamp(-6e4, 6e4).half(), measured.p.bfloat16()
+
+
+def _mark_others(flags: Flags, rows: Tensor, at_least: int, effect: float) -> None:
+    """Where more samples are memorized than are flagged, those with a gap that counts are undecided.
+
+    They may be the ones: with two classes every second control is known by chance, and no loss tells a sample that is
+    known by heart from one that was easy.
+    """
+    flagged = (flags.verdict == Verdict.MEMORIZED) | (flags.verdict == Verdict.WAITING)
+    if at_least <= int(flagged.sum()):
+        return
+    verdict = flags.verdict[rows]
+    may_be = ((verdict == Verdict.LEARNED) | (verdict == Verdict.HARD)) & (flags.gap[rows].float() > effect)
+    flags.verdict[rows[may_be]] = int(Verdict.AMONG_MEMORIZED)
 
 
 def _discoveries(measured: Measurement, weights: Tensor, level: float, few: float, population: int) -> Tensor:

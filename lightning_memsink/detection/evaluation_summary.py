@@ -36,7 +36,9 @@ class Judged:
     """`too_few_together` of this evaluation."""
 
 
-def summarize(visits: Visits, flags: Flags, judged: Judged, epoch: int, rule: DetectionRule) -> Evaluation:
+def summarize(
+    visits: Visits, flags: Flags, judged: Judged, statement: RunStatement | None, epoch: int, rule: DetectionRule
+) -> Evaluation:
     """The evaluation of the run, after the verdicts were written to ``flags``."""
     table, controls, pool, measured = visits.table, visits.controls, visits.pool, judged.measured
     null = torch.full((2,), torch.nan) if measured is None else measured.null
@@ -68,7 +70,7 @@ def summarize(visits: Visits, flags: Flags, judged: Judged, epoch: int, rule: De
         by_first_visits=_by_first_visits(measured),
         controls_needed=controls_for(visits.population, judged.level, below, judged.few) if below else 0,
         null_share=judged.null_share,
-        statement=_statement(visits, judged),
+        statement=statement,
     )
 
 
@@ -84,7 +86,8 @@ def _p_needed(visits: Visits, judged: Judged) -> float:
     return judged.level * min(1.0, many / judged.few) * many / max(1, visits.population)
 
 
-def _statement(visits: Visits, judged: Judged) -> RunStatement | None:
+def state(visits: Visits, judged: Judged) -> RunStatement | None:
+    """What the random sample of an evaluation says of the run; None where nothing was measured."""
     measured, table = judged.measured, visits.table
     if measured is None:
         return None

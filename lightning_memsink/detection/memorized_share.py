@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_memsink.detection.exact_bounds import beta_quantile, lower_bound, student_quantile, upper_bound
 
-ABOVE = (0.5, 0.8, 0.95, 0.99)
+ABOVE = (0.4, 0.5, 0.8, 0.95, 0.99)
 """Quantiles of the controls' scores that thresholds of the lower end are taken from."""
 WITHIN = (0.0, 0.5, 1.0)
 """Thresholds of the upper end, in parts of the effect; one more is the lowest fifth of the controls."""

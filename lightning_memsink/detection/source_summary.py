@@ -18,7 +18,14 @@ from lightning_memsink.detection.verdicts import Flags, Onset, Verdict
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sources import NO_SOURCE
 
-MEASURED = (Verdict.LEARNED, Verdict.HARD, Verdict.MEMORIZED, Verdict.WAITING, Verdict.BELOW_FLOOR)
+MEASURED = (
+    Verdict.LEARNED,
+    Verdict.HARD,
+    Verdict.MEMORIZED,
+    Verdict.WAITING,
+    Verdict.BELOW_FLOOR,
+    Verdict.AMONG_MEMORIZED,
+)
 """Verdicts on samples whose loss could be compared with matched controls."""
 CONTROLS_OF_A_SAMPLE = 8
 """With how many the detector compares a sample, by default."""

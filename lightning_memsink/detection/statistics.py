@@ -16,6 +16,8 @@ from torch import Tensor
 
 LN2 = math.log(2)
 """Nats in a bit."""
+EVEN_WEIGHT = 0.5
+"""Share of a sample's weight among all hypotheses that does not depend on how often it was visited."""
 
 
 def conformal_p(scores: Tensor, null: Tensor) -> Tensor:
@@ -97,6 +99,21 @@ def benjamini_hochberg(p: Tensor, alpha: float, hypotheses: int | None = None, f
     bound = alpha * (rank / few).clamp(max=1) * rank / max(len(p), hypotheses or 0)
     below = (ranked <= bound * (1 + 1e-6)).nonzero()  # p-values in single precision may equal the bound
     return p <= ranked[below[-1, 0]].to(p.dtype) if len(below) else torch.zeros_like(p, dtype=torch.bool)
+
+
+def exposure_weights(exposures: Tensor, of_all: Tensor) -> Tensor:
+    """``[N]`` weights of hypotheses, of mean 1 over all samples: half the same for all, half by the number of visits.
+
+    What is seen more often is memorized more often, and the number of visits says nothing on a loss by itself. The
+    procedure of Benjamini and Hochberg keeps its rate with any weights that do not depend on the p-values (Genovese,
+    Roeder & Wasserman 2006, "False discovery control with p-value weighting", Biometrika 93).
+
+    Args:
+        exposures: ``[N]`` visits of the samples.
+        of_all: those of all samples that were trained on.
+    """
+    mean = of_all.double().mean() if len(of_all) else torch.ones((), dtype=torch.float64)
+    return EVEN_WEIGHT + (1 - EVEN_WEIGHT) * exposures.double() / mean.clamp(min=1)
 
 
 def controls_for(samples: int, alpha: float, memorized: int = 1, few: float = 1.0) -> int:

@@ -31,6 +31,7 @@ class Verdict(IntEnum):
     WAITING = 7
     BELOW_FLOOR = 8  # a lower loss than all controls, but there are too few of them to say so of one sample among many
     EQUAL_CONTROLS = 9  # the controls' losses are equal
+    AMONG_MEMORIZED = 10  # more samples are memorized than are flagged, and its gap is one that they may have
 
     @property
     def word(self) -> str:
@@ -50,6 +51,7 @@ _REASONS = {
     Verdict.WAITING: "flagged once, waits for a second evaluation",
     Verdict.BELOW_FLOOR: "beyond all controls, but too few controls",
     Verdict.EQUAL_CONTROLS: "controls can't tell samples apart",
+    Verdict.AMONG_MEMORIZED: "samples like it are memorized, but some controls have as low a loss",
 }
 WORDS = ("unseen", "learned", "hard", "memorized", "undecided")
 
