@@ -27,7 +27,7 @@ def fit(workload: Workload, seed: int, watch: bool, turn: StepTimer) -> list[Ten
     module = workload.module()
     with tempfile.TemporaryDirectory() as folder:  # silent W&B still writes its files
         logger = WandbLogger(save_dir=folder, offline=True, settings=wandb.Settings(silent=True)) if watch else False
-        run(module, workload, seed, [turn, *(memsink(path=None) if watch else [])], logger)
+        run(module, workload, seed, [turn, *(memsink(path=None, recheck=0) if watch else [])], logger)
         if watch:
             wandb.finish()
     return [weight.detach().double() for weight in module.state_dict().values()]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overhead.second_look``: the seconds of a second look, beside those of a validation pass.
+"""The seconds of a second look, beside those of a validation pass.
 
 The same samples are as many controls as looked at: a forward costs the same, so what a look takes more is the fetching,
 and what is kept and put back.
@@ -6,19 +6,23 @@ and what is kept and put back.
 
 from __future__ import annotations
 
-import argparse
 import time
-import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from rich.table import Table
 from torch.utils.data import DataLoader
 
-from benchmarks.common.workloads import WORKLOADS, Workload
+from benchmarks.common.workloads import Workload
 from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.runtime.second_look import SecondLook
+
+SAMPLES = 512
+"""Of a look, as many as the detector looks at by default."""
 
 
 class Looks(Callback):
@@ -80,22 +84,32 @@ def measure(workload: Workload, samples: int, workers: int, evaluations: int, se
     return looks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead.second_look", description=__doc__)
-    parser.add_argument("--samples", type=int, default=512, help="of a look, and held-out ones of a validation")
-    parser.add_argument("--evaluations", type=int, default=4)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    print(f"{options.samples} samples      validation s    look s    look / validation    noting a step, µs")
-    for workers in (0, 2):
-        for workload in WORKLOADS:
-            looks = measure(workload, options.samples, workers, options.evaluations, seed=0)
-            validation, look = median(looks.validations[1:]), median(looks.looks[1:])  # the first is a warm-up
-            noting = 1e6 * median(looks.noting)
-            name = f"{workload.name}, {workers} workers"
-            print(f"{name:32}{validation:8.2f}{look:10.2f}{look / validation:16.2f}{noting:20.1f}", flush=True)
+@dataclass(frozen=True)
+class LookCost:
+    """Medians of one fit, without its first evaluation: seconds of a look and of a validation pass over as many."""
+
+    name: str
+    look: float
+    validation: float
+    noting: float
+    """Seconds a step, to be able to look again."""
+
+    @property
+    def ratio(self) -> float:
+        return self.look / self.validation
 
 
-if __name__ == "__main__":
-    main()
+def look_cost(workload: Workload, samples: int = SAMPLES, workers: int = 0, evaluations: int = 4) -> LookCost:
+    """What a look takes beside a validation pass over as many samples."""
+    looks = measure(workload, samples, workers, evaluations, seed=0)
+    return LookCost(workload.name, median(looks.looks[1:]), median(looks.validations[1:]), median(looks.noting))
+
+
+def look_table(costs: Sequence[LookCost]) -> Table:
+    table = Table("workload", "look s", "validation pass s", "look / pass", "noting µs/step",
+                  title=f"A second look at {SAMPLES} samples, beside a validation pass over as many")  # fmt: skip
+    for each in costs:
+        table.add_row(
+            each.name, f"{each.look:.2f}", f"{each.validation:.2f}", f"{each.ratio:.2f}", f"{1e6 * each.noting:.0f}"
+        )
+    return table

@@ -32,8 +32,8 @@ from lightning_memsink.samples.loss_table import LossTable
 LEAST_NULL_SHARE = 0.2
 """No smaller share of null hypotheses is believed. Its estimate takes these for uniform, and those that are true as
 a sample is easy are not: of labels half of which follow a rule, all that do have small p-values."""
-MOST_VISITS_BEFORE = 1.5
-"""Of an early loss, that samples without features are matched on."""
+MOST_VISITS = 2
+"""Of a sample before the look whose loss is an early one."""
 
 
 class SecondLook(NamedTuple):
@@ -156,6 +156,8 @@ def judge(
         found = found_in(final.rows, final.by)
         _update(flags, visits, final.rows, times, final.by, found, consecutive, True)
         flags.looked = final.rows
+    if look is not None:
+        _note_early(table, look, visits.step)
     basis = by_visits if final.by is None else final
     if basis.by is not None:
         flags.null_gaps = basis.by.null
@@ -192,14 +194,26 @@ def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> Sample
 
 
 def is_early(table: LossTable, rows: Tensor) -> Tensor:
-    """Bool ``[N]``: the early loss was taken at the second visit at the latest. A later one may be that of a sample
-    that is memorized already, whose like among the controls are the easy ones.
+    """Bool ``[N]``: the early loss may be compared with that of controls.
 
-    The number of visits before it is not recorded; they are taken to come evenly.
+    It was measured by a second look, in their mode, before the sample was known by heart; or at its first visit. A
+    later visit's loss has the noise of training mode (dropout), which the controls' losses have not, and may be that of
+    a sample that is memorized already, whose like among the controls are the easy ones.
     """
-    steps = (table.early_step[rows] - table.first_step[rows]).double()
-    whole = (table.last_step[rows] - table.first_step[rows]).double()
-    return (table.exposures[rows] - 1) * steps <= MOST_VISITS_BEFORE * whole
+    return table.early_looked[rows] | (table.early_step[rows] <= table.first_step[rows])
+
+
+def _note_early(table: LossTable, look: SecondLook, step: int) -> None:
+    """Of samples without features, keeps the loss of a look after a visit or two: later looks are matched by it."""
+    if table.features.shape[1]:
+        return
+    exposures = table.exposures[look.rows]
+    is_first = (exposures > 0) & (exposures <= MOST_VISITS) & ~table.early_looked[look.rows]
+    rows = look.rows[is_first & torch.isfinite(look.losses)]
+    if len(rows):
+        table.early_loss[rows] = look.losses[is_first & torch.isfinite(look.losses)].to(table.early_loss.dtype)
+        table.early_step[rows] = step
+        table.write("early_looked", rows, torch.ones_like(rows, dtype=torch.bool))
 
 
 class _Measured(NamedTuple):
