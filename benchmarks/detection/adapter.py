@@ -109,5 +109,4 @@ def _only(controls: ControlTable, keep: Tensor) -> ControlTable:
     part = deepcopy(controls)
     for name in ("ids", "features", "previous", "latest", "trained"):
         setattr(part, name, getattr(part, name)[keep])
-    part.snapshots = part.snapshots[:, keep]
     return part

@@ -1,8 +1,8 @@
 """The cost of watching: the same fit with and without it, in alternating steps; and whether it changes any weight.
 
 Time is processor time of a training step, the first ones left out: validations, the detector's evaluations and logging
-lie within, imports, set-up and reports lie without. All fits validate alike, and memory that was freed is kept. Second looks
-are off in these fits, which validate every 25 to 50 steps; what one costs stands beside.
+lie within, imports, set-up and reports lie without. All fits validate alike, and memory that was freed is kept. Second
+looks are off in these fits, which validate every 25 to 50 steps; what one costs stands beside.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class LossTracker(Callback):
             where rows hold several documents and the batch doesn't say so (`samples.documents`). Documents are the
             samples then.
         depth: recent losses remembered per sample, for you to read in the ledger; 2 bytes each.
-        features: ``features(batch) -> [B, F]``, what samples are matched on beside the early loss. For batches of
-            tokens the default is n-gram likelihood and compressed size; for others there is none.
+        features: ``features(batch) -> [B, F]``, what samples are matched on. For batches of tokens the default is
+            n-gram likelihood and compressed size; for others there is none, and a sample is compared with all controls.
         source: where a batch says the source of its samples (data set, licence, customer): a key of the batch, or
             ``source(batch)`` -> labels, one a sample, one a row (its documents inherit it), a list a row, or integers
             ``[R, T]``. None: no sources.

@@ -29,8 +29,7 @@ TRIMMED = 3.0
 def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRule) -> Controls:
     """The held-out samples of ``controls``, then the first visits of samples in ``table``; losses in its unit.
 
-    Without matching features held-out samples are matched by an early loss. A first visit has none: then it takes part
-    only if there are too few held-out samples.
+    Without matching features a first visit takes part only if there are too few held-out samples.
     """
     held_out = held_out_controls(controls, table)
     usable = held_out.finite()
@@ -42,19 +41,8 @@ def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRul
 
 
 def held_out_controls(controls: ControlTable, table: LossTable) -> Controls:
-    """The held-out samples as `measure_gaps` takes them, with an early loss where there are no features."""
-    early = None
-    if has_early(controls):
-        steps = torch.tensor(controls.snapshot_steps)[controls.earlier]
-        early = controls.standardize(controls.snapshots[controls.earlier], steps[:, None])
-    return Controls(
-        in_unit(controls.previous, table), in_unit(controls.unknown_to_the_model, table), controls.features, early
-    )
-
-
-def has_early(controls: ControlTable) -> bool:
-    """Whether held-out samples are matched by an early loss: they have no features, and were evaluated before."""
-    return not controls.features.shape[1] and bool(controls.earlier.any())
+    """The held-out samples as `measure_gaps` takes them."""
+    return Controls(in_unit(controls.previous, table), in_unit(controls.unknown_to_the_model, table), controls.features)
 
 
 def first_visit_controls(table: LossTable, controls: ControlTable, held_out: Controls, rule: DetectionRule) -> Controls:
@@ -152,6 +140,5 @@ def _joined(held_out: Controls, first: Controls) -> Controls:
         torch.cat([held_out.before, first.before]),
         torch.cat([held_out.after, first.after]),
         torch.cat([held_out.features, first.features]),
-        None,
         torch.cat([held_out.from_training, first.from_training]),
     )

@@ -1,4 +1,4 @@
-"""Features that samples and controls are matched on, besides the early loss: text difficulty, the user's features."""
+"""Features that samples and controls are matched on: text difficulty, the user's features."""
 
 from __future__ import annotations
 

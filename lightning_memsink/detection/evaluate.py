@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_memsink._chunks import in_blocks
-from lightning_memsink.detection.control_pool import has_early, in_unit, pooled_controls
+from lightning_memsink.detection.control_pool import in_unit, pooled_controls
 from lightning_memsink.detection.equal_controls import controls_are_equal
 from lightning_memsink.detection.evaluation_summary import Judged, state, summarize
 from lightning_memsink.detection.matched_controls import (
@@ -29,11 +29,9 @@ from lightning_memsink.detection.verdicts import Evaluation, Flags, Verdict
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
-LEAST_NULL_SHARE = 0.2
+LEAST_NULL_SHARE = 0.1
 """No smaller share of null hypotheses is believed. Its estimate takes these for uniform, and those that are true as
 a sample is easy are not: of labels half of which follow a rule, all that do have small p-values."""
-MOST_VISITS = 2
-"""Of a sample before the look whose loss is an early one."""
 
 
 class SecondLook(NamedTuple):
@@ -156,8 +154,6 @@ def judge(
         found = found_in(final.rows, final.by)
         _update(flags, visits, final.rows, times, final.by, found, consecutive, True)
         flags.looked = final.rows
-    if look is not None:
-        _note_early(table, look, visits.step)
     basis = by_visits if final.by is None else final
     if basis.by is not None:
         flags.null_gaps = basis.by.null
@@ -170,50 +166,19 @@ def judge(
 
 def samples_of(table: LossTable, controls: ControlTable, rows: Tensor) -> SampleFeatures:
     """Losses and features of the samples in ``rows`` ``[N]``, to be measured against the controls."""
-    count, by_early = len(rows), not table.features.shape[1] and has_early(controls)
     samples = SampleFeatures(
         losses=in_unit(table.last_loss[rows], table),
-        weight=torch.empty(count),
-        features=torch.empty(count, table.features.shape[1]),
-        early=torch.empty(count) if by_early else None,
-        snapshot=torch.empty(count, dtype=torch.int64) if by_early else None,
+        weight=torch.empty(len(rows)),
+        features=torch.empty(len(rows), table.features.shape[1]),
     )
 
     def fill(part: slice) -> None:
         some = rows[part]
         samples.weight[part] = controls.weight_at(table.last_step[some])
         samples.features[part] = table.features[some].float()
-        if samples.early is not None and samples.snapshot is not None:
-            steps = table.early_step[some]
-            losses = torch.where(is_early(table, some), table.early_loss[some].float(), torch.nan)
-            samples.early[part] = controls.standardize(losses, steps)
-            samples.snapshot[part] = controls.snapshot_of(steps)
 
-    in_blocks(count, fill, 1 << 16)
+    in_blocks(len(rows), fill, 1 << 16)
     return samples
-
-
-def is_early(table: LossTable, rows: Tensor) -> Tensor:
-    """Bool ``[N]``: the early loss may be compared with that of controls.
-
-    It was measured by a second look, in their mode, before the sample was known by heart; or at its first visit. A
-    later visit's loss has the noise of training mode (dropout), which the controls' losses have not, and may be that of
-    a sample that is memorized already, whose like among the controls are the easy ones.
-    """
-    return table.early_looked[rows] | (table.early_step[rows] <= table.first_step[rows])
-
-
-def _note_early(table: LossTable, look: SecondLook, step: int) -> None:
-    """Of samples without features, keeps the loss of a look after a visit or two: later looks are matched by it."""
-    if table.features.shape[1]:
-        return
-    exposures = table.exposures[look.rows]
-    is_first = (exposures > 0) & (exposures <= MOST_VISITS) & ~table.early_looked[look.rows]
-    rows = look.rows[is_first & torch.isfinite(look.losses)]
-    if len(rows):
-        table.early_loss[rows] = look.losses[is_first & torch.isfinite(look.losses)].to(table.early_loss.dtype)
-        table.early_step[rows] = step
-        table.write("early_looked", rows, torch.ones_like(rows, dtype=torch.bool))
 
 
 class _Measured(NamedTuple):

@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
 
 
 class ExpectedLosses:
-    """The loss to expect of a sample from controls that were as difficult, at one early evaluation or by features only.
+    """The loss to expect of a sample from controls that are as difficult.
 
     Losses of some texts are harder to predict than others, so a score is a gap relative to the usual size of gaps
     nearby. ``null`` and ``null_scale`` ``[M]``: gap of each control to the others, and the usual size of gaps near it.
@@ -46,14 +46,12 @@ class ExpectedLosses:
     def __init__(
         self,
         reference: Controls,
-        snapshot: int | None,
         units: tuple[Tensor, Tensor],
         rule: DetectionRule,
         effect: float,
     ) -> None:
-        self.units, self.rule, self.snapshot = units, rule, snapshot
-        early = None if reference.early is None or snapshot is None else reference.early[snapshot]
-        points = self.points(reference.features, early)
+        self.units, self.rule = units, rule
+        points = in_units(reference.features, units)
         self.is_flat = not bool((points != points[:1]).any())  # nothing to match on
         self.search = NearestRows(points, SCALE_NEIGHBOURS * rule.k)
         self.ridge = Ridge(points, reference.before, reference.after) if rule.method == "ridge" else None
@@ -65,11 +63,6 @@ class ExpectedLosses:
         self.mean_null_size = null_size.mean().clamp(min=1e-9)
         self.local = torch.stack([null_size, (self.null > effect).float()], 1)
         self.null_scale = self._scale(null_size[others].mean(1))
-
-    def points(self, features: Tensor, early: Tensor | None) -> Tensor:
-        """Where samples with ``features`` ``[N, F]`` and ``early`` losses ``[N]`` lie."""
-        static = in_units(features, self.units)
-        return static if self.snapshot is None or early is None else torch.cat([static, early[:, None].nan_to_num()], 1)
 
     def _null_of(self, others: Tensor, losses: Tensor) -> Tensor:
         """``[M]`` gaps of controls with these ``losses`` to ``others`` ``[M, k]``."""
@@ -86,11 +79,11 @@ class ExpectedLosses:
     def _scale(self, usual_size: Tensor) -> Tensor:
         return self.mean_null_size.expand_as(usual_size) * 2 if self.is_flat else usual_size + self.mean_null_size
 
-    def compare(self, samples: SampleFeatures, group: Tensor) -> list[Comparison]:
-        """Compares the samples in ``group``."""
+    def compare(self, samples: SampleFeatures) -> list[Comparison]:
+        """Compares the samples, in parts."""
 
         def points_of(rows: Tensor) -> Tensor:
-            return self.points(samples.features[rows], None if samples.early is None else samples.early[rows])
+            return in_units(samples.features[rows], self.units)
 
         def compare_part(rows: Tensor) -> Comparison:
             points = points_of(rows)
@@ -111,6 +104,6 @@ class ExpectedLosses:
                 rows, gaps, self._scale(usual_size), by_chance, first, squared[:, : self.rule.k].sqrt().mean(1)
             )
 
-        parts = partition(group, points_of)
+        parts = partition(torch.arange(len(samples.losses)), points_of)
         search = BoxPrunedSearch(self.search) if len(parts) > 1 else self.search  # few points have a large box
         return map_in_threads(compare_part, parts)

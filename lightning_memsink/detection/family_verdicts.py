@@ -124,16 +124,13 @@ def judge_families(
     due = torch.zeros(len(found), dtype=torch.bool)
     due[groups[visited]] = True
     rows, groups, visited = rows[due[groups]], groups[due[groups]], visited[due[groups]]
-    first = _earliest(table, rows, groups, len(found))
     with_text, features = features_of(table, rows, groups)
     at = torch.searchsorted(rows, with_text)
     features, at = features[visited[at]], at[visited[at]]
     rows, groups = rows[at], groups[at]
     if not len(rows):
         return found
-    early = samples_of(table, controls, first[groups])
-    samples = samples_of(table, controls, rows)
-    samples = replace(samples, features=features, early=early.early, snapshot=early.snapshot)
+    samples = replace(samples_of(table, controls, rows), features=features)
     measurement = matched.measure(samples)
     return _updated(found, measurement, groups, table.elements[rows].float(), rule, consecutive, controls.latest_step)
 
@@ -203,13 +200,3 @@ def _carried(before: FamilyVerdicts, now: FamilyVerdicts, family: Tensor) -> Fam
 def _lowest(values: Tensor, groups: Tensor, count: int) -> Tensor:
     """``[G]`` the lowest of each group's values ``[N]``."""
     return torch.full((count,), torch.iinfo(torch.int64).max).scatter_reduce(0, groups, values, "amin")
-
-
-def _earliest(table: LossTable, rows: Tensor, groups: Tensor, count: int) -> Tensor:
-    """``[G]`` the row, among ``rows``, of the text of each group whose early loss was taken first.
-
-    The early losses of the others are of a model that was trained on it, and are low for that reason.
-    """
-    steps = table.early_step[rows].long()
-    order = torch.where(steps < 0, torch.iinfo(torch.int32).max, steps) << 32 | rows
-    return _lowest(order, groups, count) & 0xFFFFFFFF

@@ -4,7 +4,7 @@ A low loss alone is no evidence: the sample may be easy. A sample is memorized w
 loss on *equally difficult text that it never trained on*. Counterfactual memorization (Feldman & Zhang 2020; Zhang et
 al. 2023) makes the same comparison with a second model, trained without the sample.
 
-    N  samples      M  controls      F  matching features      E  early evaluations      k  neighbours
+    N  samples      M  controls      F  matching features      k  neighbours
 
 Losses and gaps are in nats (per token for token losses). Nothing here imports Lightning or keeps state.
 """
@@ -12,7 +12,6 @@ Losses and gaps are in nats (per token for token losses). Nothing here imports L
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,10 +78,6 @@ class SampleFeatures:
     """``[N]`` in 0…1: where between the last two evaluations of the controls that visit lies (1: at the later)."""
     features: Tensor
     """``[N, F]`` difficulty, computed without the model; NaN for unknown, which is matched as average."""
-    early: Tensor | None = None
-    """``[N]`` loss at an early visit, in standard deviations from the controls' mean at that time; NaN for unknown."""
-    snapshot: Tensor | None = None
-    """``[N]`` int64: the row of ``Controls.early`` nearest to that visit."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,6 @@ class Controls:
     """``[M]`` losses at the evaluation after them; the same as ``before`` if there was only one evaluation."""
     features: Tensor
     """``[M, F]``"""
-    early: Tensor | None = None
-    """``[E, M]`` losses at early evaluations, standardized like ``SampleFeatures.early``; None: not matched on."""
     is_first_visit: Tensor | None = None
     """Bool ``[M]``: the control is a training sample, before it was trained on; None: all are held-out samples."""
 
@@ -118,7 +111,6 @@ class Controls:
             self.before[keep],
             self.after[keep],
             self.features[keep],
-            None if self.early is None else self.early[:, keep],
             None if self.is_first_visit is None else self.is_first_visit[keep],
         )
 
@@ -144,7 +136,7 @@ class Measurement:
     first_visits: Tensor
     """``[N]`` share of the matched controls that are first visits of training samples."""
     null: Tensor
-    """``[M]`` gap of each control against the other controls (matched at the snapshot of most samples)."""
+    """``[M]`` gap of each control against the other controls."""
     null_scale: Tensor
     """``[M]`` usual size of gaps near each control."""
     threshold: float
@@ -179,7 +171,8 @@ class MatchedControls:
         self._units = standard_units(self.controls.features)
         self._static = in_units(self._reference.features, self._units)
         self._limit = float(farthest(self._static, rule.k, rule.reach))
-        self._prepared: dict[int | None, tuple[ExpectedLosses, Tensor, Tensor]] = {}
+        self._expectation = ExpectedLosses(self._reference, self._units, rule, self.effect)
+        self._null, self._null_scale = _null(self.controls, self._kept, self._expectation)
 
     def measure(self, samples: SampleFeatures) -> Measurement:
         """Gap and p-value of every sample: locally weighted conformal inference (Lei et al. 2018, section 5.2).
@@ -187,44 +180,20 @@ class MatchedControls:
         The effect is part of the hypothesis: the score that is ranked among those of the controls is that of the gap
         less the effect.
         """
-        controls, rule, count = self.controls, self.rule, len(samples.losses)
+        rule, count, null, null_scale = self.rule, len(samples.losses), self._null, self._null_scale
         gap, scale, by_chance, first = torch.zeros(4, count).unbind()
-        p, matched, beyond = torch.ones(count), torch.zeros(count).bool(), torch.zeros(count).bool()
-        groups: list[tuple[int, int | None]] = []
-        for snapshot, group in _by_snapshot(samples, controls):
-            expectation, null, null_scale = self._prepare(snapshot)
-            for part in expectation.compare(samples, group):
-                rows = part.rows
-                gap[rows], scale[rows], by_chance[rows], first[rows] = part.gap, part.scale, part.by_chance, part.first
-                # The early loss has no influence on who is matched: memorization that began before that visit changes
-                # it, and would leave a sample without controls. But a sample that is near with it is nearer without.
-                matched[rows] = part.distance < 0.99 * self._limit
-            score, null_score = (gap[group] - self.effect) / scale[group], null / null_scale
-            p[group], beyond[group] = conformal_p(score, null_score), score > null_score.max()
-            groups.append((len(group), snapshot))
-        far = (~matched).nonzero().flatten()
+        matched = torch.zeros(count).bool()
+        for part in self._expectation.compare(samples):
+            rows = part.rows
+            gap[rows], scale[rows], by_chance[rows], first[rows] = part.gap, part.scale, part.by_chance, part.first
+            matched[rows] = part.distance < 0.99 * self._limit
+        far = (~matched).nonzero().flatten()  # distances of the search are not exact
         matched[far] = nearest(in_units(samples.features[far], self._units), self._static, rule.k)[1] <= self._limit
-        _, null, null_scale = self._prepare(max(groups, key=lambda entry: entry[0])[1])
+        score, null_score = (gap - self.effect) / scale, null / null_scale
+        p, beyond = conformal_p(score, null_score), score > null_score.max()
         flagged = torch.zeros_like(matched)
         flagged[matched] = benjamini_hochberg(p[matched], rule.alpha)
         return Measurement(gap, p, matched, beyond, flagged, scale, by_chance, first, null, null_scale, self.effect)
-
-    def _prepare(self, snapshot: int | None) -> tuple[ExpectedLosses, Tensor, Tensor]:
-        """What to expect at one early evaluation; ``[M]`` gap of each control and usual size of gaps near it."""
-        if snapshot not in self._prepared:
-            expectation = ExpectedLosses(self._reference, snapshot, self._units, self.rule, self.effect)
-            self._prepared[snapshot] = expectation, *_null(self.controls, self._kept, snapshot, expectation)
-        return self._prepared[snapshot]
-
-
-def _by_snapshot(samples: SampleFeatures, controls: Controls) -> Iterator[tuple[int | None, Tensor]]:
-    """Rows of the samples that are matched at each early evaluation, and of those that have no early loss."""
-    if controls.early is None or samples.snapshot is None or samples.early is None:
-        yield None, torch.arange(len(samples.losses))
-        return
-    snapshots = torch.where(torch.isfinite(samples.early), samples.snapshot, -1)
-    for snapshot in snapshots.unique().tolist() or [0]:
-        yield None if snapshot < 0 else snapshot, (snapshots == snapshot).nonzero().flatten()
 
 
 def _reference_rows(controls: Controls) -> Tensor:
@@ -243,14 +212,13 @@ def evenly(rows: Tensor, most: int) -> Tensor:
     return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
 
 
-def _null(controls: Controls, kept: Tensor, snapshot: int | None, expectation: ExpectedLosses) -> tuple[Tensor, Tensor]:
+def _null(controls: Controls, kept: Tensor, expectation: ExpectedLosses) -> tuple[Tensor, Tensor]:
     """``[M]`` gap of each control and usual size of gaps near it, those ``kept`` as reference against the others."""
     if len(kept) == len(controls):
         return expectation.null, expectation.null_scale
-    early = None if controls.early is None or snapshot is None else controls.early[snapshot]
-    samples = SampleFeatures(controls.after, torch.ones(len(controls)), controls.features, early)
+    samples = SampleFeatures(controls.after, torch.ones(len(controls)), controls.features)
     gap, scale = torch.empty(len(controls)), torch.empty(len(controls))
-    for part in expectation.compare(samples, torch.arange(len(controls))):
+    for part in expectation.compare(samples):
         gap[part.rows], scale[part.rows] = part.gap, part.scale
     gap[kept], scale[kept] = expectation.null, expectation.null_scale
     return gap, scale

@@ -96,10 +96,9 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     the samples are, and at least with those of one sample. Training without the source would moreover teach less of
     what all samples share: both ends allow for what held-out loss moves where so many visits are missing (it falls
     about evenly with the logarithm of their number), and the lower end for what others would learn in its place. The
-    upper end also allows for the latest training step on each
-    sample, which came after its latest loss: as much again as each step before it has added on average. Not in it is
-    what two fits differ by chance, which one fit does not show, nor that bits are too few where samples were memorized
-    in part before the first evaluation: their early loss matches them with easier controls.
+    upper end also allows for the latest training step on each sample, which came after its latest loss: as much again
+    as each step before it has added on average. Not in it is what two fits differ by chance, which one fit does not
+    show.
     """
     codes = table.source.long() + 1
     count = int(codes.max()) + 1 if len(codes) else 0

@@ -53,15 +53,15 @@ def null_share(p: Tensor) -> float:
     bound as often as chance has it. With one added to their number, dividing alpha by it keeps the false-discovery rate
     of conformal p-values (Marandon, Lei, Mary & Roquain 2024, "Adaptive novelty detection with false discovery rate
     guarantee"). The bound is the first at which the estimate no longer falls (Liang & Nettleton 2012, "Adaptive and
-    dynamic adaptive procedures for false discovery rate control and estimation"): p-values of memorized samples may be
-    as large as the share of controls that the model happens to know, every second one with two classes.
+    dynamic adaptive procedures for false discovery rate control and estimation"), .2 at least: p-values of memorized
+    samples may all be about as large as the share of controls that the model happens to know, a tenth with ten classes.
 
     >>> null_share(torch.tensor([0.001, 0.002, 0.6, 0.9]))
     1.0
     """
     if not len(p):
         return 1.0
-    bounds = torch.arange(1, 20, dtype=torch.float64) / 20
+    bounds = torch.arange(4, 20, dtype=torch.float64) / 20
     above = len(p) - torch.searchsorted(p.double().sort().values, bounds, right=True)
     shares = (1 + above) / (len(p) * (1 - bounds))
     rises = (shares.diff() >= 0).nonzero()

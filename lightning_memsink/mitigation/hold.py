@@ -24,9 +24,7 @@ from lightning_memsink.detection.matched_controls import DetectionRule
 class Reference:
     """The controls of one evaluation, prepared for a look-up in every step.
 
-    Matching is by the static features alone. The detector also matches on an early loss; but memorization lowers the
-    loss of a sample that comes often before the first evaluation, which would match it with controls as easy as it has
-    become.
+    Matching is by features that don't depend on the model, as the detector's is.
     """
 
     losses: Tensor

@@ -63,10 +63,9 @@ def write_ledger(folder: Path, table: LossTable, controls: ControlTable, flags: 
         {
             "sample_id": control_state["ids"],
             **{name: control_state[name] for name in ("features", *_VECTORS)},
-            "snapshot": control_state["snapshots"].T,
         }
     )
-    metadata = {name: control_state[name] for name in ("curve", "snapshot_steps", "previous_step", "latest_step")}
+    metadata = {name: control_state[name] for name in ("curve", "previous_step", "latest_step")}
     of_samples: dict[str, object] = {name: getattr(table, name) for name in _OF_TABLE}
     of_samples["sources"] = table.source_names.labels
     _write(folder / "samples.parquet", samples, of_samples)
@@ -103,11 +102,8 @@ def read_ledger(folder: Path) -> tuple[LossTable, ControlTable]:
     table.names.add(control_names)
     ids, controls = held_out["sample_id"], ControlTable()
     vectors = {name: held_out[name] for name in _VECTORS}
-    matrices = {
-        "features": _matrix(held_out, "features", len(ids)),
-        "snapshots": _matrix(held_out, "snapshot", len(ids)).T,
-    }
-    controls.load_state_dict({"ids": ids, **matrices, **vectors, **metadata})
+    features = _matrix(held_out, "features", len(ids))
+    controls.load_state_dict({"ids": ids, "features": features, **vectors, **metadata})
     return table, controls
 
 

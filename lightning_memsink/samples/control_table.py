@@ -10,19 +10,16 @@ from torch import Tensor
 
 from lightning_memsink.samples.unique import first_of_each
 
-SNAPSHOTS = 8
-
 ControlBatch: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """``ids`` and ``losses`` ``[B]``, ``features`` ``[B, F]`` of held-out samples; the elements of each loss ``[B]``, where
 samples of one id may be windows of one document."""
 
 
 class ControlTable:
-    """The controls' losses at the last two evaluations and at a few before, and their matching features.
+    """The controls' losses at the last two evaluations, and their matching features.
 
-    ``ids`` ``[M]`` int64; ``features`` ``[M, F]``; ``previous`` and ``latest`` ``[M]`` losses. ``snapshots`` ``[E, M]``
-    are losses at up to eight evaluations since the first, at ``snapshot_steps``, thinned as more come; samples are
-    matched on them by an early loss of the same time. NaN where a control had no finite loss.
+    ``ids`` ``[M]`` int64; ``features`` ``[M, F]``; ``previous`` and ``latest`` ``[M]`` losses, NaN where a control had
+    no finite one.
     """
 
     def __init__(self) -> None:
@@ -32,8 +29,6 @@ class ControlTable:
         self.latest = torch.zeros(0)
         self.trained = torch.zeros(0, dtype=torch.bool)
         """Bool ``[M]``: controls that are samples which the model was trained on, and so say nothing."""
-        self.snapshots = torch.zeros(0, 0)
-        self.snapshot_steps: list[int] = []
         self.previous_step = -1
         self.latest_step = -1
         self.curve: list[tuple[int, float, float]] = []
@@ -94,41 +89,20 @@ class ControlTable:
         else:
             self.ids, self.curve = ids, []
             self.previous, self.previous_step = losses, step
-            self.snapshots, self.snapshot_steps = torch.zeros(0, len(ids)), []
             self.trained = torch.zeros(len(ids), dtype=torch.bool)
         finite = losses[torch.isfinite(losses)].double()
         if len(finite) > 1:
             self.curve.append((step, float(finite.mean()), float(finite.std())))
         self.features, self.latest, self.latest_step = features, losses, step
-        self._keep(step, losses)
 
     @property
     def unknown_to_the_model(self) -> Tensor:
         """``[M]`` the latest losses; NaN of controls that the model was trained on."""
         return torch.where(self.trained, torch.nan, self.latest)
 
-    @property
-    def earlier(self) -> Tensor:
-        """Bool ``[E]``: remembered evaluations before the latest. A sample that were matched by the loss that is judged
-        would be matched with whatever has that loss, and never lie below it."""
-        return torch.tensor(self.snapshot_steps, dtype=torch.int64) < self.latest_step
-
     def pass_by(self, step: int) -> None:
         """An evaluation at ``step`` without any held-out sample: the controls are first visits then."""
         self.previous_step, self.latest_step = max(0, self.latest_step), step
-
-    def _keep(self, step: int, losses: Tensor) -> None:
-        """Appends a snapshot. Beyond `SNAPSHOTS` it drops the one whose neighbours are closest in log(step)."""
-        self.snapshots = torch.cat([self.snapshots, losses[None]])
-        self.snapshot_steps = [*self.snapshot_steps, step]
-        if len(self.snapshot_steps) > SNAPSHOTS:
-            ratios = [
-                after / max(1, before)
-                for before, after in zip(self.snapshot_steps, self.snapshot_steps[2:], strict=False)
-            ]
-            crowded = 1 + ratios.index(min(ratios))
-            keep = [n for n in range(len(self.snapshot_steps)) if n != crowded]
-            self.snapshots, self.snapshot_steps = self.snapshots[keep], [self.snapshot_steps[n] for n in keep]
 
     def weight_at(self, steps: Tensor) -> Tensor:
         """``[N]`` in 0…1: where visits at ``steps`` ``[N]`` lie between the last two evaluations, in log(step).
@@ -137,20 +111,6 @@ class ControlTable:
         gap where there is none.
         """
         return _between(torch.tensor([self.previous_step, self.latest_step]), torch.tensor([0.0, 1.0]), steps).float()
-
-    def standardize(self, losses: Tensor, steps: Tensor) -> Tensor:
-        """Z-scores of ``losses`` at ``steps``, ``[N]`` both (or as they broadcast), by the controls' mean and standard
-        deviation at that step. Early losses of different steps become comparable. NaN where the loss is NaN.
-        """
-        if not self.curve:
-            return torch.full_like(losses, torch.nan)
-        at, mean, spread = torch.tensor(self.curve, dtype=torch.float64).T
-        return ((losses - _between(at, mean, steps)) / _between(at, spread, steps).clamp(min=1e-6)).float()
-
-    def snapshot_of(self, steps: Tensor) -> Tensor:
-        """``[N]`` int64: of the `earlier` evaluations that nearest to each step, in the logarithm."""
-        at = torch.tensor(self.snapshot_steps)[self.earlier].double().clamp(min=1)
-        return torch.bucketize(steps.double().clamp(min=1), (at[:-1] * at[1:]).sqrt())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*_FACTS, "trained")}
@@ -162,10 +122,7 @@ class ControlTable:
         self.curve = [(int(step), mean, spread) for step, mean, spread in state["curve"]]
 
 
-_FACTS = (
-    *("ids", "features", "previous", "latest", "previous_step", "latest_step"),
-    *("curve", "snapshots", "snapshot_steps"),
-)
+_FACTS = ("ids", "features", "previous", "latest", "previous_step", "latest_step", "curve")
 
 
 def _of_windows(ids: Tensor, losses: Tensor, elements: Tensor) -> Tensor:

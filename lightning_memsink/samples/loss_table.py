@@ -74,8 +74,6 @@ class LossTable:
     early_loss = Column(torch.bfloat16, torch.nan)
     """Loss at the first such visit at or after ``reference_step``."""
     early_step = Column(torch.int32, -1)
-    early_looked = Column(torch.bool, False, is_optional=True)
-    """Whether the early loss is that of a second look, measured as held-out samples are."""
     elements = Column(torch.bfloat16, 0)
     """Tokens (or other loss elements) counted at the last visit."""
     recent = Column(torch.bfloat16, torch.nan)

@@ -54,7 +54,7 @@ def facts(run: Any) -> list[Any]:
     ledger = Ledger.of(run)
     controls = ledger.controls
     evaluations = [(each.step, each.controls, each.tested, each.gap, each.counts) for each in ledger.flags.evaluations]
-    tensors = [ledger.losses.last_loss, controls.ids, controls.latest, controls.previous, controls.snapshots]
+    tensors = [ledger.losses.last_loss, controls.ids, controls.latest, controls.previous]
     return [[*map(Tensor.tolist, [*tensors, ledger.flags.verdict, ledger.flags.onset_step])], repr(evaluations)]
 
 

@@ -303,7 +303,7 @@ def test_several_loaders_are_repeated_as_lightning_runs_them(mode):
         )
     expected, controls = Ledger.of(plain).controls, Ledger.of(run).controls
     assert len(expected) >= 80 and torch.equal(controls.ids, expected.ids)
-    assert torch.equal(controls.latest, expected.latest) and torch.equal(controls.snapshots, expected.snapshots)
+    assert torch.equal(controls.latest, expected.latest) and torch.equal(controls.previous, expected.previous)
 
 
 @pytest.mark.parametrize("stop", [21, 42])

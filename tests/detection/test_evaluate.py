@@ -1,7 +1,6 @@
 """From tables to verdicts, evaluation by evaluation, by hand."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -96,35 +95,6 @@ def test_an_evaluation_counts_every_sample_under_one_word():
     assert sum(evaluation.counts.values()) == len(world.table)
     assert evaluation.p_floor == pytest.approx(1 / 1001) and evaluation.threshold == 0.3
     assert evaluation.gap == pytest.approx(float((5 + world.noise).mean() - losses(1.0, 4.0).mean()), abs=0.1)
-
-
-def test_early_losses_are_compared_with_the_controls_of_their_time():
-    """A sample as far from the mean as a control was, at another step with another mean."""
-    controls = ControlTable()
-    first, spread = torch.arange(40.0), torch.arange(40.0).std()
-    controls.record(10, torch.arange(40), first, torch.zeros(40, 0))
-    controls.record(1000, torch.arange(40), first / 2 - 3, torch.zeros(40, 0))
-    assert controls.standardize(torch.tensor([19.5, 19.5 / 2 - 3]), torch.tensor([10, 1000])).abs().max() < 1e-5
-    assert float(controls.standardize(torch.tensor([0.0]), torch.tensor([10]))) == pytest.approx(
-        -19.5 / float(spread), rel=1e-4
-    )
-    halfway = controls.standardize(torch.tensor([19.5]), torch.tensor([100]))  # 100 is between them in the logarithm
-    assert float(halfway) == pytest.approx((19.5 - (19.5 + 19.5 / 2 - 3) / 2) / (float(spread) * 0.75), rel=1e-4)
-
-
-def test_snapshots_thin_out_evenly_in_the_logarithm_of_the_step():
-    controls = ControlTable()
-    for step in range(10, 1290, 10):
-        controls.record(step, torch.arange(3), torch.full((3,), float(step)), torch.zeros(3, 0))
-    steps = controls.snapshot_steps
-    assert len(steps) == 8 and steps[0] == 10 and steps[-1] == 1280
-    assert controls.snapshots[:, 0].tolist() == [float(step) for step in steps]
-    assert max(after / before for before, after in pairwise(steps)) < 4
-    assert controls.snapshot_of(torch.tensor([1, 11, 1279])).tolist() == [
-        0,
-        0,
-        6,
-    ]  # of the loss that is judged nobody is matched
 
 
 def test_other_controls_start_a_new_history():

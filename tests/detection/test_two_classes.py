@@ -1,4 +1,4 @@
-"""Where many controls are known by chance, samples are undecided rather than said to be learned."""
+"""Samples without features, beside controls of which a share is known by chance."""
 
 import torch
 
@@ -19,15 +19,17 @@ def losses(count, known, seed):
     return torch.where(right, small, large)
 
 
-def evaluated(known):
-    """Labels of two classes at random: half of what was not trained on is predicted right."""
+def evaluated(known, chance=0.5):
+    """Labels at random: a share of what was not trained on is predicted right by chance."""
     table, controls, flags = LossTable(), ControlTable(), Flags()
     for visit in range(4):
-        share = 0.5 if visit == 0 else known
+        share = chance if visit == 0 else known
         table.record(torch.arange(SAMPLES), losses(SAMPLES, share, visit), torch.full((SAMPLES,), 10 * visit),
                      torch.ones(SAMPLES))  # fmt: skip
     for step in (20, 40):
-        controls.record(step, torch.arange(CONTROLS) + SAMPLES, losses(CONTROLS, 0.5, step), torch.empty(CONTROLS, 0))
+        controls.record(
+            step, torch.arange(CONTROLS) + SAMPLES, losses(CONTROLS, chance, step), torch.empty(CONTROLS, 0)
+        )
         flags.evaluations.append(evaluate(table, controls, flags, DetectionRule(), 1, 0))
     return flags
 
@@ -45,3 +47,9 @@ def test_two_classes_of_which_nothing_was_learned_are_not():
     flags = evaluated(0.5)
     assert flags.evaluations[-1].statement.at_least == 0
     assert flags.evaluations[-1].counts["undecided"] == flags.evaluations[-1].counts["memorized"] == 0
+
+
+def test_ten_classes_known_by_heart_are_found():
+    flags = evaluated(1.0, chance=0.1)
+    assert flags.evaluations[-1].counts["memorized"] > 0.95 * SAMPLES
+    assert evaluated(0.1, chance=0.1).evaluations[-1].counts["memorized"] == 0
