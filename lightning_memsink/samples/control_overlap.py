@@ -16,7 +16,7 @@ from lightning_memsink.samples.input_prints import NO_PRINT
 
 MOST = 1 << 20
 """Training inputs that are remembered, 8 bytes each."""
-PENDING, MOST_PENDING = 4096, 1 << 16
+PENDING, MOST_PENDING = 1024, 1 << 16
 """Inputs that are compared together: a quarter of those that are remembered, within these limits."""
 EVERY = 16
 """Of the batches whose inputs came before, the one that is still compared."""

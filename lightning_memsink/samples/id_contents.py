@@ -53,7 +53,7 @@ class IdContents:
     comes again, they are random views of the samples, and nothing is said.
     """
 
-    def __init__(self, many: int = 256, enough: int = 4, most: int = 4096) -> None:
+    def __init__(self, many: int = 256, enough: int = 4, most: int = 512) -> None:
         self.many = many
         self.enough = enough
         self._left = most  # comparisons of ids that came again; a run whose samples stay the same needs no more

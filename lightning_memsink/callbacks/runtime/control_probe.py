@@ -130,7 +130,7 @@ class ControlProbe:
                 size = batch_size(batch, self.fetched.rows if rows is None else len(rows), self.axes)
                 if rows is None and size is not None and not self.fetched.refusal:
                     rows = torch.arange(start, start + size)
-                inputs = None if self.overlap is None else inputs_of(batch, self.fetched, named_only=True)
+                inputs = None if self.overlap is None or not size else inputs_of(batch, self.fetched, size, True)
                 batch = trainer.strategy.batch_to_device(batch)
                 samples, axes, is_packed = described(batch, rows, self.fetched)
                 if self.overlap is not None and samples is not None and inputs is not None and not is_packed:

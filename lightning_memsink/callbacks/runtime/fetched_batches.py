@@ -68,8 +68,9 @@ class FetchedBatches:
             self.clear()
             self._pass = weakref.ref(combined_pass)
         fetched = _offset(fetched or Fetched(), loader)
-        prints, contents = self._read(batch, fetched, with_contents)
-        hashed = None if inputs is None else inputs_of(batch, fetched, inputs == "named")
+        size = self._size(batch, fetched, with_contents or inputs is not None)
+        prints, contents = self._read(batch, fetched, with_contents, size)
+        hashed = inputs_of(batch, fetched, size, inputs == "named") if inputs is not None and size else None
         self._batches.append(FetchedBatch(loader, fetched, SameTensors(batch), prints, contents, hashed))
 
     def take(self, loader: int | None = None) -> FetchedBatch | None:
@@ -99,27 +100,38 @@ class FetchedBatches:
         self._reorders |= order.kind != "kept"
         return order
 
-    def _read(self, batch: Any, fetched: Fetched, with_contents: bool) -> tuple[RowPrints | None, Contents | None]:
+    @property
+    def _is_due(self) -> bool:
+        """Whether rows of this batch are compared."""
+        return self._reorders or self._count <= FIRST or self._count % EVERY == 0
+
+    def _size(self, batch: Any, fetched: Fetched, is_asked: bool) -> int | None:
+        """B, where anything of the batch is to be read; None if that is unknown."""
         self._count += 1
-        is_due = self._reorders or self._count <= FIRST or self._count % EVERY == 0
-        if not is_due and not with_contents:
-            return None, None
-        size = batch_size(batch, fetched.rows if fetched.ids is None else len(fetched.ids), fetched.axes)
+        if not is_asked and not self._is_due:
+            return None
+        try:
+            return batch_size(batch, fetched.rows if fetched.ids is None else len(fetched.ids), fetched.axes)
+        except Exception:  # an odd batch must not end the training: it is not compared
+            return None
+
+    def _read(
+        self, batch: Any, fetched: Fetched, with_contents: bool, size: int | None
+    ) -> tuple[RowPrints | None, Contents | None]:
         if not size:
             return None, None
         try:
-            is_due = is_due and fetched.ids is not None and len(fetched.ids) == size
+            is_due = self._is_due and fetched.ids is not None and len(fetched.ids) == size
             prints = RowPrints.of(batch, size, fetched.axes) if is_due else None
             return prints, Contents.of(batch, size, fetched.axes) if with_contents else None
         except Exception:  # an odd batch must not end the training: it is not compared
             return None, None
 
 
-def inputs_of(batch: Any, fetched: Fetched, named_only: bool) -> Tensor | None:
+def inputs_of(batch: Any, fetched: Fetched, size: int, named_only: bool) -> Tensor | None:
     """``[B]`` hashes of the inputs of a batch as it was fetched, as `input_prints` takes; None if it has none."""
     try:
-        size = batch_size(batch, fetched.rows if fetched.ids is None else len(fetched.ids), fetched.axes)
-        return input_prints(batch, size, fetched.axes, named_only) if size else None
+        return input_prints(batch, size, fetched.axes, named_only)
     except Exception:  # an odd batch must not end the training: it is not compared
         return None
 
