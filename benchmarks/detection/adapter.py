@@ -50,7 +50,7 @@ class Retrospect:
         held-out controls in ``keep`` ``[M]`` count.
         """
         samples = samples_of(self.table, self.controls, self.rows)
-        now = SampleFeatures(losses, torch.ones_like(losses), samples.features, samples.early, samples.snapshot)
+        now = SampleFeatures(losses, torch.ones_like(losses), samples.features)
         controls = deepcopy(self.controls)
         controls.latest = controls.previous = of_controls[controls.ids]
         if keep is not None:

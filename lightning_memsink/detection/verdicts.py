@@ -51,7 +51,7 @@ _REASONS = {
     Verdict.WAITING: "flagged once, waits for a second evaluation",
     Verdict.BELOW_FLOOR: "beyond all controls, but too few controls",
     Verdict.EQUAL_CONTROLS: "controls can't tell samples apart",
-    Verdict.AMONG_MEMORIZED: "samples like it are memorized, but some controls have as low a loss",
+    Verdict.AMONG_MEMORIZED: "as far below as memorized samples, but so are some controls",
 }
 WORDS = ("unseen", "learned", "hard", "memorized", "undecided")
 

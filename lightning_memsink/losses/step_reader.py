@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class StepReader:
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
-        self.module = module
+        self._module = None if module is None else ref(module)  # it holds its trainer, which the ledger goes with
         self.watch = StepWatch()
         self.can_watch = module is None or not has_compiled_parts(module)
         self.is_watching = False
@@ -71,6 +72,11 @@ class StepReader:
         self._versions: list[int] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._read: tuple[Tensor, LossNodes | Exception] | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """That is trained."""
+        return None if self._module is None else self._module()
 
     def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
         """At the start of a training step, before its forward; ``is_packed``: rows hold several samples."""

@@ -58,7 +58,7 @@ def test_every_command_of_the_readme_is_understood(here, capsys):
         write_report(made_up().findings(), here / "runs" / name / "memsink_report.md")
     texts = chain(40, seed=1)
     (here / "data.jsonl").write_text("\n".join(json.dumps({"text": str(row.tolist())}) for row in texts))
-    callbacks = memsink(source=lambda batch: ["books"] * len(batch["input_ids"]), budget={"default": 0.5})
+    callbacks = memsink(source=lambda batch: ["books"] * len(batch["input_ids"]), budget={"default": 1.0})
     fit(callbacks, train=DataLoader(Rows(texts), 8), max_epochs=2, val_check_interval=2)
     for line in (line for line in LINES if line.startswith("memsink ")):
         command = shlex.split(line)[1:]

@@ -47,6 +47,11 @@ def changed(found, saved, where=""):
     return [] if same(found, saved) else [where]
 
 
+def kept(places):
+    """Without the losses of controls at earlier evaluations, which nothing reads any more."""
+    return [place for place in places if not place.endswith(("/snapshots", "/snapshot_steps"))]
+
+
 class AtTheStart(Callback):
     """Keeps what the ledger and the callbacks hold before the first step."""
 
@@ -65,7 +70,7 @@ def test_a_run_goes_on_from_an_old_checkpoint_with_its_ledger(name, tmp_path):
     expected = read(f"{name}.json")
     assert same(start.facts, expected)
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]
-    assert changed(start.states, plain(saved)) == []
+    assert kept(changed(start.states, plain(saved))) == []
     now, per_epoch = facts(Ledger.of(trainer))["samples"], {EPOCHS: 1, 12 * EPOCHS: 12}
     before = expected["samples"]
     assert now["ids"] == before["ids"] and now["first_loss"] == before["first_loss"]
@@ -83,7 +88,7 @@ def test_an_old_ledger_on_disk_is_read_and_evaluated_as_before():
     expected = read("ledger.json")
     table, controls = read_ledger(OLD / "ledger")
     assert changed(plain(table.state_dict()), expected["table"]) == []
-    assert changed(plain(controls.state_dict()), expected["controls"]) == []
+    assert kept(changed(plain(controls.state_dict()), expected["controls"])) == []
     flags, evaluation = detect(OLD / "ledger")
     assert evaluation.memorized == expected["memorized"] > 0
     found, then = (

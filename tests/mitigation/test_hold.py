@@ -45,8 +45,8 @@ def test_who_has_a_match_is_who_the_detector_would_measure():
     _, matched = Reference.of(own, losses).expected(samples)
     nothing = torch.zeros(15)
     found = measure_gaps(
-        SampleFeatures(nothing, nothing, samples, nothing, nothing.long()),
-        DetectorControls(losses, losses, own, torch.zeros(1, 40)),
+        SampleFeatures(nothing, nothing, samples),
+        DetectorControls(losses, losses, own),
         DetectionRule(),
     )
     assert matched.tolist() == found.matched.tolist()
