@@ -38,6 +38,8 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.capture
 	$(VENV)/bin/python -m benchmarks.averaging
 	$(VENV)/bin/python -m benchmarks.detection --seeds 3
+	$(VENV)/bin/python -m benchmarks.calibration --page docs/verdicts-calibration.md
+	$(VENV)/bin/python -m benchmarks.overfitting
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) --editable '.[peers]'
 	$(VENV)/bin/pip uninstall --quiet --yes torchvision # BackPACK only names it, and its build need not fit torch's
 	$(VENV)/bin/python -m benchmarks.localization --seeds 3
