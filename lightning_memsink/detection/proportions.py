@@ -1,37 +1,14 @@
-"""Exact intervals for shares: how many of a kind there are, if some of a few are.
+"""Exact probabilities of counts: how often as many of a kind come by chance.
 
 S  shares
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 _TINY = 1e-300
-
-
-def clopper_pearson(successes: Tensor, trials: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """The interval ``[S]``, ``[S]`` of Clopper and Pearson (1934) for ``successes`` ``[S]`` of ``trials`` ``[S]``.
-
-    It covers the true share with at least the probability ``level``, however few trials there are and however small the
-    share is. Wilson's interval covers it on average only: its lower end for 1 of 1,000 is passed by chance by one
-    in six sources whose share is that low, where this one allows one in forty. Without trials it is 0 to 1.
-
-    >>> low, high = clopper_pearson(torch.tensor([0, 5]), torch.tensor([10, 10]))
-    >>> [round(x, 4) for x in low.tolist()], [round(x, 4) for x in high.tolist()]
-    ([0.0, 0.1871], [0.3085, 0.8129])
-    """
-    tail = (1 - level) / 2
-    k, n = successes.double(), trials.double()
-    low, high = torch.zeros_like(k), torch.ones_like(k)
-    some, others = k > 0, k < n
-    low[some] = beta_quantile(tail, k[some], (n - k)[some] + 1)
-    high[others] = 1 - beta_quantile(tail, (n - k)[others], k[others] + 1)
-    return low, high
 
 
 def binomial_tail(at_least: Tensor, trials: Tensor, share: float) -> Tensor:
@@ -59,33 +36,6 @@ def beta_distribution(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     log_front = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b) + torch.xlogy(a, x) + b * torch.log1p(-x)
     value = (log_front.exp() / a * _fraction(x, a, b)).clamp(0, 1)
     return torch.where(swap, 1 - value, value)
-
-
-def beta_quantile(probability: float, a: Tensor, b: Tensor) -> Tensor:
-    """``[S]`` the x with ``I_x(a, b) = probability``: Newton's steps in the logit of x, within a bracket."""
-    mean, size = a / (a + b), a + b
-    result = torch.logit(mean, eps=1e-15)
-    half = 12 / (mean * (1 - mean) * (size + 1)).sqrt() + 12 / torch.minimum(a, b)
-    low, high, logit = result - half, result + half, result.clone()
-    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(size)
-    left = torch.arange(len(a))
-    result[b == 1] = torch.logit(probability ** (1 / a[b == 1]))
-    result[a == 1] = torch.logit(-torch.expm1(math.log1p(-probability) / b[a == 1]))
-    is_open = (a != 1) & (b != 1)
-    left, logit, low, high, a, b, log_beta = (part[is_open] for part in (left, logit, low, high, a, b, log_beta))
-    for _ in range(100):
-        if not len(left):
-            break
-        error = beta_distribution(torch.sigmoid(logit), a, b) - probability
-        low, high = torch.where(error < 0, logit, low), torch.where(error > 0, logit, high)
-        slope = (a * logsigmoid(logit) + b * logsigmoid(-logit) - log_beta).exp()
-        step = logit - error / slope.clamp(min=_TINY)
-        following = torch.where((step > low) & (step < high), step, (low + high) / 2)
-        result[left] = following
-        keep = (following - logit).abs() > 1e-9 * (1 + logit.abs())
-        left, logit, low, high = left[keep], following[keep], low[keep], high[keep]
-        a, b, log_beta = a[keep], b[keep], log_beta[keep]
-    return torch.sigmoid(result)
 
 
 def _fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -78,6 +78,10 @@ class StepReader:
         """That is trained."""
         return None if self._module is None else self._module()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the module: a copy of a callback gets another one in its own run."""
+        return vars(self) | {"_module": None}
+
     def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
         """At the start of a training step, before its forward; ``is_packed``: rows hold several samples."""
         self.batch_size, self._read, self.is_packed = batch_size, None, is_packed

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from lightning_memsink.detection.memorized_share import (
@@ -11,7 +12,6 @@ from lightning_memsink.detection.memorized_share import (
     shares_above,
     smallest_share,
 )
-from lightning_memsink.detection.proportions import clopper_pearson
 from tests.support.made_up_gaps import noise
 
 EFFECT = 0.3
@@ -100,8 +100,8 @@ def test_the_lower_end_is_the_largest_difference_of_two_shares():
         threshold = sorted(scores.null.tolist())[min(59, int(torch.tensor(quantile * 60).ceil()) - 1)]
         k = sum(s - e > threshold for s, e in zip(scores.samples.tolist(), scores.effect.tolist(), strict=True))
         m = sum(value > threshold for value in scores.null.tolist())
-        low = float(clopper_pearson(torch.tensor([k]), torch.tensor([40]), 1 - 0.05 / len(ABOVE))[0])
-        high = float(clopper_pearson(torch.tensor([m]), torch.tensor([60]), 1 - 0.05 / len(ABOVE))[1])
+        low = binomtest(k, 40).proportion_ci(1 - 0.05 / len(ABOVE), method="exact").low
+        high = binomtest(m, 60).proportion_ci(1 - 0.05 / len(ABOVE), method="exact").high
         ends.append(k / 40 - m / 60 - ((k / 40 - low) ** 2 + (high - m / 60) ** 2) ** 0.5)
     assert float(lowest_shares(scores, groups(1, 40), 0.025)) == pytest.approx(max(0, *ends))
 

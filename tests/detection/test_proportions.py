@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_memsink.detection.proportions import beta_distribution, binomial_tail, clopper_pearson
+from lightning_memsink.detection.proportions import beta_distribution, binomial_tail
 
 
 def tail_by_sum(at_least: int, trials: int, share: float) -> float:
@@ -12,27 +12,6 @@ def tail_by_sum(at_least: int, trials: int, share: float) -> float:
     log = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     p = torch.tensor(share, dtype=torch.float64)
     return float((log + torch.xlogy(k, p) + torch.xlogy(n - k, 1 - p)).exp().sum())
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 5), (1, 5), (3, 5), (5, 5), (1, 1000), (40, 1000), (999, 1000), (6, 100_000)])
-def test_each_end_is_the_share_at_which_the_count_is_in_a_tail_of_one_fortieth(k, n):
-    low, high = (float(end) for end in clopper_pearson(torch.tensor([k]), torch.tensor([n])))
-    if k > 0:
-        assert tail_by_sum(k, n, low) == pytest.approx(0.025, rel=1e-6)
-    else:
-        assert low == 0
-    if k < n:
-        assert 1 - tail_by_sum(k + 1, n, high) == pytest.approx(0.025, rel=1e-6)
-    else:
-        assert high == 1
-
-
-def test_the_interval_of_no_trials_is_everything():
-    low, high = clopper_pearson(torch.tensor([0, 0]), torch.tensor([0, 10]))
-    assert low.tolist() == [0, 0] and high[0] == 1
-    assert high[1].item() == pytest.approx(1 - 0.025 ** (1 / 10))
-    low, high = clopper_pearson(torch.zeros(0).long(), torch.zeros(0).long())
-    assert len(low) == len(high) == 0
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.98])
