@@ -30,8 +30,8 @@ from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 
 LEAST_NULL_SHARE = 0.1
-"""No smaller share of null hypotheses is believed. Its estimate takes these for uniform, and those that are true as
-a sample is easy are not: of labels half of which follow a rule, all that do have small p-values."""
+"""No smaller share of null hypotheses is believed. The estimate takes their p-values for uniform, but those of samples
+that have nothing to memorize because they are easy are small: of labels that half follow a rule, all that follow it."""
 
 
 class SecondLook(NamedTuple):
@@ -136,7 +136,8 @@ def judge(
     share = 1.0
     if final.by is not None:
         share = null_share(torch.where(final.by.matched, final.by.p, 1.0)[final.is_random])
-    level, few = rule.alpha / max(share, LEAST_NULL_SHARE), too_few_together(1 + len(flags.evaluations))
+    level = min(1.0, rule.alpha / max(share, LEAST_NULL_SHARE))
+    few = too_few_together(1 + len(flags.evaluations))
     seen = table.exposures[table.exposures > 0]
 
     def found_in(rows: Tensor, by: Measurement) -> Tensor:
