@@ -91,7 +91,8 @@ def of_templates(source: Source, share: float, length: int, templates: int, text
     """Templates in each of which a ``share`` of the tokens is filled in, the same places in all its ``texts``."""
     made = []
     for _ in range(templates):
-        base, filled = source.text(length), torch.rand(length, generator=source.generator) < share
+        order = torch.rand(length, generator=source.generator).argsort().argsort()
+        base, filled = source.text(length), order < round(share * length)  # of few tokens, texts are near-duplicates
         made += [torch.where(filled, source.tokens(length), base) for _ in range(texts)]
     return _shuffled(made, list(range(len(made))), 0, source.generator)
 

@@ -56,7 +56,7 @@ class SourceSummary:
     memorized: Tensor
     """Measured samples with the verdict ``memorized``."""
     bits: Tensor
-    """Memorized bits of its samples, float64: see `summarize_sources`. NaN where none was measured."""
+    """Memorized bits of its samples, float64: see `summarize_sources`. NaN where less than half was measured."""
     bits_low: Tensor
     bits_high: Tensor
     """The 95 % interval of ``bits``."""
@@ -88,7 +88,8 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     samples alone would give too much of what is flagged (a sample is flagged because its gap came out large) and
     nothing of the rest; over all samples the errors of single gaps cancel. The sum may be negative where nothing is
     memorized. Of samples that were seen once only some are measured, which a second look has drawn at random: they
-    count for all of the source's that were seen once.
+    count for all of the source's that were seen once. Bits are unknown where less than half of a source's tokens was
+    measured.
 
     What ``bits_low`` and ``bits_high`` span has two parts: what a single sample's loss deviates from that of its
     matched controls, which the controls' own gaps show, and what the controls deviate as a whole, which is common to
@@ -126,7 +127,8 @@ def summarize_sources(table: LossTable, flags: Flags) -> SourceSummary:
     fewer = (visits / visits.sum().clamp(min=1)).clamp(max=LARGEST_SHARE)
     error = Z * error - _learning_rate(flags) * torch.log1p(-fewer) * token_sum / LN2
     taken = TAKEN * fewer * bits.clamp(min=0)
-    is_of_bits = (measured > 0) & torch.tensor(table.unit != "ratio")
+    is_of_bits = (2 * sums(of_measured, tokens[rows]) >= sums(codes, tokens)) & (measured > 0)
+    is_of_bits &= torch.tensor(table.unit != "ratio")
     bits = torch.where(is_of_bits, bits, torch.nan)
     samples = sums(codes)
     summary = SourceSummary(
