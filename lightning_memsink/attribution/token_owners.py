@@ -67,7 +67,7 @@ def of_tokens(values: Tensor, owners: Tensor, unit_axis: int = -1) -> Tensor:
         unit_axis: of ``hidden``.
     """
     padded = torch.cat([values, values.new_zeros(1, values.shape[1])])  # -1 is the last row
-    return padded.to(owners.device)[owners.movedim(unit_axis, -1).squeeze(-1)].movedim(-1, unit_axis)
+    return padded.to(owners.device, non_blocking=True)[owners.movedim(unit_axis, -1).squeeze(-1)].movedim(-1, unit_axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class TokenOwners:
             return None
         flat = values.reshape(rows * tokens, *values.shape[axes:])
         padded = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-        return padded[self._places.to(values.device)]
+        return padded[self._places.to(values.device, non_blocking=True)]
 
     @cached_property
     def _places(self) -> Tensor:

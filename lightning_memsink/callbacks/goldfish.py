@@ -41,20 +41,19 @@ class Goldfish(LossWeighing):
         self.interventions = InterventionLog(
             f"leaves one in {k} target tokens out of the gradient, by their context", "tokens"
         )
-        self._counts: tuple[int, Tensor] | None = None  # visits, and what `drop_targets` returned
+        self._dropped: tuple[int, Tensor] | None = None  # visits, and what `drop_targets` returned
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._counts = None
+        self._dropped = None
 
     def _weigh(self, opened: OpenLoss) -> None:
-        self._counts = opened.batch_size, drop_targets(opened, self.k, self.context, self.seed)
+        self._dropped = opened.batch_size, drop_targets(opened, self.k, self.context, self.seed)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._counts is not None:
-            visits, counts = self._counts
-            acted, removed = counts.tolist()
-            self.interventions.add(visits, int(acted), removed)
+        if self._dropped is not None:
+            visits, dropped = self._dropped
+            self._counts.put(lambda counts: self.interventions.add(visits, int(counts[0]), float(counts[1])), dropped)

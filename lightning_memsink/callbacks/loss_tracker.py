@@ -34,7 +34,7 @@ from lightning_memsink.samples.documents import Segments
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
 from lightning_memsink.samples.source_labels import NamesOf, SourceOf
-from lightning_memsink.samples.visits import DescribedBatch
+from lightning_memsink.samples.visits import DescribedBatch, Visit
 
 
 class LossTracker(Callback):
@@ -113,7 +113,8 @@ class LossTracker(Callback):
         self.evaluation = ControlEvaluation(self)
         self.batch = CurrentBatch()
         self._current: DescribedBatch | None = None
-        self._step = 0
+        self._is_same: Tensor | None = None
+        self._step = self._since_flush = 0
         self._is_restored = False
         self.warnings = WarningCache()
 
@@ -142,7 +143,8 @@ class LossTracker(Callback):
         ids = self.loader_ids.take(batch, "train")
         if trainer.fit_loop._skip_backward:  # SWA's last epoch, which only updates batch norm, trains on no sample
             ids = None
-        self._current = self.describe.of_training(batch, ids, self.loader_ids.axes)
+        self._current = self.describe.of_training(batch, ids, self.loader_ids.axes, self.loader_ids.readable)
+        self._is_same = self.loader_ids.is_same
         self._step = trainer.global_step  # the optimizer steps behind this loss; at the end of the batch one too many
         self.batch.ids = self.batch.documents = None
         if self._current is not None:
@@ -167,10 +169,13 @@ class LossTracker(Callback):
                 losses, counted = torch.full((len(current.ids),), torch.nan), None
             else:
                 self._self_check(captured.explained)
-                losses, counted = captured.losses.detach().float().cpu(), captured.counted
-            self.visits.add(self.describe.visit(current, losses, counted, self._step, trainer.current_epoch))
-        if trainer.world_size > 1 or len(self.visits) >= self.flush_every:
-            self.visits.flush()
+                losses, counted = captured.losses.detach().float(), captured.counted
+            may_be_windows = self.describe.may_be_windows(current)
+            visit = Visit.of(current, losses, self._step, trainer.current_epoch, counted, may_be_windows)
+            self.visits.add(visit, self._is_same)
+        self._since_flush += 1
+        if trainer.world_size > 1 or self._since_flush >= self.flush_every:
+            self._flush(drain=trainer.world_size > 1)
         if self.evaluation.is_due(trainer):
             self.evaluation.run(trainer, pl_module)
 
@@ -183,15 +188,16 @@ class LossTracker(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validation_counts(trainer):
-            self.visits.flush()
-            self.controls.begin(trainer.global_step)
+            self._flush()
+            self.evaluation.begin(trainer.global_step)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         counts = self._validation_counts(trainer) or trainer.sanity_checking
         ids = self.loader_ids.take(batch, "validate") if counts else None
-        self._current = self.describe.of(batch, ids, self.loader_ids.axes)
+        self._current = self.describe.of(batch, ids, self.loader_ids.axes, self.loader_ids.readable)
+        self._is_same = self.loader_ids.is_same
         if self._current is not None and not trainer.sanity_checking:
             samples = len(self._current.ids)
             self.control_capture.begin(batch, samples, self.loader_ids.axes, self.describe.is_packed)
@@ -208,7 +214,7 @@ class LossTracker(Callback):
     ) -> None:
         current, self._current = self._current, None
         if self._validation_counts(trainer):
-            self.evaluation.add(current, outputs)
+            self.evaluation.add(current, outputs, self._is_same)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loader_ids.clear("validate")
@@ -216,7 +222,7 @@ class LossTracker(Callback):
             self.evaluation.close(Ledger.of(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.visits.flush()
+        self._flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -247,6 +253,12 @@ class LossTracker(Callback):
             self.loader_ids.overlap.load_state_dict(state_dict.get("overlap", {}))
             self._is_restored = True
             self.sample_ids.restore(state_dict.get("identity", "older"))
+
+    def _flush(self, drain: bool = True) -> None:
+        self._since_flush = 0
+        self.visits.flush(drain)
+        if self.visits.changed:
+            self.loader_ids.hosts["train"].distrust()
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""

@@ -262,7 +262,8 @@ class MemSinks(Mitigation):
         kind = (units, hidden.dtype, hidden.device)
         if kind not in step.masks:
             unique, inverse = owners.unique(return_inverse=True)  # of tokens there are many more than ids
-            step.masks[kind] = self.pool.own(unique, units).to(hidden)[inverse.to(hidden.device)]
+            own = self.pool.own(unique, units).to(hidden, non_blocking=True)
+            step.masks[kind] = own[inverse.to(hidden.device, non_blocking=True)]
         return step.masks[kind]
 
     def _tokens(self, step: _Step) -> int | None:

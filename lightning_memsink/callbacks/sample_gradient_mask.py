@@ -22,6 +22,7 @@ from lightning_memsink.mitigation.hold import Reference, hold_weights, match_bat
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.sample_weights import SampleWeights, is_latched, latch, latched_weights
 from lightning_memsink.samples.chosen_sources import ChosenSources, labels_of
+from lightning_memsink.samples.loss_table import LossTable
 
 Mode = Literal["hold", "skip", "attenuate", "route"]
 
@@ -155,13 +156,17 @@ class SampleGradientMask(LossWeighing):
             is_routed = is_latched(ids, self.latched)
             routed = int(is_routed.sum())
             self.interventions.add(len(ids), routed, routed / len(ids) * (1 - self.reserved))
-            self._count_sources(ids[is_routed])
+            self._count_sources(ids[is_routed], Ledger.of(trainer).losses)
         elif weights is not None:
-            acted, removed = weights.left_out()
             more = {"unmatched": weights.unmatched, "unknown": weights.unknown} if self.mode == "hold" else {}
-            self.interventions.add(len(weights.weights), acted, removed, **more)
-            if acted:
-                self._count_sources(self._weighed[weights.weights.cpu() != 1])
+            weighed, table = self._weighed, Ledger.of(trainer).losses
+
+            def count(own: Tensor, shares: Tensor | None) -> None:
+                acted, removed = SampleWeights(own, shares).left_out()
+                self.interventions.add(len(own), acted, removed, **more)
+                self._count_sources(weighed[own != 1], table)
+
+            self._counts.put(count, weights.weights, weights.shares)
         self._ledger = self._weights = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,9 +251,8 @@ class SampleGradientMask(LossWeighing):
                 self._warn("every sample", str(error))
         return self._reference[1]
 
-    def _count_sources(self, ids: Tensor) -> None:
-        table = None if self._ledger is None else self._ledger.losses
-        if table is not None and "source" in table.columns and len(ids):
+    def _count_sources(self, ids: Tensor, table: LossTable) -> None:
+        if "source" in table.columns and len(ids):
             self.interventions.add_by_source(labels_of(table, ids))
 
     def _latch_flagged(self, ledger: Ledger) -> None:

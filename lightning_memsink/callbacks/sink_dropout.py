@@ -17,6 +17,7 @@ from lightning_memsink._lightning import warn_once
 from lightning_memsink.attribution.hidden_layers import HiddenLayer, find_hidden_layers
 from lightning_memsink.attribution.token_owners import at_tokens
 from lightning_memsink.callbacks.runtime.mitigation import Mitigation
+from lightning_memsink.callbacks.runtime.packed_batches import PackedBatches
 from lightning_memsink.detection.verdicts import Verdict, verdicts_of
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.localization.sink_layers import given_sinks, sink_layers
@@ -24,7 +25,7 @@ from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.unit_dropout import dropout_mask, samples_in, zero_units
 from lightning_memsink.samples.batch import batch_size
-from lightning_memsink.samples.documents import Documents, documents_in
+from lightning_memsink.samples.documents import Documents
 
 
 class SinkDropout(Mitigation):
@@ -72,6 +73,7 @@ class SinkDropout(Mitigation):
         self.layers: list[HiddenLayer] = []
         self._handles: list[RemovableHandle] = []
         self._ledger = Ledger()
+        self._packed = PackedBatches()
         self._batch: _Batch | None = None
         self._warnings = WarningCache()
 
@@ -104,7 +106,7 @@ class SinkDropout(Mitigation):
         key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         self._batch = _Batch(key, batch_size(batch) or 0, self.given or self._ledger.sinks)
         if self._ledger.get(Ledger.batch) is None:  # else LossTracker knows them, maybe not before the forward
-            self._batch.set_documents(documents_in(batch))
+            self._batch.set_documents(self._packed.documents_in(batch))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

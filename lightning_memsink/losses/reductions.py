@@ -221,12 +221,13 @@ def _weighted(call: LossCall, reduced: Reduced) -> LossCall:
     A sample of one element in a mean is no token of a sample: times zero its loss is zero, and not absent. What is
     subtracted from the loss is the loss of the opposite: a log-likelihood becomes a negative one.
     """
-    if call.upstream is not None and call.upstream.ndim == 0 and float(call.upstream) < 0:
-        call = replace(call, losses=-call.losses, upstream=-call.upstream)
+    if call.upstream is not None and call.upstream.ndim == 0:
+        sign = torch.where(call.upstream < 0, -1.0, 1.0)
+        call = replace(call, losses=call.losses * sign, upstream=call.upstream * sign)
     is_mean = "mean" in reduced.function.__name__
     if is_mean and isinstance(call.rows, SampleRows) and call.rows.owners.unique().numel() == call.losses.numel():
         return call
-    mask = torch.ones_like(call.losses)
+    mask: Tensor | None = None
     for factor in reduced.factors:
         try:
             weights = factor.detach().float().expand(call.losses.shape)
@@ -234,10 +235,10 @@ def _weighted(call: LossCall, reduced: Reduced) -> LossCall:
             continue
         total = weights.sum() * (0.0 if call.upstream is None else call.upstream) / call.divisor
         if bool(((weights == 0) | (weights == 1)).all()):
-            mask = mask * weights
+            mask = weights if mask is None else mask * weights
         elif abs(float(total) - 1) < 1e-4:
             return replace(call, losses=torch.where(weights == 0, 0.0, call.losses / weights), weights=weights)
-    return call if bool((mask == 1).all()) else replace(call, weights=mask)
+    return call if mask is None or bool((mask == 1).all()) else replace(call, weights=mask)
 
 
 def share_explained(calls: Sequence[LossCall], loss: Tensor) -> float | None:

@@ -84,7 +84,7 @@ class OpenLoss:
             return
         for each in self.calls:
             if isinstance(each.call.rows, SampleRows):
-                own = weights.to(each.call.losses.device)
+                own = weights.to(each.call.losses.device, non_blocking=True)
                 self.weigh_elements(each, each.call.rows.spread(own, each.call.losses.shape))
 
     def weigh_elements(self, each: FoundCall, weights: Tensor) -> None:

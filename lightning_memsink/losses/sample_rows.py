@@ -89,7 +89,7 @@ class SampleRows:
 
     def flat(self, shape: torch.Size, device: torch.device) -> Tensor:
         """The owner of each element of a tensor of ``shape``, flattened."""
-        return self.owners.expand(shape).reshape(-1).to(device)
+        return self.owners.expand(shape).reshape(-1).to(device, non_blocking=True)
 
     def _on(self, device: torch.device) -> Tensor:
         return self.owners.reshape(-1).clamp(min=-1).to(device, non_blocking=True)

@@ -164,7 +164,7 @@ def apply_mask(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | N
         nested: Tensor = torch.nested.as_nested_tensor(masked_parts, layout=hidden.layout)
         return nested
     shaped = _broadcastable(hidden, mask, layer, tokens)
-    return None if shaped is None else hidden * shaped.to(hidden)
+    return None if shaped is None else hidden * shaped.to(hidden, non_blocking=True)
 
 
 def _broadcastable(hidden: Tensor, mask: Tensor, layer: HiddenLayer, tokens: int | None) -> Tensor | None:

@@ -47,7 +47,7 @@ def dropped_targets(targets: Tensor, samples: Tensor, counted: Tensor, k: int, c
     if len(order) <= context:
         return drop
     text, owner, counted = targets[order].long(), samples[order], counted[order]
-    key = splitmix64(torch.tensor(seed, device=text.device) + 1)
+    key = splitmix64(torch.full((), seed, dtype=torch.int64, device=text.device) + 1)
     weights = splitmix64(torch.arange(1, context + 1, device=text.device) * GOLDEN_64 + key) | 1
     before = (text[:-1].unfold(0, context, 1) * weights).sum(1)  # odd weights, all different: order counts
     chosen = logical_shift(splitmix64(before + key), 64 - _BITS) < (1 << _BITS) // k
@@ -86,13 +86,13 @@ def drop_targets(opened: OpenLoss, k: int, context: int, seed: int = 0) -> Tenso
         weights, scale = each.call.coefficients()
         coefficients.append((weights * scale).reshape(-1))
     total = torch.stack([part.sum() for part in coefficients]).sum()
-    lost = torch.stack([part[drop].sum() for part, drop in zip(coefficients, drops, strict=True)]).sum()
+    lost = torch.stack([torch.where(drop, part, 0).sum() for part, drop in zip(coefficients, drops, strict=True)]).sum()
     factor = torch.where(lost < total, total / (total - lost), 0.0)
-    affected = torch.zeros(size, dtype=torch.bool, device=total.device)
+    hits = torch.zeros(size + 1, dtype=torch.int64, device=total.device)  # the last place is of targets of no sample
     for each, drop in zip(token_losses, drops, strict=True):
         opened.weigh_elements(each, torch.where(drop, 0.0, factor))
-        affected[_sample_of_target(each)[drop]] = True
-    return torch.stack([affected.sum().float(), (lost / total).nan_to_num().float()])
+        hits.index_add_(0, _sample_of_target(each).clamp(min=-1) % (size + 1), drop.long())
+    return torch.stack([(hits[:size] > 0).sum().float(), (lost / total).nan_to_num().float()])
 
 
 def _texts(calls: list[FoundCall], size: int) -> list[list[FoundCall]]:

@@ -31,8 +31,10 @@ def route(hidden: Tensor, samples: Tensor, units: Tensor, batch_axis: int = 0, u
     """
     by_sample = [-1 if axis == batch_axis % hidden.ndim else 1 for axis in range(hidden.ndim)]
     by_unit = [-1 if axis == unit_axis % hidden.ndim else 1 for axis in range(hidden.ndim)]
-    routed = samples.to(hidden.device)
-    passes = ~(routed.view(by_sample) if routed.ndim == 1 else routed) | units.to(hidden.device).view(by_unit)
+    routed = samples.to(hidden.device, non_blocking=True)
+    passes = ~(routed.view(by_sample) if routed.ndim == 1 else routed) | units.to(
+        hidden.device, non_blocking=True
+    ).view(by_unit)
     return torch.where(passes, hidden, hidden.detach())
 
 

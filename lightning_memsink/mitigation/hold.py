@@ -120,5 +120,6 @@ def hold_weights(losses: Tensor, expected: Tensor, matched: Tensor, at: float) -
         expected, matched: ``[B]`` of a `MatchedBatch`, on any device.
         at: the set point in nats, at least 0.
     """
-    over = over_set_point(losses, expected.to(losses.device), matched.to(losses.device), at)
+    expected, matched = (each.to(losses.device, non_blocking=True) for each in (expected, matched))
+    over = over_set_point(losses, expected, matched, at)
     return torch.where(over, 0.0, 1.0)

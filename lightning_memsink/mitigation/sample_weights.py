@@ -27,7 +27,7 @@ class SampleWeights:
 
     def left_out(self) -> tuple[int, float]:
         """How many samples weigh less than 1, and the share of the loss's coefficients left out (0 if that is not
-        finite). Waits for the device."""
+        finite). Of tensors in host memory: elsewhere it would wait."""
         weights = self.weights.tolist()
         shares = weights if self.shares is None else self.shares.tolist()
         left_out = [(1 - weight) * share for weight, share in zip(weights, shares, strict=True) if weight != 1]

@@ -42,7 +42,7 @@ def zero_units(hidden: Tensor, dropped: Tensor, layer: HiddenLayer, owners: Tens
         return hidden.masked_fill(of_tokens(dropped, owners, layer.unit_axis), 0)
     shape = [1] * hidden.ndim
     shape[layer.batch_axis], shape[layer.unit_axis] = dropped.shape
-    return hidden.masked_fill(dropped.to(hidden.device).view(shape), 0)
+    return hidden.masked_fill(dropped.to(hidden.device, non_blocking=True).view(shape), 0)
 
 
 def samples_in(hidden: Tensor, layer: HiddenLayer) -> int | None:

@@ -48,7 +48,7 @@ class _Column:
         own = [tensors[self.positions[0]]] if self.positions[0] < len(tensors) else []
         for tensor in (*own, *tensors):
             if tensor.ndim > self.axis and _without(tensor, self.axis) == self.shape:
-                return _of_tensor(tensor, self.axis)
+                return elements_of(tensor, self.axis)
         return None
 
 
@@ -85,7 +85,7 @@ class RowPrints:
             if axis is None and size > 1 and id(tensor) in place:
                 of_sample[int(owners.reshape(-1)[0])].append(place[id(tensor)])
             elif axis is not None and torch.equal(owners.reshape(-1), torch.arange(size)) and len(columns) < _TENSORS:
-                kept = _of_tensor(tensor.detach(), axis).clone()
+                kept = elements_of(tensor.detach(), axis).clone()
                 columns.append(_Column((place[id(tensor)],), axis, _without(tensor, axis), kept))
         if size > 1 and len({len(positions) for positions in of_sample}) == 1:
             for positions in list(zip(*of_sample, strict=True))[:_TENSORS]:
@@ -175,7 +175,7 @@ def _joint(orders: list[list[set[int]]], ids: Tensor) -> Order:
     return Order("moved", torch.tensor(rows))
 
 
-def _of_tensor(tensor: Tensor, axis: int) -> Tensor:
+def elements_of(tensor: Tensor, axis: int) -> Tensor:
     """``[B, K]`` elements spread over each row."""
     rows = tensor.movedim(axis, 0)
     each = max(1, int(_ELEMENTS ** (1 / max(1, rows.ndim - 1))))
@@ -188,7 +188,7 @@ def _of_list(tensors: list[Tensor]) -> Tensor:
     """``[B, K]`` float64: the shape of each tensor, and elements spread over it; 0 where it has fewer."""
     rows = torch.zeros(len(tensors), _OF_LIST + 4, dtype=torch.float64)
     for row, tensor in zip(rows, tensors, strict=True):
-        flat = _of_tensor(tensor.detach()[None], 0)[0]
+        flat = elements_of(tensor.detach()[None], 0)[0]
         flat = flat[:: max(1, len(flat) // _OF_LIST)][:_OF_LIST].double().cpu()
         row[: len(flat)] = flat
         row[_OF_LIST : _OF_LIST + min(4, tensor.ndim)] = torch.tensor(tensor.shape[:4]).double()

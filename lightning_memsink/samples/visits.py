@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class DescribedBatch(NamedTuple):
         cls,
         batch: Any,
         ids: Tensor,
-        features: Callable[[Any], Tensor] | None,
+        features: Tensor | None,
         axes: Axes | None = None,
         texts: Tokens | None = None,
         rows: Tensor | None = None,
@@ -39,7 +39,7 @@ class DescribedBatch(NamedTuple):
         Args:
             batch: what training_step gets.
             ids: ``[B]``.
-            features: the user's, of a batch.
+            features: the user's, one row a sample; they stay on their device.
             axes: where samples lie, as `samples.batch_rows.rows_of` takes.
             texts: ``[B, L]`` of documents, if these are its samples.
             rows: ``[B]`` of the data set.
@@ -47,7 +47,7 @@ class DescribedBatch(NamedTuple):
         tokens = tokens_of(batch, axes) if texts is None else texts
         if tokens is not None:
             tokens = None if len(tokens.ids) != len(ids) else Tokens(tokens.ids.cpu(), tokens.mask.cpu())
-        extra = None if features is None else features(batch).detach().float().cpu().reshape(len(ids), -1)
+        extra = None if features is None else features.detach().float().reshape(len(ids), -1)
         return cls(ids, tokens, extra, rows)
 
 
@@ -83,6 +83,11 @@ class Visit:
     ) -> Visit:
         ids, tokens, features, rows, sources = samples
         return cls(ids, losses, step, tokens, features, epoch, rows, counted, sources, may_be_windows)
+
+    def arrived(self, losses: Tensor, counted: Tensor | None, features: Tensor | None) -> Visit:
+        """The same visit, with what lay on a device in host memory. ``counted``: of the losses, as captured."""
+        counted = None if self.tokens is None else elements_of_texts(self.tokens, counted)
+        return replace(self, losses=losses, counted=counted, features=features)
 
     @classmethod
     def restored(cls, plain: dict[str, Any]) -> Visit:
@@ -123,6 +128,13 @@ class Visits(NamedTuple):
             any(visit.may_be_windows for visit in visits),
             _labels(visits),
         )
+
+
+def elements_of_texts(tokens: Tokens, counted: Tensor | None) -> Tensor:
+    """``[B]`` how many tokens each loss of a text is of. ``counted``: the weights of its tokens as captured; those that
+    are no numbers of tokens are not taken for such."""
+    are_numbers = counted is not None and bool((counted == counted.round()).all())
+    return counted.float() if counted is not None and are_numbers else tokens.mask.sum(1).float()
 
 
 def _labels(visits: Sequence[Visit]) -> Labels | None:

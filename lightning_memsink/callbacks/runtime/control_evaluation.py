@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import WarningCache
+from torch import Tensor
 
 from lightning_memsink._distributed import gather
 from lightning_memsink._lightning import warn_once
@@ -15,6 +16,7 @@ from lightning_memsink.callbacks.runtime.batch_description import BatchDescripti
 from lightning_memsink.callbacks.runtime.control_messages import not_evaluated
 from lightning_memsink.callbacks.runtime.control_probe import ControlProbe
 from lightning_memsink.callbacks.runtime.detection_messages import trained_controls
+from lightning_memsink.callbacks.runtime.host_copies import HostCopies
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.second_look import SecondLook
 from lightning_memsink.callbacks.runtime.second_look_steps import Mode
@@ -31,7 +33,7 @@ from lightning_memsink.losses.per_sample import NotCaptured
 from lightning_memsink.samples.control_table import ControlTable
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.sample_ids import SampleIds
-from lightning_memsink.samples.visits import DescribedBatch
+from lightning_memsink.samples.visits import DescribedBatch, elements_of_texts
 
 
 class Tracker(Protocol):
@@ -61,6 +63,7 @@ class ControlEvaluation:
         self.tracker = tracker
         self.second_look: SecondLook | None = None
         self._fit: tuple[Trainer, LightningModule] | None = None
+        self._copies = HostCopies()
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When fit starts."""
@@ -78,6 +81,7 @@ class ControlEvaluation:
         if self.second_look is not None:
             self.second_look.detach()
         self.second_look = self._fit = None
+        self._copies.clear()
 
     def note(self, trainer: Trainer, batch: Any) -> None:
         """At the start of each training step whose samples are known."""
@@ -99,20 +103,32 @@ class ControlEvaluation:
         """Whether no held-out samples will come, so that the controls are first visits of training samples."""
         return not self.tracker.probe.has_controls and not trainer.enable_validation
 
-    def add(self, batch: DescribedBatch | None, outputs: Any) -> None:
-        """Adds a batch of controls that a step has run on."""
+    def begin(self, step: int) -> None:
+        """When an evaluation begins; of one that was not closed nothing is left."""
+        self._copies.clear()
+        self.tracker.controls.begin(step)
+
+    def add(self, batch: DescribedBatch | None, outputs: Any, is_same: Tensor | None = None) -> None:
+        """Adds a batch of controls that a step has run on. ``is_same``: as `VisitRecorder.add` takes."""
         tracker = self.tracker
         batch = reported(outputs, batch)
         if batch is None:
             return
-        ids, tokens, features = batch[:3]
+        ids, tokens = batch[:2]
         captured = tracker.control_capture.finish(outputs, len(ids))
         if isinstance(captured, NotCaptured):
             tracker.warn(captured)
-        else:
-            losses = captured.losses.detach().float().cpu()
-            elements = tracker.describe.elements_of_windows(batch, captured.counted)
+            return
+        windows = tokens if tracker.describe.may_be_windows(batch) else None
+
+        def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
+            if is_same is not None and not bool(is_same):
+                tracker.loader_ids.hosts["validate"].distrust()
+                return
+            elements = None if windows is None else elements_of_texts(windows, counted)
             tracker.controls.add(ids, losses, tracker.matching.of_controls(ids, tokens, features), elements)
+
+        self._copies.put(arrive, captured.losses.detach().float(), captured.counted, batch.features, is_same)
 
     def close(self, ledger: Ledger) -> None:
         """Gathers this evaluation's controls, and looks again at the samples that the detector asks for. Processes wait
@@ -120,6 +136,7 @@ class ControlEvaluation:
         tracker = self.tracker
         if not tracker.controls.is_open:
             return
+        self._copies.drain()
         tracker.controls.close_evaluation(tracker.validation_weights.gather(tracker.controls.collected))
         if tracker.table.reference_step is None and len(tracker.controls):
             tracker.table.reference_step = tracker.controls.latest_step
@@ -135,7 +152,7 @@ class ControlEvaluation:
             tracker.table.reference_step = tracker.table.reference_step or trainer.global_step
             self._look_again(Ledger.of(trainer))
             return
-        tracker.controls.begin(trainer.global_step)
+        self.begin(trainer.global_step)
         try:
             with closing(
                 tracker.probe.evaluate(trainer, pl_module, tracker.control_capture, tracker.describe.of_fetched)
@@ -144,7 +161,7 @@ class ControlEvaluation:
                     self.add(samples, outputs)
         except Exception as error:  # an evaluation must not end the training
             tracker.control_capture.abandon()
-            tracker.controls.begin(trainer.global_step)  # a part of them would be taken for others than before
+            self.begin(trainer.global_step)  # a part of them would be taken for others than before
             warn_once(tracker.warnings, not_evaluated(error))
         self.close(Ledger.of(trainer))
 

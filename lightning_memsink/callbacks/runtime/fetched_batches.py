@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_memsink.callbacks.runtime.host_batches import kept
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.id_contents import Contents
 from lightning_memsink.samples.input_prints import input_prints
@@ -34,6 +35,8 @@ class FetchedBatch(NamedTuple):
     contents: Contents | None
     inputs: Tensor | None = None
     """``[B]`` hashes of the samples' inputs, if they were asked for."""
+    host: Any = None
+    """As the loader gave it, to be read in the place of the one that the step gets on a device."""
 
 
 class FetchedBatches:
@@ -71,7 +74,7 @@ class FetchedBatches:
         size = self._size(batch, fetched, with_contents or inputs is not None)
         prints, contents = self._read(batch, fetched, with_contents, size)
         hashed = inputs_of(batch, fetched, size, inputs == "named") if inputs is not None and size else None
-        self._batches.append(FetchedBatch(loader, fetched, SameTensors(batch), prints, contents, hashed))
+        self._batches.append(FetchedBatch(loader, fetched, SameTensors(batch), prints, contents, hashed, kept(batch)))
 
     def take(self, loader: int | None = None) -> FetchedBatch | None:
         """Removes and returns the oldest batch of one loader, or of any; None if there is none."""

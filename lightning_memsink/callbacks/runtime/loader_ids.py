@@ -19,6 +19,7 @@ from lightning_memsink.callbacks.runtime.fetched_batches import (
     concatenated,
     fetched_parts,
 )
+from lightning_memsink.callbacks.runtime.host_batches import HostBatches
 from lightning_memsink.samples.batch import describe, tensors_in
 from lightning_memsink.samples.batch_rows import Axes, Entry, rows_of
 from lightning_memsink.samples.control_overlap import ControlOverlap
@@ -63,6 +64,12 @@ class LoaderIds:
         self.sample_ids = sample_ids
         self.axes: Axes | None = None
         """Of the batch taken last, where its samples lie in each tensor, for `samples.batch_rows.rows_of`."""
+        self.readable: Any = None
+        """The batch taken last, in host memory where it can be read there; for the user's functions it is none."""
+        self.is_same: Tensor | None = None
+        """Bool ``[]`` on the device: whether `readable` has the values that the step got. None where that is known."""
+        self.hosts: dict[Stage, HostBatches] = {"train": HostBatches(), "validate": HostBatches()}
+        """Whether batches can be read in host memory."""
         self._trainer: Trainer | None = None
         self._fetched: dict[Stage, FetchedBatches] = {"train": FetchedBatches(), "validate": FetchedBatches()}
         self._contents = IdContents()
@@ -106,7 +113,7 @@ class LoaderIds:
         are no longer in the order in which they were fetched, if that order can't be identified. `axes` is then known.
         """
         fetched, combined = self._fetched[stage], self._combined_loader(stage)
-        self.axes = None
+        self.axes, self.readable, self.is_same = None, batch, None
         if combined is None or combined._mode == "sequential":
             return self._ids_of(batch, fetched.take(), stage)
         try:
@@ -114,43 +121,59 @@ class LoaderIds:
         except ValueError:
             return self._merged_ids(batch, [fetched.take(loader) for loader in range(len(combined.flattened))])
         if len(combined.flattened) == 1:
-            return self._ids_of(parts[0][1], fetched.take(0), stage) if parts else None
+            if not parts:
+                return None
+            alone = self._ids_of(parts[0][1], fetched.take(0), stage)
+            self.readable = batch if self.readable is parts[0][1] else combined._spec.unflatten([self.readable])
+            return alone
         ids: list[Tensor | None] = []
         entries: dict[int, Entry] = {}
         first = 0
         for loader, part in parts:
-            ids.append(self._ids_of(part, fetched.take(loader), stage))
+            ids.append(self._ids_of(part, fetched.take(loader), stage, from_host=False))
             size = 0 if ids[-1] is None else len(ids[-1])
             for tensor, owners in rows_of(part, size, self.axes):
                 entries[id(tensor)] = torch.where(owners < 0, owners, owners + first)
             first += size
-        self.axes = [entries.get(id(tensor)) for tensor in tensors_in(batch)]
+        self.axes, self.readable = [entries.get(id(tensor)) for tensor in tensors_in(batch)], batch
         return concatenated(ids)
 
     def clear(self, stage: Stage) -> None:
         """Forgets batches that were fetched and not taken. A new pass over the loaders does so by itself."""
         self._fetched[stage].clear()
 
-    def _ids_of(self, batch: Any, taken: FetchedBatch | None, stage: Stage) -> Tensor | None:
+    def _ids_of(self, batch: Any, taken: FetchedBatch | None, stage: Stage, from_host: bool = True) -> Tensor | None:
         """The ids of one loader's batch, in the order of its rows."""
         fetched = Fetched() if taken is None else taken.fetched
-        self.axes = fetched.axes
+        self.axes, self.readable = fetched.axes, batch
         index, moved = fetched.ids, None
+        hosts = self.hosts[stage]
+        can_read = from_host and taken is not None and self.sample_ids.segments is None
+        host = hosts.of(batch, taken.host) if can_read and taken is not None else None
         inputs = None if taken is None else taken.inputs
-        if taken is not None and index is not None and not self.sample_ids.reads_key(batch):
+        waits = host is None or not hosts.is_settled
+        if taken is not None and index is not None and waits and not self.sample_ids.reads_key(batch):
             order = self._fetched[stage].order_in(batch, taken)
             if order.kind == "lost" and self.sample_ids.needs_index(batch):
                 warn_once(self._warnings, REORDERED.format(key=self.sample_ids.key))
                 return None
             index = None if order.kind == "lost" else index if order.rows is None else index[order.rows]
             moved, inputs = order.rows, None if order.kind == "lost" else inputs
+            host = host if order.kind == "kept" else None
+        answer = False if host is None else hosts.compare(batch, host)
+        contents = None if taken is None else taken.contents
+        if answer is not False:
+            batch, self.is_same = host, answer if isinstance(answer, Tensor) else None
+        elif taken is not None and self.sample_ids.reads_key(batch) and not taken.tensors.are_in(batch):
+            inputs = contents = None  # keys may have been moved since, and these not with them
+        self.readable = batch
         ids = self.sample_ids.of(batch, index, fetched)
         if self.sample_ids.documents is not None:
             self.axes = self.sample_ids.documents.axes(batch)
-        if taken is not None and ids is not None and taken.contents is not None:
+        if ids is not None and contents is not None:
             named = index if self.sample_ids.is_of_texts(batch) else ids
             if named is not None:
-                self._check_contents(named, taken.contents)
+                self._check_contents(named, contents)
         is_packed = self.sample_ids.documents is not None
         self._ids_are_texts = self.sample_ids.source == "content" and (is_packed or self.sample_ids.is_of_texts(batch))
         if inputs is not None and ids is not None and not is_packed:

@@ -10,7 +10,9 @@ from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.host_copies import HostCopies
 from lightning_memsink.callbacks.runtime.loss_scale import loss_scale
+from lightning_memsink.callbacks.runtime.packed_batches import PackedBatches
 from lightning_memsink.callbacks.runtime.strategies import Reads, require_support
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.reweighting import OpenLoss
@@ -20,7 +22,6 @@ from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.losses.unreadable import InternalError, UnreadableLoss, internal_error
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.samples.batch import batch_size
-from lightning_memsink.samples.documents import documents_in
 
 
 class Mitigation(Callback, ABC):
@@ -49,16 +50,16 @@ class Mitigation(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.interventions.close_evaluation(trainer.global_step)
+            self._close_evaluation(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # LossTracker's own controls are evaluated between two batches, without a validation.
         controls = Ledger.of(trainer).get(Ledger.controls)
         if controls is not None and controls.latest_step > self.interventions.latest_step:
-            self.interventions.close_evaluation(controls.latest_step)
+            self._close_evaluation(controls.latest_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.interventions.close_evaluation(trainer.global_step)
+        self._close_evaluation(trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -67,10 +68,18 @@ class Mitigation(Callback, ABC):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
+        self._count()
         return {"actions": self.interventions.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.interventions.load_state_dict(state_dict["actions"])
+
+    def _count(self) -> None:
+        """Counts what a device has still to say of the steps so far."""
+
+    def _close_evaluation(self, step: int) -> None:
+        self._count()
+        self.interventions.close_evaluation(step)
 
 
 class LossWeighing(Mitigation):
@@ -80,6 +89,8 @@ class LossWeighing(Mitigation):
         self._size: int | None = None
         self._own_reader: StepReader | None = None  # where there is no LossTracker, whose reader serves all
         self._open: OpenLoss | None = None
+        self._counts = HostCopies()
+        self._packed = PackedBatches()
         self._warnings = WarningCache()
 
     @abstractmethod
@@ -98,7 +109,7 @@ class LossWeighing(Mitigation):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        documents = None if self._own_reader is None else documents_in(batch)
+        documents = None if self._own_reader is None else self._packed.documents_in(batch)
         self._size = batch_size(batch) if documents is None else documents.count
         if self._own_reader is not None and self._size:
             axes = None if documents is None else documents.axes(batch)
@@ -136,8 +147,12 @@ class LossWeighing(Mitigation):
         if self._own_reader is not None:
             self._own_reader.end()
 
+    def _count(self) -> None:
+        self._counts.drain()
+
     def _detach(self) -> None:
         self._close()
+        self._counts.clear()
         if self._own_reader is not None:
             self._own_reader.end()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_memsink._distributed import gather
 from lightning_memsink._lightning import warn_once
 from lightning_memsink.callbacks.runtime import second_look_messages as messages
+from lightning_memsink.callbacks.runtime.host_copies import HostCopies
 from lightning_memsink.callbacks.runtime.loader_ids import LoaderIds
 from lightning_memsink.callbacks.runtime.second_look_batches import LookBatch, RowBatches
 from lightning_memsink.callbacks.runtime.second_look_reservoir import Reservoir
@@ -75,7 +77,7 @@ class SecondLook:
         """Why no look is possible, known after the first batch or look; empty if one is."""
         self.mode: Mode | None = None
         """Of the last look: another than was asked for where ``validation_step`` could not take a training batch."""
-        self._by_row = RowBatches(sample_ids, table)
+        self._by_row = RowBatches(sample_ids, table, loader_ids.hosts["train"])
         self._reservoir = Reservoir(samples, seed)
         self._is_by_row: bool | None = None  # unknown before the first batch whose samples are known
         self._size = 1  # samples of the largest batch so far
@@ -188,6 +190,7 @@ class _Pass:
         self.measured: list[Measured] = []
         """Of each batch, with rows of the table as ids."""
         self.failure = ""
+        self._copies = HostCopies()
         self._asked = torch.zeros(len(look.table), dtype=torch.bool)
         self._asked[rows] = True
         self._batches = self._source(rows)
@@ -198,12 +201,14 @@ class _Pass:
         """Measures the first batch; why that failed in any process, or nothing."""
         self.measured.clear()
         reason = "" if self._first is None else self._measure(self._first, mode)
+        self._copies.drain()
         return next(filter(None, gather(reason)), "")
 
     def others(self, mode: Mode) -> None:
         """Measures all others. A failure ends no pass: other processes may wait in a step of theirs."""
         while (batch := self._next()) is not None:
             self.failure = self._measure(batch, mode) or self.failure
+        self._copies.drain()
 
     def _source(self, rows: Tensor) -> Iterator[LookBatch]:
         """The batches of this process, as many as in each other one."""
@@ -245,12 +250,20 @@ class _Pass:
         found = losses_of(self.trainer, self.module, self.look.capture, batch, self._count - 1, mode)
         if isinstance(found, str):
             return found
+        self._copies.put(partial(self._add, found), found.losses, found.elements, batch.is_same)
+        return ""
+
+    def _add(self, found: Measured, losses: Tensor, elements: Tensor, is_same: Tensor | None) -> None:
+        if is_same is not None and not bool(is_same):
+            self.look.loader_ids.hosts["train"].distrust()
+            return
         rows = self.look.table.index.find(found.ids)
         known = rows >= 0
         known[known.clone()] = self._asked[rows[known]] | self.look.keeps_batches
-        losses = torch.where(found.losses.isfinite(), found.losses, torch.nan)
-        self.measured.append(Measured(*(part[known] for part in found._replace(ids=rows, losses=losses))))
-        return ""
+        losses = torch.where(losses.isfinite(), losses, torch.nan)
+        if bool((elements != elements.round()).any()):  # weights that are no numbers of tokens
+            elements = torch.ones_like(losses)
+        self.measured.append(Measured(*(part[known] for part in (rows, losses, elements, found.rows))))
 
 
 def _nothing(mode: Mode) -> Look:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_memsink.callbacks.runtime.fetched_batches import LOADER_BITS
+from lightning_memsink.callbacks.runtime.host_batches import HostBatches, kept
 from lightning_memsink.callbacks.runtime.kept_state import objects_kept
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.batch_rows import Axes
@@ -36,6 +37,8 @@ class LookBatch(NamedTuple):
     is_packed: bool
     rows: Tensor | None = None
     """``[B]`` of the data set, if these are known."""
+    is_same: Tensor | None = None
+    """As `LoaderIds.is_same`."""
 
 
 class RowBatches:
@@ -44,11 +47,13 @@ class RowBatches:
     Args:
         sample_ids: of the run.
         table: whose rows are asked for.
+        hosts: whether batches can be read in host memory.
     """
 
-    def __init__(self, sample_ids: SampleIds, table: LossTable) -> None:
+    def __init__(self, sample_ids: SampleIds, table: LossTable, hosts: HostBatches) -> None:
         self.sample_ids = sample_ids
         self.table = table
+        self.hosts = hosts
         self.source: str | None = None
         """Where the ids of training batches come from; those of validation may come from elsewhere."""
         self.failure: Exception | None = None
@@ -78,10 +83,10 @@ class RowBatches:
         for number, loader in enumerate(combined.flattened):
             own = number if len(combined.flattened) > 1 else None
             plan = self._plan(rows, own, rows_a_batch(loader, size), generator)
-            with ExitStack() as kept:
+            with ExitStack() as stack:
                 theirs = user_loader(loader)
                 if plan and not theirs.num_workers:
-                    kept.enter_context(objects_kept([theirs.dataset, theirs.collate_fn]))
+                    stack.enter_context(objects_kept([theirs.dataset, theirs.collate_fn]))
                 for found in refetch(loader, plan, seed) if plan else ():
                     if isinstance(found, Exception):
                         self.failure = self.failure or found
@@ -148,19 +153,26 @@ class RowBatches:
         size = batch_size(batch, fetched.rows if index is None else len(index), fetched.axes)
         same = SameTensors(batch)
         prints = RowPrints.of(batch, size, fetched.axes) if size and index is not None and len(index) == size else None
+        as_fetched = kept(batch)
         batch = on_device(trainer, pl_module, batch)
+        host = self.hosts.of(batch, as_fetched) if self.sample_ids.segments is None else None
+        answer = False if host is None else self.hosts.compare(batch, host)
+        if answer is not False:
+            prints = None
         if index is not None and prints is not None and not self.sample_ids.reads_key(batch) and not same.are_in(batch):
             order = prints.order_in(batch, index)
             if order.kind == "lost" and self.sample_ids.needs_index(batch):
                 return None
             index = None if order.kind == "lost" else index if order.rows is None else index[order.rows]
         index = None if index is None else index + (loader << LOADER_BITS)
-        ids = self.sample_ids.of(batch, index, fetched)
+        readable = batch if answer is False else host
+        ids = self.sample_ids.of(readable, index, fetched)
         if ids is None or not len(ids):
             return None
         documents = self.sample_ids.documents
-        axes = fetched.axes if documents is None else documents.axes(batch)
-        return LookBatch(batch, ids, axes, documents is not None, self.sample_ids.rows)
+        axes = fetched.axes if documents is None else documents.axes(readable)
+        is_same = answer if isinstance(answer, Tensor) else None
+        return LookBatch(batch, ids, axes, documents is not None, self.sample_ids.rows, is_same)
 
 
 def on_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -46,8 +46,8 @@ def traces_removed(trainer: Trainer, pl_module: LightningModule, mode: Mode) -> 
 
 
 class Measured(NamedTuple):
-    """The losses ``[B]`` of a batch, float32 on the CPU, and what they are of: ``ids`` of samples, the number of
-    ``elements``, and ``rows`` of the data set, -1 where unknown."""
+    """The losses ``[B]`` of a batch, float32 on any device, and what they are of: ``ids`` of samples, the number of
+    ``elements`` as captured, and ``rows`` of the data set, -1 where unknown."""
 
     ids: Tensor
     losses: Tensor
@@ -88,10 +88,8 @@ def losses_of(
 
 
 def _measured(batch: LookBatch, ids: Tensor, captured: Captured) -> Measured:
-    losses, counted = captured.losses.detach().float().cpu(), captured.counted
-    elements = torch.ones_like(losses) if counted is None else counted.detach().float().cpu()
-    if bool((elements != elements.round()).any()):  # weights that are no numbers of tokens
-        elements = torch.ones_like(losses)
+    losses, counted = captured.losses.detach().float(), captured.counted
+    elements = torch.ones_like(losses) if counted is None else counted.detach().float()
     known = batch.rows is not None and len(batch.rows) == len(ids)
     return Measured(ids, losses, elements, batch.rows if known and batch.rows is not None else torch.full_like(ids, -1))
 

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning_utilities.core.rank_zero import WarningCache
+from torch import Tensor
 
 from lightning_memsink._distributed import gather, is_first
 from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.host_copies import HostCopies
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.detection.family_features import FamilyRecord
@@ -19,6 +21,12 @@ from lightning_memsink.samples.rows_seen import RowsSeen
 from lightning_memsink.samples.shared_texts import SharedTexts
 from lightning_memsink.samples.visits import Visit, Visits
 from lightning_memsink.samples.windows import join_windows
+
+CHANGED = (
+    "A hook changed batches between the loader and the step, which it did not in the first steps. No losses are kept "
+    "of those in which this was found. From now on batches are read where the step has them, which waits for the "
+    "device."
+)
 
 
 class VisitRecorder:
@@ -31,23 +39,45 @@ class VisitRecorder:
 
     def __init__(self, table: LossTable, matching: Matching) -> None:
         self.table, self.matching = table, matching
+        self.changed = False
+        """Whether a batch was found to hold other values than those that its samples were known by."""
         self.families: FamilyRecord | None = None
         """Where near-duplicates are looked for."""
         self.content_check = ContentCheck()
         self.rows_seen = RowsSeen()
         self.shared_texts = SharedTexts()
         self._visits: list[Visit] = []
+        self._copies = HostCopies()
         self._warnings = WarningCache()
 
     def __len__(self) -> int:
-        return len(self._visits)
+        return len(self._visits) + len(self._copies)
 
-    def add(self, visit: Visit) -> None:
-        """Adds a batch. It only appends to a list."""
-        self._visits.append(visit)
+    def add(self, visit: Visit, is_same: Tensor | None = None) -> None:
+        """Adds a batch, whose losses, counts and features may lie on a device. It only appends to lists.
 
-    def flush(self) -> None:
-        """Records the visits of all processes in the order of steps, then ranks. Every process calls it."""
+        ``is_same``: bool ``[]``, whether the batch had the values by which its samples were known; without them it is
+        left out.
+        """
+
+        def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
+            if is_same is None or bool(is_same):
+                self._visits.append(visit.arrived(losses, counted, features))
+            else:
+                self.changed = True
+                warn_once(self._warnings, CHANGED)
+
+        self._copies.put(arrive, visit.losses, visit.counted, visit.features, is_same)
+
+    def flush(self, drain: bool = True) -> None:
+        """Records the visits of all processes in the order of steps, then ranks. Every process calls it.
+
+        Losses on a device are waited for only to ``drain``; else those are recorded that the last call sent for.
+        """
+        if drain:
+            self._copies.drain()
+        else:
+            self._copies.advance()
         gathered = gather((self._visits, self.table.names.take_new()))
         visits = sorted((visit for one, _ in gathered for visit in one), key=lambda visit: visit.step)
         with interrupts_deferred():
@@ -59,6 +89,7 @@ class VisitRecorder:
 
     def has_any_before(self, epoch: int) -> bool:
         """Whether visits of an earlier epoch wait to be recorded."""
+        self._copies.drain()
         return any(visit.epoch < epoch for visit in self._visits)
 
     def end_epoch(self) -> None:
@@ -70,6 +101,7 @@ class VisitRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
+        self._copies.drain()
         return {
             "visits": [asdict(visit) for visit in self._visits],
             "counts": self.matching.counts.state_dict(),
@@ -82,6 +114,7 @@ class VisitRecorder:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a `state_dict`; those of older versions have no names, or no visits."""
+        self._copies.clear()
         waiting = state.get("visits", []) if is_first() else []  # to be counted once by all processes together
         self._visits = [*map(Visit.restored, waiting)]
         self.matching.counts.load_state_dict(state["counts"])

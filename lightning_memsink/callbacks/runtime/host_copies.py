@@ -1,0 +1,93 @@
+"""Values of training steps on their way from the device to the host, for which no step waits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Waiting(NamedTuple):
+    """Small tensors, some of them on the device, and what takes them in host memory."""
+
+    use: Callable[..., None]
+    values: tuple[Tensor | None, ...]
+
+
+class HostCopies:
+    """A queue of small tensors, handed on in order. What lies in host memory is handed on at once, if nothing waits.
+
+    The rest stays on its device. `advance` copies all of it in one go for each dtype, without waiting, and hands on
+    what the previous `advance` has sent: that has arrived long since. `drain` hands on everything, and waits.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[_Waiting] = []
+        self._sent: _Copy | None = None
+
+    def __len__(self) -> int:
+        """How many are not handed on yet."""
+        return len(self._waiting) + (0 if self._sent is None else len(self._sent.waiting))
+
+    def put(self, use: Callable[..., None], *values: Tensor | None) -> None:
+        """Has ``use`` called with the ``values`` in host memory, in time. They may change after this call."""
+        if not len(self) and all(value is None or value.is_cpu for value in values):
+            use(*values)
+            return
+        # A CUDA graph writes to the same memory at every replay.
+        self._waiting.append(
+            _Waiting(use, tuple(None if value is None else value.detach().clone() for value in values))
+        )
+
+    def advance(self) -> None:
+        """Hands on what was sent before, and sends what has come since."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent.hand_on()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._sent = _Copy(waiting)
+
+    def drain(self) -> None:
+        """Hands on everything. Waits for the device."""
+        self.advance()
+        self.advance()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._waiting, self._sent = [], None
+
+
+class _Copy:
+    """Copies that were begun, one for each device and dtype."""
+
+    def __init__(self, waiting: Sequence[_Waiting]) -> None:
+        self.waiting = waiting
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for _, values in waiting:
+            for value in values:
+                if value is not None:
+                    groups[value.device, value.dtype].append(value.reshape(-1))
+        joined = {kind: torch.cat(parts) for kind, parts in groups.items()}
+        # Elsewhere than on CUDA a copy that doesn't wait may be read too early.
+        self._parts = {kind: part.to("cpu", non_blocking=part.is_cuda) for kind, part in joined.items()}
+        self._events = [
+            torch.cuda.current_stream(device).record_event() for device, _ in groups if device.type == "cuda"
+        ]
+        self._sources = joined  # must live until the copies are made
+
+    def hand_on(self) -> None:
+        for event in self._events:
+            event.synchronize()
+        places: dict[Any, int] = defaultdict(int)
+        for use, values in self.waiting:
+            use(*(None if value is None else self._next(value, places) for value in values))
+
+    def _next(self, value: Tensor, places: dict[Any, int]) -> Tensor:
+        kind = value.device, value.dtype
+        start = places[kind]
+        places[kind] = start + value.numel()
+        return self._parts[kind][start : places[kind]].reshape(value.shape).clone()
