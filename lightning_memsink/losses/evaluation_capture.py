@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_memsink.losses.capture import (
     StepCapture,
@@ -19,6 +20,7 @@ from lightning_memsink.losses.capture import (
     remedy,
 )
 from lightning_memsink.losses.compiled_parts import around_compiled_parts
+from lightning_memsink.losses.fused_layers import fused_layers, passed_by
 from lightning_memsink.losses.loss_call import LossCall
 from lightning_memsink.losses.per_sample import Captured, NotCaptured, Term, terms_of, weigh
 from lightning_memsink.losses.reductions import read_reductions
@@ -46,6 +48,7 @@ class EvaluationCapture:
         self._batch: Any = None
         self._leaves: list[tuple[Tensor, Tensor]] = []
         self._compiled = ExitStack()
+        self._fused: list[weakref.ref[nn.TransformerEncoderLayer]] | None = None
 
     def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
         """At the start of a validation step on ``batch``; the arguments as in training."""
@@ -56,6 +59,11 @@ class EvaluationCapture:
             reader = self.training.reader
             if reader.module is not None and not reader.can_watch and not reader.is_compiled:
                 self._compiled.enter_context(around_compiled_parts(reader.module, self.watch.suspended))
+            elif reader.module is not None:
+                if self._fused is None:
+                    self._fused = [weakref.ref(layer) for layer in fused_layers(reader.module)]
+                layers = [layer for known in self._fused if (layer := known()) is not None]
+                self._compiled.enter_context(passed_by(self.watch, layers))
 
     def finish(self, outputs: Any, batch_size: int) -> Captured | NotCaptured:
         """At the end of a validation step; ``outputs`` and ``batch_size`` as in training."""

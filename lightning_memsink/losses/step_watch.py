@@ -182,6 +182,11 @@ class StepWatch(TorchFunctionMode):
         known = self._known.get(id(tensor))
         return known if known is not None and known.tensor() is tensor else None
 
+    def note_same_rows(self, source: Tensor, result: Tensor) -> None:
+        """Notes a result whose rows are those of its source, of what was computed without the mode."""
+        if isinstance(result, Tensor) and result.shape == source.shape:
+            self._remember("", (source,), {}, [result], self.provenance_of(source))
+
     def _before(self, func: Any, args: Any) -> Tensor | None:
         """A copy of the tensor that ``func`` is about to change, where its shadow will need it."""
         if self.shadows is None or not args or not isinstance(args[0], Tensor) or not changes_in_place(func):

@@ -52,12 +52,36 @@ class ControlOverlap:
         self._new_controls: list[ControlPrints] = []
         self._unshared = ControlPrints(_none(), _none())  # that other processes don't have
         self._batches = 0
+        self._rows = torch.zeros(0, dtype=torch.bool)  # whether the input of a row of the data set was noted
         self._is_known = False  # whether the latest training inputs came before
 
-    def wants_training(self) -> bool:
-        """Whether the next training batch is to be compared: each, until the same inputs come again; then a few."""
+    def wants_training(self, rows: Tensor | None = None) -> bool:
+        """Whether the next training batch is to be compared: each, until the same inputs come again; then a few.
+
+        ``rows``: ``[n]`` of the data set, where they are known: the same rows have the same inputs.
+        """
         self._batches += 1
-        return not self._is_known or self._batches % EVERY == 0
+        came_before = rows is not None and self._came_before(rows)
+        return self._batches % EVERY == 0 or not (self._is_known or came_before)
+
+    def forget_rows(self) -> None:
+        """The rows of another data set may follow."""
+        self._rows = torch.zeros(0, dtype=torch.bool)
+
+    def _came_before(self, rows: Tensor) -> bool:
+        """Whether all of these rows came before; notes them."""
+        if not len(rows):
+            return False
+        low, high = (int(end) for end in rows.aminmax())
+        if low < 0 or high >= self.most:
+            return False
+        if high >= len(self._rows):
+            longer = torch.zeros(min(self.most, max(2 * len(self._rows), high + 1)), dtype=torch.bool)
+            longer[: len(self._rows)] = self._rows
+            self._rows = longer
+        came_before = bool(self._rows[rows].all())
+        self._rows[rows] = True
+        return came_before
 
     def note_training(self, prints: Tensor) -> None:
         """Notes hashes ``[n]`` of the inputs of samples that are trained on."""

@@ -209,3 +209,15 @@ def test_a_single_process_has_nobody_to_share_with():
     overlap.note_training(hashes(50))
     overlap.exchange()
     assert overlap.overlap(IDS).tolist() == [True, False, False, False]
+
+
+def test_rows_that_came_before_are_compared_now_and_then_until_other_data_may_follow():
+    overlap = ControlOverlap()
+    first, second = torch.arange(8), torch.arange(8, 16)
+    assert overlap.wants_training(first) and overlap.wants_training(second)
+    again = [overlap.wants_training(torch.cat([first, second])) for _ in range(160)]
+    assert sum(again) == 10
+    assert overlap.wants_training(torch.arange(12, 20)), "some of these are new"
+    overlap.forget_rows()
+    assert overlap.wants_training(first)
+    assert all(overlap.wants_training(rows) for rows in (torch.tensor([-1]), torch.tensor([1 << 48]), None))

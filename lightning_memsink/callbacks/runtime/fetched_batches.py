@@ -147,7 +147,8 @@ def fetched_parts(combined: Any, batch: Any) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: if a hook of the user's has made one batch of what the loaders gave.
     """
-    return ((n, part) for n, part in enumerate(combined._spec.flatten_up_to(batch)) if part is not None)
+    parts = [batch] if combined._spec.is_leaf() else combined._spec.flatten_up_to(batch)
+    return ((n, part) for n, part in enumerate(parts) if part is not None)
 
 
 def concatenated(ids: list[Tensor | None]) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -77,6 +78,7 @@ class LoaderIds:
         """Which controls have the input of a training sample. Where ids are hashes of texts it knows of none: there
         equal ids say it."""
         self._ids_are_texts = False
+        self._rows_of: weakref.ref[Any] | None = None  # the training data whose rows `overlap` knows
         self._warnings = WarningCache()
         self._overridden: dict[str, Any] = {}
 
@@ -221,15 +223,19 @@ class LoaderIds:
                 if iterator is batches:
                     loader = getattr(combined_pass, "_iterator_idx", position)  # sequential mode: one at a time
                     with_contents = stage == "train" and self._compares(fetched)
-                    waiting.put(combined_pass, loader, batch, fetched, with_contents, self._inputs_of(stage))
+                    inputs = self._inputs_of(stage, combined, None if fetched is None or loader else fetched.ids)
+                    waiting.put(combined_pass, loader, batch, fetched, with_contents, inputs)
 
-    def _inputs_of(self, stage: Stage) -> Inputs | None:
-        """Which inputs of the next batch are hashed."""
+    def _inputs_of(self, stage: Stage, combined: object, rows: Tensor | None) -> Inputs | None:
+        """Which inputs of the next batch are hashed, of ``rows`` of the first data set of ``combined``."""
         if self._ids_are_texts:
             return None
         if stage == "validate":
             return "named"
-        return "all" if self.overlap.wants_training() else None
+        if self._rows_of is None or self._rows_of() is not combined:
+            self.overlap.forget_rows()
+            self._rows_of = weakref.ref(combined)
+        return "all" if self.overlap.wants_training(rows) else None
 
     def _combined_loaders(self) -> Iterator[CombinedLoader]:
         assert self._trainer is not None

@@ -11,12 +11,14 @@ from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
+from lightning_memsink.losses.fused_layers import is_fused
+
 OnCall = Callable[[str, nn.Module], None]
 
 
 class FirstCalls:
     """Waits for the first call of each module. Modules within a compiled one are left out: a hook on them would be
-    compiled too, or never be called."""
+    compiled too, or never be called. So are those within an encoder layer, which would be computed more slowly."""
 
     def __init__(self) -> None:
         self.called: dict[str, object] = {}
@@ -81,6 +83,11 @@ class _NoCall:
         pass
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether a call of the module stands for all modules within."""
+    return isinstance(module, OptimizedModule) or is_fused(module)
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and floating-point buffers that belong to this module itself, by name."""
     for tensors in (module._parameters, module._buffers):
@@ -108,11 +115,11 @@ def _callable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (Metric, torch.jit.ScriptModule)) or module._compiled_call_impl is not None:
             within = (*within, f"{name}.")
             continue
-        if isinstance(module, OptimizedModule):
+        if is_whole(module):
             within = (*within, f"{name}.")
         yield name, module
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The weights that a call of the module stands for: its own, or all of a compiled module."""
-    return module.named_parameters(recurse=isinstance(module, OptimizedModule))
+    """The weights that a call of the module stands for."""
+    return module.named_parameters(recurse=is_whole(module))

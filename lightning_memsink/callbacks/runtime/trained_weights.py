@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_memsink.callbacks.runtime.module_calls import FirstCalls, own_tensors, tensors_of
+from lightning_memsink.callbacks.runtime.module_calls import FirstCalls, is_whole, own_tensors, tensors_of
 
 ELEMENTS = 256
 
@@ -92,7 +92,7 @@ class TrainedWeights:
             if is_first:  # the step itself may have changed the weights
                 self._compare_trainable(model)
                 is_first = False
-            for own, tensor in own_tensors(module):
+            for own, tensor in tensors_of(module) if is_whole(module) else own_tensors(module):
                 self._compare(f"{name}.{own}" if name else own, tensor)
 
         self._in_validation.wait(model, compare)
