@@ -174,8 +174,8 @@ class LossTracker(Callback):
             visit = Visit.of(current, losses, self._step, trainer.current_epoch, counted, may_be_windows)
             self.visits.add(visit, self._is_same)
         self._since_flush += 1
-        if trainer.world_size > 1 or self._since_flush >= self.flush_every:
-            self._flush(drain=trainer.world_size > 1)
+        if self._since_flush >= self.flush_every:
+            self._flush(drain=trainer.world_size > 1)  # processes wait for one another anyway
         if self.evaluation.is_due(trainer):
             self.evaluation.run(trainer, pl_module)
 
@@ -239,6 +239,11 @@ class LossTracker(Callback):
             "identity": self.sample_ids.source,
             "overlap": self.loader_ids.overlap.state_dict(),
         }
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.world_size > 1 and state is not None and not trainer.interrupted:  # others may not come then
+            self.visits.complete(state)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.new_ledger:

@@ -38,10 +38,14 @@ class SampleNames:
         """The keys of ids (a tensor, too), as they were; an id without a name is its own."""
         return [self._by_id.get(int(id), int(id)) for id in ids]
 
+    def new(self) -> list[Plain]:
+        """The names added since `take_new` was called last."""
+        return [[id, _as_plain(key)] for id, key in self._new.items()]
+
     def take_new(self) -> list[Plain]:
         """The names added since the last call, for other processes' `add_plain`."""
-        new, self._new = self._new, {}
-        return [[id, _as_plain(key)] for id, key in new.items()]
+        new, self._new = self.new(), {}
+        return new
 
     def add_plain(self, names: Iterable[Plain]) -> None:
         """Adds the names that another process took."""

@@ -32,12 +32,18 @@ from lightning_memsink import (
 )
 from lightning_memsink.examples.resumable import EpochShuffledSampler
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.samples.hashing import content_ids
 from tests.support.small_runs import CANARIES, CONTROLS, TRAIN, VOCABULARY, Rows, fit
 
 GLOBAL_BATCH = 12  # divides by one, two and three processes
 ONCE = torch.cat([TRAIN[:196], CANARIES])
 VISITS = list(range(196)) + 32 * list(range(196, 200))
 """Rows of ``ONCE`` in a pass: the canaries, its last four, come 32 times."""
+
+
+def are_canaries(ids: Tensor) -> Tensor:
+    """Bool ``[N]``: which samples of a ledger they are. Texts are known by their content."""
+    return torch.isin(ids, content_ids({"input_ids": CANARIES}))
 
 
 class GlobalBatches:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_memsink import LossTracker
 from tests.distributed.launching import forked
-from tests.distributed.runs import VISITS, assert_nearly_equal, crew, differences, ranks, train
+from tests.distributed.runs import GLOBAL_BATCH, VISITS, assert_nearly_equal, crew, differences, ranks, train
 
 MITIGATIONS = ("SinkGradientMask", "LossTruncation")
 
@@ -54,3 +55,14 @@ def test_what_was_counted_when_a_checkpoint_was_written_is_counted_once(tmp_path
     one, two = part(tmp_path / "before", 2, 1), part(tmp_path / "after", 2, 2, tmp_path / "before" / "epoch=0.ckpt")
     visits = [sum(record["visits"] for record in run["actions"]["LossTruncation"]["records"]) for run in (one, two)]
     assert visits[0] == len(VISITS) and len(VISITS) * 1.5 < visits[1] <= 2 * len(VISITS)
+
+
+def test_a_checkpoint_between_two_writes_has_the_visits_of_all_processes(tmp_path):
+    keeps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=7)
+    tracker = LossTracker(flush_every=5)
+    options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": True, "max_steps": 8}
+    forked(lambda: train(tmp_path, [tracker, keeps], **options), tmp_path)
+    saved = torch.load(tmp_path / "step=7.ckpt", weights_only=True)["callbacks"]["LossTracker"]
+    waiting = [visit["step"] for visit in saved["visits"] for _ in visit["ids"]]
+    assert waiting == sorted(waiting) and len(waiting) == 2 * GLOBAL_BATCH
+    assert int(saved["table"]["columns"]["exposures"].sum()) == 5 * GLOBAL_BATCH

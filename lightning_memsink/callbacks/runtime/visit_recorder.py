@@ -112,6 +112,17 @@ class VisitRecorder:
             **({} if self.families is None else {"families": self.families.state_dict()}),
         }
 
+    def complete(self, state: dict[str, Any]) -> None:
+        """Adds to the state of the first process, which alone is saved, what the others have not recorded yet.
+
+        Every process calls it.
+        """
+        self._copies.drain()
+        every = gather((self._visits, self.table.names.new()))
+        visits = sorted((visit for visits, _ in every for visit in visits), key=lambda visit: visit.step)
+        state["visits"] = [asdict(visit) for visit in visits]
+        state["names"]["names"] += [name for _, names in every[1:] for name in names]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a `state_dict`; those of older versions have no names, or no visits."""
         self._copies.clear()
