@@ -17,6 +17,7 @@ from lightning_memsink.attribution.broadcast_gradients import BroadcastGradients
 from lightning_memsink.attribution.ghost_norms import Contribution, Outer, Tied, samples_of, squared_norm, tie
 from lightning_memsink.attribution.gradient_rules import GradientRule, rule_of, samples_first, wants_gradient
 from lightning_memsink.attribution.module_hooks import ModuleCalls, first_tensor
+from lightning_memsink.attribution.one_copy import on_host
 from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.attribution.unit_effects import divide_by_weights
 from lightning_memsink.attribution.update_norms import block_of
@@ -30,8 +31,8 @@ def total_squared_norm(norms: Mapping[str, Tensor]) -> Tensor:
 def block_norms(squared_norms: Mapping[str, Tensor], blocks: Sequence[str], batch_size: int) -> Tensor:
     """Float32 ``[B, K]`` on the CPU: gradient norms by block, from squared norms ``[B]`` by module."""
     norms = torch.zeros(batch_size, len(blocks))
-    for name, squared in squared_norms.items():
-        norms[:, blocks.index(block_of(f"{name}.weight"))] += squared.float().cpu()
+    for name, squared in zip(squared_norms, on_host(list(squared_norms.values())), strict=True):
+        norms[:, blocks.index(block_of(f"{name}.weight"))] += squared
     return norms.sqrt()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_memsink.attribution.one_copy import on_host
 from lightning_memsink.attribution.token_owners import of_documents
 from lightning_memsink.losses.autograd_graph import walk
 from lightning_memsink.losses.loss_call import LossCall
@@ -94,8 +95,8 @@ def concatenated(by_layer: Mapping[str, Tensor], sizes: Mapping[str, int], batch
 
     A layer of ``sizes`` without values gets zeros.
     """
-    zeros = {name: torch.zeros(batch_size, units) for name, units in sizes.items()}
-    return torch.cat([by_layer.get(name, zero).float().cpu() for name, zero in zeros.items()], 1)
+    known = dict(zip(by_layer, on_host(list(by_layer.values())), strict=True))
+    return torch.cat([known.get(name, torch.zeros(batch_size, units)) for name, units in sizes.items()], 1)
 
 
 def divide_by_weights(values: Tensor, weights: Tensor, power: int = 1) -> Tensor:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_memsink.attribution.one_copy import on_host
+
 MAX_ENTRIES = 1 << 16
 """Entries of a weight that are copied for the length of a step."""
 
@@ -43,11 +45,13 @@ class UpdateNorms:
         """
         if not self._before:
             return None
+        moved = [
+            (_subsampled(weight) - before).float().square().sum() * (_local(weight).numel() / max(1, before.numel()))
+            for _, weight, before in self._before
+        ]
         squares = dict.fromkeys(blocks, 0.0)
-        for block, weight, before in self._before:
-            local = _local(weight)
-            moved = (_subsampled(weight) - before).float().square().sum() * (local.numel() / max(1, before.numel()))
-            squares[block] += float(moved) / _copies(weight)
+        for (block, weight, _), square in zip(self._before, on_host(moved), strict=True):
+            squares[block] += float(square) / _copies(weight)
         self._before = []
         return torch.tensor([squares[block] for block in blocks])
 

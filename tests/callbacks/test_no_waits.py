@@ -1,7 +1,6 @@
 """Between looks and evaluations no callback makes the host wait for the device, counted on a pretend one."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +19,8 @@ VOCABULARY, WIDTH, LENGTH, BATCH = 61, 16, 12, 4
 SETTLED, STEPS, EVERY = 10, 60, 20
 """First steps, in which batches are compared and followed to learn whose losses are whose; all steps; steps between two
 evaluations."""
+LOOK = 8
+"""Steps between two looks of the localizer."""
 
 
 class Mlp(nn.Module):
@@ -85,16 +86,16 @@ class Model(LightningModule):
 class Phases(Callback):
     """Must be the first callback."""
 
-    def __init__(self, counts: Counts) -> None:
-        self.counts, self.entered = counts, Counter()
+    def __init__(self, counts: Counts, looks: bool) -> None:
+        self.counts, self.looks = counts, looks
 
     def enter(self, phase: str) -> None:
         self.counts.phase = phase
-        self.entered[phase] += 1
 
     def on_train_batch_start(self, trainer, *args):
-        is_watched = trainer.global_step % WATCHED == 0
-        self.enter("start" if trainer.global_step < SETTLED else "watched step" if is_watched else "step")
+        step = trainer.global_step
+        kind = "look" if self.looks and step % LOOK == 0 else "watched step" if step % WATCHED == 0 else "step"
+        self.enter("start" if step < SETTLED else kind)
 
     def on_validation_start(self, *args):
         self.enter("evaluation")
@@ -112,6 +113,14 @@ class Phases(Callback):
         self.enter("end")
 
 
+def row(name: str, counts: Counts) -> str:
+    """Of the table in BENCHMARKS.md: waits in all phases together."""
+    waits = [
+        sum(counts.of(phase, "wait").values()) for phase in ("start", "step", "watched step", "look", "evaluation")
+    ]
+    return f"| {name} | {' | '.join(map(str, waits))} |"
+
+
 def rows(count: int, seed: int, with_keys: bool = False):
     ids = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(LENGTH, dtype=torch.int64)
@@ -119,7 +128,9 @@ def rows(count: int, seed: int, with_keys: bool = False):
     return [{"input_ids": row, "attention_mask": mask, **key} for row, key in zip(ids, keys, strict=True)]
 
 
-def fitted(callbacks, counts: Counts | None = None, with_keys: bool = False, workers: int = 0, hook=None) -> Trainer:
+def fitted(
+    callbacks, counts: Counts | None = None, with_keys: bool = False, workers: int = 0, hook=None, looks: bool = False
+) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         max_steps=STEPS,
@@ -130,7 +141,7 @@ def fitted(callbacks, counts: Counts | None = None, with_keys: bool = False, wor
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*([] if counts is None else [Phases(counts)]), *callbacks],
+        callbacks=[*([] if counts is None else [Phases(counts, looks)]), *callbacks],
     )
     loader = DataLoader(
         rows(4 * STEPS // 3, 0, with_keys), BATCH, num_workers=workers, persistent_workers=bool(workers)
@@ -153,6 +164,8 @@ SETS = {
     "key": lambda: watched(),
     "hold": lambda: watched(SampleGradientMask()),
     "skip": lambda: watched(SampleGradientMask("skip")),
+    "units": lambda: watched(localize=True, norms=False, every=LOOK),
+    "units and norms": lambda: watched(localize=True, every=LOOK),
     "goldfish": lambda: watched(Goldfish(context=3)),
     "goldfish alone": lambda: [Goldfish(context=3)],
     "memsinks": lambda: watched(MemSinks(certify=0)),
@@ -164,10 +177,12 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_no_step_waits(name):
     with pretend_device() as counts:
-        fitted(SETS[name](), counts, with_keys=name == "key")
+        fitted(SETS[name](), counts, with_keys=name == "key", looks=name.startswith("units"))
+    print(row(name, counts))
     assert not counts.of("step", "wait"), counts.of("step", "wait")
     assert not [lines for _, kind, lines in counts.found if kind == "mismatch"]
     assert sum(counts.of("watched step", "wait").values()) <= 3, counts.of("watched step", "wait")
+    assert sum(counts.of("look", "wait").values()) <= 4 * len(range(16, STEPS, LOOK)), counts.of("look", "wait")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -225,7 +240,10 @@ def test_batches_that_a_hook_begins_to_change_are_left_out_and_then_read_on_the_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LightningModule, "log", lambda *_, **__: None)
         plain = recorded(fitted(watched(**options), None, with_keys, hook=Late(shuffled)))
-        with pretend_device() as counts, pytest.warns(UserWarning, match="changed between the loader and the step"):
+        with (
+            pretend_device() as counts,
+            pytest.warns(UserWarning, match="changed batches between the loader and the step"),
+        ):
             got = recorded(fitted(watched(**options), counts, with_keys, hook=Late(shuffled)))
     assert (got["exposures"] <= plain["exposures"]).all()
     lacking = int((plain["exposures"] - got["exposures"]).sum())
