@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_memsink import Goldfish, Ledger, MemSinks, SampleGradientMask, SinkDropout, memsink
-from lightning_memsink.callbacks.runtime.host_batches import FIRST
+from lightning_memsink.callbacks.runtime.host_batches import FIRST, HostBatches
+from lightning_memsink.callbacks.runtime.host_copies import MOST, HostCopies
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.losses.step_reader import EVERY as WATCHED
 from tests.support.pretend_device import DEVICE, Counts, pretend_device, to_device
@@ -250,3 +251,26 @@ def test_batches_that_a_hook_begins_to_change_are_left_out_and_then_read_on_the_
     assert 0 < lacking <= 2 * 5 * BATCH
     same = got["exposures"] == plain["exposures"]
     assert torch.equal(got["last_loss"][same], plain["last_loss"][same])
+
+
+def test_few_values_wait_on_a_device_and_all_come_in_order():
+    found = []
+    with pretend_device() as counts:
+        copies = HostCopies()
+        for n in range(300):
+            copies.put(lambda value, none: found.append(int(value)), to_device(torch.tensor([n])), None)
+            assert len(copies) <= 2 * MOST + 1
+        assert found == list(range(len(found))) and len(found) > 100
+        copies.put(lambda: found.append(300))
+        copies.drain()
+    assert found == list(range(301)) and not len(copies)
+    assert not [lines for _, kind, lines in counts.found if kind == "mismatch"]
+
+
+def test_a_batch_that_can_not_be_compared_is_read_on_the_device():
+    with pretend_device():
+        hosts = HostBatches()
+        host = {"input_ids": torch.ones(2, 3).to_sparse()}
+        assert hosts.compare({"input_ids": to_device(torch.ones(2, 3))}, host) is False
+        whole = {"input_ids": torch.ones(2, 3)}
+        assert hosts.of(to_device(whole), whole) is None

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MOST = 64
+"""Calls of `put` after which `advance` goes by itself, so that few tensors lie on the device."""
+
 
 class _Waiting(NamedTuple):
     """Small tensors, some of them on the device, and what takes them in host memory."""
@@ -37,6 +40,8 @@ class HostCopies:
         if not len(self) and all(value is None or value.is_cpu for value in values):
             use(*values)
             return
+        if len(self._waiting) >= MOST:
+            self.advance()
         # A CUDA graph writes to the same memory at every replay.
         self._waiting.append(
             _Waiting(use, tuple(None if value is None else value.detach().clone() for value in values))
