@@ -57,7 +57,7 @@ def _by_the_way(
 
 
 def _is_of_one_sample_a_row(watch: StepWatch, tensor: Any) -> bool:
-    """Whether each row of a tensor along its first axis is of one sample, known for sure."""
-    known = None if watch.is_packed else watch.known(tensor)
+    """Whether a tensor ``[B, T, D]`` is known to be of one sample a row. Of ``[T, D]`` the layer mixes all rows."""
+    known = None if watch.is_packed or tensor.ndim != 3 else watch.known(tensor)
     rows = None if known is None or known.is_dynamic else known.provenance
     return isinstance(rows, Rows) and all(owners[:1].numel() == 1 for owners in rows.candidates)

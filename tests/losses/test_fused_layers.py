@@ -95,6 +95,16 @@ def test_other_layers_are_followed_call_by_call(options, kernels):
         assert torch.allclose(found, module.eval().losses(data(1).tensors), atol=1e-5)
 
 
+def test_a_batch_that_is_taken_for_a_sequence_is_mixed():
+    class Mixing(Encoder):
+        def losses(self, batch):
+            inputs, labels = batch
+            return cross_entropy(self.head(self.encoder(inputs[:, 0])), labels, reduction="none")
+
+    with pytest.warns(UserWarning):
+        assert not controls_of(Mixing()).isfinite().any()
+
+
 def test_samples_moved_behind_a_layer_are_seen(kernels):
     module = Encoder(mixes=True)
     with pytest.warns(UserWarning):
