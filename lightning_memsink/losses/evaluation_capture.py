@@ -50,6 +50,10 @@ class EvaluationCapture:
         self._compiled = ExitStack()
         self._fused: list[weakref.ref[nn.TransformerEncoderLayer]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layers of a module: a copy of a callback gets another one in its own run."""
+        return vars(self) | {"_fused": None}
+
     def begin(self, batch: Any, batch_size: int, axes: Axes | None = None, is_packed: bool = False) -> None:
         """At the start of a validation step on ``batch``; the arguments as in training."""
         self._batch, self._shadows = batch, ShadowGraph()

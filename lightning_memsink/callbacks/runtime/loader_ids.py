@@ -104,7 +104,7 @@ class LoaderIds:
         vars(self._trainer.strategy).update(self._overridden)
         for combined in self._combined_loaders():
             combined.flattened = [untag_loader(loader) for loader in combined.flattened]
-        self._trainer = None
+        self._trainer = self._rows_of = None
         self.clear("train")
         self.clear("validate")
 
