@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_memsink._host_copy import on_host
 from lightning_memsink.attribution.broadcast_gradients import BroadcastGradients, has_selected_rows
 from lightning_memsink.attribution.ghost_norms import Contribution, Outer, Tied, samples_of, squared_norm, tie
 from lightning_memsink.attribution.gradient_rules import GradientRule, rule_of, samples_first, wants_gradient
 from lightning_memsink.attribution.module_hooks import ModuleCalls, first_tensor
-from lightning_memsink.attribution.one_copy import on_host
 from lightning_memsink.attribution.token_owners import TokenOwners
 from lightning_memsink.attribution.unit_effects import divide_by_weights
 from lightning_memsink.attribution.update_norms import block_of

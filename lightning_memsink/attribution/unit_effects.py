@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_memsink.attribution.one_copy import on_host
+from lightning_memsink._host_copy import on_host
 from lightning_memsink.attribution.token_owners import of_documents
 from lightning_memsink.losses.autograd_graph import walk
 from lightning_memsink.losses.loss_call import LossCall

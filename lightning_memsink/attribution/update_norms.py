@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_memsink.attribution.one_copy import on_host
+from lightning_memsink._host_copy import on_host
 
 MAX_ENTRIES = 1 << 16
 """Entries of a weight that are copied for the length of a step."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from lightning_memsink._host_copy import HostCopy
 
 MOST = 64
 """Calls of `put` after which `advance` goes by itself, so that few tensors lie on the device."""
@@ -29,7 +29,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._waiting: list[_Waiting] = []
-        self._sent: _Copy | None = None
+        self._sent: _Sent | None = None
 
     def __len__(self) -> int:
         """How many are not handed on yet."""
@@ -54,7 +54,8 @@ class HostCopies:
             sent.hand_on()
         if self._waiting:
             waiting, self._waiting = self._waiting, []
-            self._sent = _Copy(waiting)
+            values = [value for _, some in waiting for value in some if value is not None]
+            self._sent = _Sent(waiting, HostCopy(values))
 
     def drain(self) -> None:
         """Hands on everything. Waits for the device."""
@@ -66,33 +67,13 @@ class HostCopies:
         self._waiting, self._sent = [], None
 
 
-class _Copy:
-    """Copies that were begun, one for each device and dtype."""
+class _Sent(NamedTuple):
+    """What waits for a copy that was begun."""
 
-    def __init__(self, waiting: Sequence[_Waiting]) -> None:
-        self.waiting = waiting
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for _, values in waiting:
-            for value in values:
-                if value is not None:
-                    groups[value.device, value.dtype].append(value.reshape(-1))
-        joined = {kind: torch.cat(parts) for kind, parts in groups.items()}
-        # Elsewhere than on CUDA a copy that doesn't wait may be read too early.
-        self._parts = {kind: part.to("cpu", non_blocking=part.is_cuda) for kind, part in joined.items()}
-        self._events = [
-            torch.cuda.current_stream(device).record_event() for device, _ in groups if device.type == "cuda"
-        ]
-        self._sources = joined  # must live until the copies are made
+    waiting: Sequence[_Waiting]
+    copy: HostCopy
 
     def hand_on(self) -> None:
-        for event in self._events:
-            event.synchronize()
-        places: dict[Any, int] = defaultdict(int)
+        arrived = iter(self.copy.values())
         for use, values in self.waiting:
-            use(*(None if value is None else self._next(value, places) for value in values))
-
-    def _next(self, value: Tensor, places: dict[Any, int]) -> Tensor:
-        kind = value.device, value.dtype
-        start = places[kind]
-        places[kind] = start + value.numel()
-        return self._parts[kind][start : places[kind]].reshape(value.shape).clone()
+            use(*(None if value is None else next(arrived).clone() for value in values))
