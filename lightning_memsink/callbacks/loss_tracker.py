@@ -106,7 +106,7 @@ class LossTracker(Callback):
         self.controls = ControlTable()
         self.validation_weights = ValidationWeights()
         self.matching = Matching()
-        self.visits = VisitRecorder(self.table, self.matching)
+        self.visits = VisitRecorder(self.table, self.matching, self.loader_ids.hosts["train"])
         self.visits.families = FamilyRecord(self.matching.counts) if families else None
         self.capture = StepCapture()
         self.control_capture = EvaluationCapture(self.capture)
@@ -262,8 +262,6 @@ class LossTracker(Callback):
     def _flush(self, drain: bool = True) -> None:
         self._since_flush = 0
         self.visits.flush(drain)
-        if self.visits.changed:
-            self.loader_ids.hosts["train"].distrust()
 
     def _validation_counts(self, trainer: Trainer) -> bool:
         """Whether the samples of the validation loop that runs now are controls."""

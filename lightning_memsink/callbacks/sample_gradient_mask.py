@@ -164,7 +164,8 @@ class SampleGradientMask(LossWeighing):
             def count(own: Tensor, shares: Tensor | None) -> None:
                 acted, removed = SampleWeights(own, shares).left_out()
                 self.interventions.add(len(own), acted, removed, **more)
-                self._count_sources(weighed[own != 1], table)
+                if acted:
+                    self._count_sources(weighed[own != 1], table)
 
             self._counts.put(count, weights.weights, weights.shares)
         self._ledger = self._weights = None

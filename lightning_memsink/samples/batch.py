@@ -92,6 +92,11 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
         yield from tensors_in(part)
 
 
+def is_on_host(batch: Any) -> bool:
+    """Whether all tensors of a batch are in host memory, where reading them waits for nothing."""
+    return all(tensor.is_cpu for tensor in tensors_in(batch))
+
+
 def leaves(batch: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """The tensors of `tensors_in`, each with the keys, positions and names of attributes that lead to it."""
     if isinstance(batch, Tensor):

@@ -122,8 +122,7 @@ class ControlEvaluation:
         windows = tokens if tracker.describe.may_be_windows(batch) else None
 
         def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
-            if is_same is not None and not bool(is_same):
-                tracker.loader_ids.hosts["validate"].distrust()
+            if not tracker.loader_ids.hosts["validate"].admits(is_same):
                 return
             elements = None if windows is None else elements_of_texts(windows, counted)
             tracker.controls.add(ids, losses, tracker.matching.of_controls(ids, tokens, features), elements)

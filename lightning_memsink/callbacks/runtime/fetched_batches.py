@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_memsink.callbacks.runtime.host_batches import kept
+from lightning_memsink.callbacks.runtime.host_batches import EVERY, FIRST, kept
 from lightning_memsink.samples.batch import batch_size
 from lightning_memsink.samples.id_contents import Contents
 from lightning_memsink.samples.input_prints import input_prints
@@ -21,8 +21,6 @@ Inputs: TypeAlias = Literal["all", "named"]
 """Of which samples of a batch the inputs are hashed: of those that their elements name, or of all."""
 
 LOADER_BITS = 48  # a row of loader n has the id (n << 48) + row: loaders stay apart, the first one's ids are its rows
-FIRST, EVERY = 8, 64
-"""Batches whose rows are compared at the start, and how often later."""
 
 
 class FetchedBatch(NamedTuple):

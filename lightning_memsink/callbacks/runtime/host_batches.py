@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memsink.samples.batch import parts_of, tensors_in
+from lightning_memsink.samples.batch import is_on_host, parts_of, tensors_in
 from lightning_memsink.samples.row_order import elements_of
 
-FIRST = 8
-"""Batches whose values are compared at once, which waits."""
+FIRST, EVERY = 8, 64
+"""Batches that are read on their device at the start, which waits, and how often later."""
 TENSORS = 16
 """Tensors of a batch that are compared at most."""
 
@@ -48,9 +48,24 @@ class HostBatches:
 
     def of(self, batch: Any, host: Any) -> Any | None:
         """``host``, if it can be read in the place of ``batch``, which lies on a device; else None."""
-        if not self._is_trusted or host is None or all(tensor.is_cpu for tensor in tensors_in(batch)):
+        if not self._is_trusted or host is None or is_on_host(batch):
             return None
         return host if _are_alike(host, batch) else None
+
+    def reading(self, batch: Any, host: Any | None) -> tuple[Any, Tensor | None]:
+        """What to read of ``batch``: ``host``, as `of` gave it, or itself; and what `compare` leaves open."""
+        answer = False if host is None else self.compare(batch, host)
+        if answer is False:
+            return batch, None
+        return host, answer if isinstance(answer, Tensor) else None
+
+    def admits(self, is_same: Tensor | None) -> bool:
+        """Whether a batch counts whose open answer has arrived in host memory; None if it was never open. One that was
+        read wrong does not, and no other batch is read so."""
+        if is_same is None or bool(is_same):
+            return True
+        self.distrust()
+        return False
 
     @torch.no_grad()
     def compare(self, batch: Any, host: Any) -> Tensor | bool:

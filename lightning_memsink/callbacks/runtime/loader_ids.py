@@ -150,7 +150,7 @@ class LoaderIds:
         self.axes, self.readable = fetched.axes, batch
         index, moved = fetched.ids, None
         hosts = self.hosts[stage]
-        can_read = from_host and taken is not None and self.sample_ids.segments is None
+        can_read = from_host and self.sample_ids.segments is None
         host = hosts.of(batch, taken.host) if can_read and taken is not None else None
         inputs = None if taken is None else taken.inputs
         waits = host is None or not hosts.is_settled
@@ -162,13 +162,11 @@ class LoaderIds:
             index = None if order.kind == "lost" else index if order.rows is None else index[order.rows]
             moved, inputs = order.rows, None if order.kind == "lost" else inputs
             host = host if order.kind == "kept" else None
-        answer = False if host is None else hosts.compare(batch, host)
+        self.readable, self.is_same = hosts.reading(batch, host)
         contents = None if taken is None else taken.contents
-        if answer is not False:
-            batch, self.is_same = host, answer if isinstance(answer, Tensor) else None
-        elif taken is not None and self.sample_ids.reads_key(batch) and not taken.tensors.are_in(batch):
+        if self.readable is batch and self.sample_ids.reads_key(batch) and not (taken and taken.tensors.are_in(batch)):
             inputs = contents = None  # keys may have been moved since, and these not with them
-        self.readable = batch
+        batch = self.readable
         ids = self.sample_ids.of(batch, index, fetched)
         if self.sample_ids.documents is not None:
             self.axes = self.sample_ids.documents.axes(batch)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_memsink.callbacks.runtime.host_batches import FIRST
-from lightning_memsink.samples.batch import leaves, tensors_in
+from lightning_memsink.callbacks.runtime.host_batches import EVERY, FIRST
+from lightning_memsink.samples.batch import is_on_host, leaves
 from lightning_memsink.samples.documents import Documents, documents_in
-
-EVERY = 64
-"""Batches of a kind between two in which documents are looked for again, where the first ones had none."""
 
 
 class PackedBatches:
-    """Reads documents in the first batches of each kind, and in all others of a kind that had some.
+    """Reads documents in the first batches of each kind and now and then; in all, once any had some.
 
     Reading a batch on a device waits for it. One in host memory is always read.
     """
@@ -23,7 +20,7 @@ class PackedBatches:
         self._has_documents = False
 
     def documents_in(self, batch: Any) -> Documents | None:
-        if all(tensor.is_cpu for tensor in tensors_in(batch)):
+        if is_on_host(batch):
             return documents_in(batch)
         kind = tuple((path, tensor.ndim, tensor.dtype) for path, tensor in leaves(batch))
         self._seen[kind] = seen = self._seen.get(kind, 0) + 1

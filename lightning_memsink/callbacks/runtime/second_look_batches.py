@@ -156,8 +156,8 @@ class RowBatches:
         as_fetched = kept(batch)
         batch = on_device(trainer, pl_module, batch)
         host = self.hosts.of(batch, as_fetched) if self.sample_ids.segments is None else None
-        answer = False if host is None else self.hosts.compare(batch, host)
-        if answer is not False:
+        readable, is_same = self.hosts.reading(batch, host)
+        if readable is not batch:
             prints = None
         if index is not None and prints is not None and not self.sample_ids.reads_key(batch) and not same.are_in(batch):
             order = prints.order_in(batch, index)
@@ -165,13 +165,11 @@ class RowBatches:
                 return None
             index = None if order.kind == "lost" else index if order.rows is None else index[order.rows]
         index = None if index is None else index + (loader << LOADER_BITS)
-        readable = batch if answer is False else host
         ids = self.sample_ids.of(readable, index, fetched)
         if ids is None or not len(ids):
             return None
         documents = self.sample_ids.documents
         axes = fetched.axes if documents is None else documents.axes(readable)
-        is_same = answer if isinstance(answer, Tensor) else None
         return LookBatch(batch, ids, axes, documents is not None, self.sample_ids.rows, is_same)
 
 

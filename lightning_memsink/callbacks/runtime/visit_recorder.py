@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_memsink._distributed import gather, is_first
 from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.host_batches import HostBatches
 from lightning_memsink.callbacks.runtime.host_copies import HostCopies
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
 from lightning_memsink.detection.difficulty import Matching
@@ -35,12 +36,11 @@ class VisitRecorder:
     Args:
         table: of the losses, with the names of samples.
         matching: of the samples' difficulty.
+        hosts: how the batches that they were in are read.
     """
 
-    def __init__(self, table: LossTable, matching: Matching) -> None:
-        self.table, self.matching = table, matching
-        self.changed = False
-        """Whether a batch was found to hold other values than those that its samples were known by."""
+    def __init__(self, table: LossTable, matching: Matching, hosts: HostBatches) -> None:
+        self.table, self.matching, self.hosts = table, matching, hosts
         self.families: FamilyRecord | None = None
         """Where near-duplicates are looked for."""
         self.content_check = ContentCheck()
@@ -61,10 +61,9 @@ class VisitRecorder:
         """
 
         def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
-            if is_same is None or bool(is_same):
+            if self.hosts.admits(is_same):
                 self._visits.append(visit.arrived(losses, counted, features))
             else:
-                self.changed = True
                 warn_once(self._warnings, CHANGED)
 
         self._copies.put(arrive, visit.losses, visit.counted, visit.features, is_same)
