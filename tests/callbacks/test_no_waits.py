@@ -15,6 +15,7 @@ from lightning_memsink.callbacks.runtime.host_copies import MOST, HostCopies
 from lightning_memsink.localization.sinks import Sinks
 from lightning_memsink.losses.step_reader import EVERY as WATCHED
 from tests.support.pretend_device import DEVICE, Counts, pretend_device, to_device
+from tests.support.small_runs import trainer
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 61, 16, 12, 4
 SETTLED, STEPS, EVERY = 10, 60, 20
@@ -132,23 +133,14 @@ def rows(count: int, seed: int, with_keys: bool = False):
 def fitted(
     callbacks, counts: Counts | None = None, with_keys: bool = False, workers: int = 0, hook=None, looks: bool = False
 ) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        val_check_interval=EVERY,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*([] if counts is None else [Phases(counts, looks)]), *callbacks],
-    )
+    phases = [] if counts is None else [Phases(counts, looks)]
+    options = {"max_epochs": None, "max_steps": STEPS, "val_check_interval": EVERY, "check_val_every_n_epoch": None}
+    run = trainer([*phases, *callbacks], num_sanity_val_steps=0, **options)
     loader = DataLoader(
         rows(4 * STEPS // 3, 0, with_keys), BATCH, num_workers=workers, persistent_workers=bool(workers)
     )
-    trainer.fit(Model(counts is not None, hook), loader, DataLoader(rows(64, 1, with_keys), 8))
-    return trainer
+    run.fit(Model(counts is not None, hook), loader, DataLoader(rows(64, 1, with_keys), 8))
+    return run
 
 
 def watched(*mitigations, **options):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memsink import Ledger, memsink
+from tests.support.small_runs import trainer
 
 WIDTH, CLASSES = 16, 5
 
@@ -61,18 +62,9 @@ def kernels(monkeypatch):
 
 
 def controls_of(module: Encoder) -> torch.Tensor:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=memsink(path=None, recheck=0),
-    )
-    trainer.fit(module, DataLoader(data(0), 8), DataLoader(data(1), 6))
-    return Ledger.of(trainer).controls.latest
+    run = trainer(memsink(path=None, recheck=0), max_epochs=2, val_check_interval=None, num_sanity_val_steps=0)
+    run.fit(module, DataLoader(data(0), 8), DataLoader(data(1), 6))
+    return Ledger.of(run).controls.latest
 
 
 @pytest.mark.parametrize("options", [{}, {"padded": True}, {"activation": "gelu", "norm_first": False}])
