@@ -164,7 +164,8 @@ class Ledger:
     @staticmethod
     def of(trainer: Trainer) -> Ledger:
         """The one ledger of this Trainer, made at the first call."""
-        return _LEDGERS.setdefault(trainer, Ledger())
+        ledger = _LEDGERS.get(trainer)
+        return _LEDGERS.setdefault(trainer, Ledger()) if ledger is None else ledger
 
 
 _LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()

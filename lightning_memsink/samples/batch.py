@@ -222,13 +222,11 @@ def _is_text(parts: list[Any], columns: frozenset[int] | None) -> bool:
 
 def _shows(node: Any, rows: int) -> bool:
     """Whether a part of a batch can be read as that many samples."""
-    by_tensors, by_others = _readings(node)
-    if rows in (by_tensors or ()):
-        return True
-    if by_tensors is None and rows in (by_others or ()):
-        return True
     closed = is_graph(node) or isinstance(node, (Tensor, PackedSequence))
-    return not closed and any(_shows(part, rows) for _, part in parts_of(node) or ())
+    if not closed and any(_shows(part, rows) for _, part in parts_of(node) or ()):
+        return True
+    by_tensors, by_others = _readings(node)
+    return rows in (by_tensors or ()) or (by_tensors is None and rows in (by_others or ()))
 
 
 def _is_proven(batch: Any, rows: int, axes: Sequence[int] | None) -> bool:
