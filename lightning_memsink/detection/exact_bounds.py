@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from statistics import NormalDist
 
 _TINY = 1e-300
 
@@ -44,18 +45,22 @@ def student_quantile(freedom: int, tail: float) -> float:
 
 @lru_cache(maxsize=1 << 14)
 def beta_quantile(probability: float, a: float, b: float) -> float:
-    """The x with ``I_x(a, b) = probability``: Newton's steps within a bracket, which is halved where they leave it."""
-    low, high, x = 0.0, 1.0, a / (a + b)
+    """The x with ``I_x(a, b) = probability``: Halley's steps from the normal approximation, within a bracket, which is
+    halved where they leave it."""
+    mean = a / (a + b)
+    guess = mean + NormalDist().inv_cdf(probability) * math.sqrt(mean * (1 - mean) / (a + b + 1))
+    low, high, x = 0.0, 1.0, guess if 0 < guess < 1 else mean
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     for _ in range(200):
         error = beta_distribution(x, a, b) - probability
         low, high = (x, high) if error < 0 else (low, x)
-        slope = math.exp((a - 1) * math.log(x) + (b - 1) * math.log1p(-x) - log_beta)
-        following = x - error / max(slope, _TINY)
+        newton = error / max(math.exp((a - 1) * math.log(x) + (b - 1) * math.log1p(-x) - log_beta), _TINY)
+        bend = newton * ((a - 1) / x - (b - 1) / (1 - x))
+        following = x - newton / (1 - 0.5 * max(-1.0, min(1.0, bend)))
         if not low < following < high:
             following = (low + high) / 2
-        if abs(following - x) <= 1e-13 * x:
-            break
+        elif abs(following - x) <= max(1e-6 * min(x, 1 - x), 1e-13 * x):  # what is left is of the third power of this
+            return following
         x = following
     return x
 
