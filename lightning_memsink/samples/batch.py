@@ -88,8 +88,18 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
         return
-    for _, part in parts_of(batch) or ():
-        yield from tensors_in(part)
+    parts: Iterable[Any]
+    if type(batch) is dict:
+        parts = batch.values()
+    elif type(batch) in (list, tuple):
+        parts = () if _is_plain(batch) else batch
+    else:
+        parts = (part for _, part in parts_of(batch) or ())
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield from tensors_in(part)
 
 
 def is_on_host(batch: Any) -> bool:

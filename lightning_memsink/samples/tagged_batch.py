@@ -177,7 +177,10 @@ def _counted(keys: Any, dataset: Any) -> list[Any] | None:
     """Keys in a list; a negative one counts from the end of the data set. None if there are no keys to go through."""
     if not isinstance(keys, Iterable):
         return None
-    some = [key.item() if isinstance(key, Tensor) and not key.ndim else key for key in keys]
+    some = list(keys)
+    if all(map(_is_plain_row, some)):
+        return some
+    some = [key.item() if isinstance(key, Tensor) and not key.ndim else key for key in some]
     if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
         return some
     size = None
@@ -186,6 +189,10 @@ def _counted(keys: Any, dataset: Any) -> list[Any] | None:
             size = len(dataset) if size is None else size
             some[n] = key + size if -size <= key else key
     return some
+
+
+def _is_plain_row(key: Any) -> bool:
+    return type(key) is int and key >= 0
 
 
 def _int64s(raw: bytes | None) -> Tensor | None:
