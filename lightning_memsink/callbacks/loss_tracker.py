@@ -66,7 +66,8 @@ class LossTracker(Callback):
         control_fraction: split this share off the training set before training, and use it as controls.
         control_every: optimizer steps between two evaluations of such controls, or of none where there is no validation
             set: then first visits of samples are the controls. Lightning evaluates a validation set.
-        flush_every: steps between two writes to the table. Between them a step only appends to a list.
+        flush_every: steps between two writes to the table, of which there are more where batches hold very many tokens.
+            Between them a step only appends to a list. What a write does with texts is done beside training.
         new_ledger: when resuming, leave the checkpoint's ledger alone and begin a new one, with all that callbacks of
             this package know of samples. Weights, optimizer and progress are resumed.
 
@@ -174,8 +175,9 @@ class LossTracker(Callback):
             visit = Visit.of(current, losses, self._step, trainer.current_epoch, counted, may_be_windows)
             self.visits.add(visit, self._is_same)
         self._since_flush += 1
-        if self._since_flush >= self.flush_every:
-            self._flush(drain=trainer.world_size > 1)  # processes wait for one another anyway
+        alone = trainer.world_size == 1  # processes wait for one another anyway, and must do so at the same step
+        if self._since_flush >= self.flush_every or (alone and self.visits.is_full):
+            self._flush(drain=not alone)
         if self.evaluation.is_due(trainer):
             self.evaluation.run(trainer, pl_module)
 
@@ -223,6 +225,7 @@ class LossTracker(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush()
+        self.visits.beside.settle()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -281,6 +284,7 @@ class LossTracker(Callback):
             )
 
     def _detach(self) -> None:
+        self.visits.beside.settle()
         self.evaluation.detach()
         self.validation_weights.detach()
         self.loader_ids.detach()

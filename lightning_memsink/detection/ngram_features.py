@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_memsink.samples.hashing import pair_hash, run_hash
@@ -23,11 +24,16 @@ TOKEN_FEATURES = ("unigram_nll", "bigram_nll", "familiarity", "compressed_bits")
 
 _RUN = 4
 """Tokens of a run (a 4-gram)."""
+EXCERPT, SPAN = 1024, 64
+"""Tokens that are read of a longer text, in spans of so many that are evenly spread over it."""
 
 
 @dataclass(frozen=True)
 class Ngrams:
-    """Hash buckets of a text's tokens, pairs and runs of four, and bool masks of those that are counted."""
+    """Hash buckets of a text's tokens, pairs and runs of four, and bool masks of those that are counted.
+
+    Of texts longer than `EXCERPT` they are those of an excerpt, with T tokens.
+    """
 
     single: Tensor  # [B, T]
     counted: Tensor
@@ -57,13 +63,21 @@ class NgramCounts:
 
     def look_up(self, tokens: Tensor, mask: Tensor) -> Ngrams:
         """The n-grams of ``tokens`` ``[B, T]`` where ``mask`` ``[B, T]`` is True. Counts nothing."""
-        pair = pair_hash(tokens[:, :-1], tokens[:, 1:])
+        tokens, mask, follows = excerpt(tokens, mask)
+        pair, run = pair_hash(tokens[:, :-1], tokens[:, 1:]), run_hash(tokens, _RUN)
+        paired = mask[:, :-1] & mask[:, 1:]
+        if follows is not None:
+            paired &= follows
+        whole = torch.ones_like(run, dtype=torch.bool)
+        for place in range(_RUN - 1):
+            whole &= paired[:, place : place + run.shape[1]]
         return Ngrams(
             tokens & (len(self.unigrams) - 1),
             mask,
             pair & (self.buckets - 1),
-            mask[:, :-1] & mask[:, 1:],
-            *self._runs(tokens, mask),
+            paired,
+            run & (len(self.runs) - 1),
+            whole,
         )
 
     def update(self, text: Ngrams) -> None:
@@ -78,7 +92,7 @@ class NgramCounts:
         Text with near-duplicates in the training text has a low loss even if it was never trained on, and the lower
         the more of them there are: a template filled in a hundred ways is easier than prose with as many known runs.
         """
-        return self.familiarity_without(text, exposures.float()[:, None] * own_counts(text.run, text.whole))
+        return self.familiarity_without(text, _times_own(exposures, text.run, text.whole))
 
     def familiarity_without(self, text: Ngrams, runs: Tensor) -> Tensor:
         """`familiarity` where ``runs`` ``[B, T-3]`` are left out of the counts of the text's runs."""
@@ -90,9 +104,9 @@ class NgramCounts:
         Unigrams with add-one smoothing, bigrams interpolated with them by a Dirichlet prior (MacKay & Peto 1995).
         ``exposures`` ``[B]``: how often each sample itself was counted; that many of its own counts are left out.
         """
-        times = exposures.float()[:, None]
-        singles, pairs = own_counts(text.single, text.counted), own_counts(text.pair, text.paired)
-        return self.nll_without(text, times * singles, times * pairs, times * text.counted.sum(1, keepdim=True))
+        singles = _times_own(exposures, text.single, text.counted)
+        pairs = _times_own(exposures, text.pair, text.paired)
+        return self.nll_without(text, singles, pairs, exposures.float()[:, None] * text.counted.sum(1, keepdim=True))
 
     def nll_without(self, text: Ngrams, singles: Tensor, pairs: Tensor, tokens: Tensor) -> Tensor:
         """`nll` where ``singles`` ``[B, T]`` and ``pairs`` ``[B, T-1]`` are left out of the counts of the text's tokens
@@ -114,39 +128,63 @@ class NgramCounts:
         self.unigrams, self.bigrams, self.runs = (state[name].clone() for name in ("unigrams", "bigrams", "runs"))
         self.buckets = len(self.bigrams)
 
-    def _runs(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Buckets of runs of four ``[B, T-3]`` and whether every token of a run is counted; empty for shorter texts."""
-        key = run_hash(tokens, _RUN)
-        whole = torch.ones_like(key, dtype=torch.bool)
-        for place in range(_RUN):
-            whole &= mask[:, place : place + key.shape[1]]
-        return key & (len(self.runs) - 1), whole
+
+def excerpt(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is read of texts ``tokens`` ``[B, T]``, which count where ``mask`` is True: all, or `EXCERPT` of them.
+
+    It is the same for a text however wide its batch is.
+
+    Returns:
+        Tokens and mask ``[B, T']``, and bool ``[B, T'-1]`` where one follows the other in the text; None: everywhere.
+    """
+    if tokens.shape[1] <= EXCERPT:
+        return tokens, mask, None
+    is_whole = bool(mask.all())
+    lengths = torch.tensor([[tokens.shape[1]]]) if is_whole else mask.sum(1, keepdim=True)
+    place = torch.arange(EXCERPT)
+    spans = place // SPAN * (lengths - SPAN) // (EXCERPT // SPAN - 1) + place % SPAN
+    nth = torch.where(lengths > EXCERPT, spans, place)
+    at = nth.clamp(max=tokens.shape[1] - 1)
+    if is_whole:
+        return tokens[:, at[0]], mask[:, :EXCERPT], at[:, 1:] == at[:, :-1] + 1
+    at = mask.byte().argsort(dim=1, descending=True, stable=True).gather(1, at)
+    return tokens.gather(1, at), nth < lengths, at[:, 1:] == at[:, :-1] + 1
 
 
 def compressed_bits(tokens: Tensor, mask: Tensor) -> Tensor:
     """``[B]`` bits per token after DEFLATE: low for a text that repeats itself."""
+    tokens, mask, _ = excerpt(tokens, mask)
     width = np.int32 if int(tokens.max() if tokens.numel() else 0) > 0x7FFF else np.int16
     texts, kept = tokens.numpy().astype(width), mask.numpy()
     rows = [zlib.compress(text[keep].tobytes(), 6) for text, keep in zip(texts, kept, strict=True)]
-    return torch.tensor([8.0 * len(row) for row in rows]) / mask.sum(1).clamp(min=1)
+    return torch.tensor([8.0 * len(row) for row in rows], dtype=torch.float32) / mask.sum(1).clamp(min=1)
 
 
 def own_counts(buckets: Tensor, mask: Tensor) -> Tensor:
     """``[B, T]`` how often each bucket occurs in its own row, where the mask is True; elsewhere 1."""
     if not buckets.numel():
         return buckets.float()
-    places = np.arange(buckets.numel()).reshape(buckets.shape)
-    bits = buckets.numel().bit_length()
-    distinct = np.where(mask.numpy(), buckets.numpy(), -1 - places)  # a masked entry equals no other
-    keys = (distinct << bits) | places  # sorting one number is several times as fast as argsort
+    bits = buckets.shape[1].bit_length()
+    fits = int(buckets.max()).bit_length() + bits < 31
+    dtype = np.dtype(np.int32 if fits else np.int64)  # half the bytes sort in half the time
+    places: NDArray[Any] = np.arange(buckets.shape[1], dtype=dtype)
+    distinct = np.where(mask.numpy(), buckets.numpy().astype(dtype), -1 - places)  # a masked entry equals no other
+    keys: NDArray[Any] = (distinct << bits) | places  # sorting one number is several times as fast as argsort
     keys.sort(1)
     ordered = keys >> bits
     starts = np.ones(keys.shape, dtype=bool)
     np.not_equal(ordered[:, 1:], ordered[:, :-1], out=starts[:, 1:])
     lengths = np.diff(np.flatnonzero(starts), append=keys.size)
-    own = np.empty(keys.size, dtype=np.float32)
-    own[(keys & ((1 << bits) - 1)).ravel()] = lengths.repeat(lengths)
-    return torch.from_numpy(own).view(buckets.shape)
+    own = np.empty(keys.shape, dtype=np.float32)
+    np.put_along_axis(own, keys & ((1 << bits) - 1), lengths.repeat(lengths).reshape(keys.shape), 1)
+    return torch.from_numpy(own)
+
+
+def _times_own(exposures: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
+    """``[B, T]`` what a text was counted itself, ``exposures`` ``[B]`` times."""
+    own, again = torch.zeros(buckets.shape, dtype=torch.float32), exposures > 0
+    own[again] = exposures[again, None].float() * own_counts(buckets[again], mask[again])
+    return own
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The token ids of a batch, and which of them are padding."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,15 +95,11 @@ def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
-def stack(texts: Iterable[Tokens | None]) -> Tokens | None:
-    """Several batches of text as one, padded to the longest; None if any of them is none."""
-    parts = list(texts)
-    known = [part for part in parts if part is not None]
-    if not known or len(known) < len(parts):
-        return None
-    width = max(part.ids.shape[1] for part in known)
+def stack(texts: Sequence[Tokens]) -> Tokens:
+    """Several batches of text, at least one, as one, padded to the longest."""
+    width = max(text.ids.shape[1] for text in texts)
     ids, masks = (
         torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-        for tensors in ([part.ids for part in known], [part.mask for part in known])
+        for tensors in ([text.ids for text in texts], [text.mask for text in texts])
     )
     return Tokens(ids, masks)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_memsink.samples.batch_rows import Axes
 from lightning_memsink.samples.sources import Labels
-from lightning_memsink.samples.tokens import Tokens, stack, tokens_of
+from lightning_memsink.samples.tokens import Tokens, tokens_of
 
 
 class DescribedBatch(NamedTuple):
@@ -98,13 +98,14 @@ class Visit:
 
 class Visits(NamedTuple):
     """V samples of several batches: ids, losses, steps, epochs and elements of each loss ``[V]``; rows of the data set
-    ``[V]``, -1 where unknown; text and features of all, or of none; V labels of sources if there is any."""
+    ``[V]``, -1 where unknown; whether all are texts; features of all, or of none; V labels of sources if there is any.
+    """
 
     ids: Tensor
     losses: Tensor
     steps: Tensor
     elements: Tensor
-    tokens: Tokens | None
+    are_texts: bool
     features: Tensor | None
     epochs: Tensor
     rows: Tensor
@@ -114,14 +115,13 @@ class Visits(NamedTuple):
     @classmethod
     def joined(cls, visits: Sequence[Visit]) -> Visits:
         ids = torch.cat([visit.ids for visit in visits])
-        tokens = stack(visit.tokens for visit in visits)
         extra = [visit.features for visit in visits if visit.features is not None]
         return cls(
             ids,
             torch.cat([visit.losses for visit in visits]),
             _spread([visit.step for visit in visits], visits),
             torch.cat([_elements(visit) for visit in visits]),
-            tokens,
+            all(visit.tokens is not None for visit in visits),
             torch.cat(extra) if len(extra) == len(visits) else None,
             _spread([visit.epoch for visit in visits], visits),
             torch.cat([torch.full_like(visit.ids, -1) if visit.rows is None else visit.rows for visit in visits]),

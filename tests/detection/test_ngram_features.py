@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memsink.detection.ngram_features import NgramCounts, compressed_bits
+from lightning_memsink.detection.ngram_features import EXCERPT, SPAN, NgramCounts, compressed_bits
 
 texts = st.lists(st.lists(st.integers(0, 9), min_size=6, max_size=6), min_size=1, max_size=8)
 
@@ -92,3 +92,29 @@ def test_compressed_bits_are_deflates_and_low_where_a_text_repeats_itself():
     bits = compressed_bits(tokens, whole(tokens))
     assert bits[0].item() == pytest.approx(8 * len(zlib.compress(tokens[0].to(torch.int16).numpy().tobytes(), 6)) / 64)
     assert bits[1] < bits[0] / 3
+
+
+@pytest.mark.parametrize("length", [3, 1024, 1025, 1100, 5000])
+def test_a_text_is_read_alike_in_batches_of_any_width(length):
+    """Alone, beside a longer text, and padded on the left: the same n-grams, in the same order."""
+    tokens = torch.randint(1, 1000, (1, length), generator=torch.Generator().manual_seed(length))
+    alone = NgramCounts().look_up(tokens, whole(tokens))
+    for before, after in ((0, 700), (700, 0), (0, 1)):
+        wide = torch.nn.functional.pad(tokens, (before, after))
+        beside = torch.stack([wide[0], torch.arange(wide.shape[1])])
+        mask = torch.stack([wide[0] > 0, torch.ones(wide.shape[1], dtype=torch.bool)])
+        found = NgramCounts().look_up(beside, mask)
+        for kind, counted in (("single", "counted"), ("pair", "paired"), ("run", "whole")):
+            expected = getattr(alone, kind)[getattr(alone, counted)]
+            assert getattr(found, kind)[0][getattr(found, counted)[0]].equal(expected)
+        assert compressed_bits(beside, mask)[0] == compressed_bits(tokens, whole(tokens))[0]
+
+
+def test_of_a_long_text_spans_are_read_and_no_pair_across_two_of_them():
+    tokens = torch.arange(5000)[None] + 1
+    text = NgramCounts(1 << 20).look_up(tokens, whole(tokens))
+    read = text.single[0]
+    assert len(read) == EXCERPT and read[0] == 1 and read[-1] == 5000 and (read.diff() > 0).all()
+    assert int(text.paired.sum()) == EXCERPT - EXCERPT // SPAN
+    assert int(text.whole.sum()) == EXCERPT - 3 * EXCERPT // SPAN
+    assert (read.diff()[text.paired[0]] == 1).all()

@@ -64,6 +64,7 @@ class ControlEvaluation:
         self.second_look: SecondLook | None = None
         self._fit: tuple[Trainer, LightningModule] | None = None
         self._copies = HostCopies()
+        self._number = 0  # of evaluations so far
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When fit starts."""
@@ -106,6 +107,7 @@ class ControlEvaluation:
     def begin(self, step: int) -> None:
         """When an evaluation begins; of one that was not closed nothing is left."""
         self._copies.clear()
+        self._number += 1
         self.tracker.controls.begin(step)
 
     def add(self, batch: DescribedBatch | None, outputs: Any, is_same: Tensor | None = None) -> None:
@@ -120,12 +122,19 @@ class ControlEvaluation:
             tracker.warn(captured)
             return
         windows = tokens if tracker.describe.may_be_windows(batch) else None
+        number = self._number
 
         def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
             if not tracker.loader_ids.hosts["validate"].admits(is_same):
                 return
             elements = None if windows is None else elements_of_texts(windows, counted)
-            tracker.controls.add(ids, losses, tracker.matching.of_controls(ids, tokens, features), elements)
+
+            def add(described: Tensor) -> None:
+                if number == self._number:
+                    tracker.controls.add(ids, losses, described, elements)
+
+            size = 0 if tokens is None else tokens.ids.numel()
+            tracker.visits.beside.put(lambda: tracker.matching.of_controls(ids, tokens, features), add, size)
 
         self._copies.put(arrive, captured.losses.detach().float(), captured.counted, batch.features, is_same)
 
@@ -136,6 +145,7 @@ class ControlEvaluation:
         if not tracker.controls.is_open:
             return
         self._copies.drain()
+        tracker.visits.beside.settle()
         tracker.controls.close_evaluation(tracker.validation_weights.gather(tracker.controls.collected))
         if tracker.table.reference_step is None and len(tracker.controls):
             tracker.table.reference_step = tracker.controls.latest_step
@@ -147,6 +157,7 @@ class ControlEvaluation:
         tracker = self.tracker
         tracker.visits.flush()
         if self.has_first_visits_only(trainer):
+            tracker.visits.beside.settle()
             tracker.controls.pass_by(trainer.global_step)
             tracker.table.reference_step = tracker.table.reference_step or trainer.global_step
             self._look_again(Ledger.of(trainer))

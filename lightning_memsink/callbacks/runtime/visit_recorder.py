@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_memsink._distributed import gather, is_first
 from lightning_memsink._lightning import warn_once
+from lightning_memsink.callbacks.runtime.beside_training import BesideTraining
 from lightning_memsink.callbacks.runtime.host_batches import HostBatches
 from lightning_memsink.callbacks.runtime.host_copies import HostCopies
 from lightning_memsink.callbacks.runtime.interrupts import interrupts_deferred
-from lightning_memsink.detection.difficulty import Matching
+from lightning_memsink.detection.difficulty import Matching, write_features
 from lightning_memsink.detection.family_features import FamilyRecord
 from lightning_memsink.samples.content_check import ContentCheck
 from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.rows_seen import RowsSeen
 from lightning_memsink.samples.shared_texts import SharedTexts
+from lightning_memsink.samples.tokens import Tokens, stack
 from lightning_memsink.samples.visits import Visit, Visits
 from lightning_memsink.samples.windows import join_windows
 
@@ -28,6 +31,8 @@ CHANGED = (
     "of those in which this was found. From now on batches are read where the step has them, which waits for the "
     "device."
 )
+MOST_TOKENS = 1 << 18
+"""Of the texts between two writes: with more, the work on them would pile up before an evaluation."""
 
 
 class VisitRecorder:
@@ -46,12 +51,20 @@ class VisitRecorder:
         self.content_check = ContentCheck()
         self.rows_seen = RowsSeen()
         self.shared_texts = SharedTexts()
+        self.beside = BesideTraining()
+        """What is done with texts; settle it before features, counts, families or this state are read."""
         self._visits: list[Visit] = []
+        self._tokens = 0  # of visits since the last write
         self._copies = HostCopies()
         self._warnings = WarningCache()
 
     def __len__(self) -> int:
         return len(self._visits) + len(self._copies)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether texts of many tokens wait to be recorded."""
+        return self._tokens >= MOST_TOKENS
 
     def add(self, visit: Visit, is_same: Tensor | None = None) -> None:
         """Adds a batch, whose losses, counts and features may lie on a device. It only appends to lists.
@@ -59,6 +72,8 @@ class VisitRecorder:
         ``is_same``: bool ``[]``, whether the batch had the values by which its samples were known; without them it is
         left out.
         """
+
+        self._tokens += 0 if visit.tokens is None else visit.tokens.ids.numel()
 
         def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
             if self.hosts.admits(is_same):
@@ -73,6 +88,8 @@ class VisitRecorder:
 
         Losses on a device are waited for only to ``drain``; else those are recorded that the last call sent for.
         """
+        self._tokens = 0
+        self.beside.collect()
         if drain:
             self._copies.drain()
         else:
@@ -94,13 +111,13 @@ class VisitRecorder:
     def end_epoch(self) -> None:
         """Records what is left of an epoch, and says once which texts have several ids. Every process calls it."""
         self.flush()
-        said = self.shared_texts.said()
-        if said is not None:
-            warn_once(self._warnings, said)
+
+        self.beside.put(self.shared_texts.said, self._say, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What was not flushed yet is saved as it is: a checkpoint more or less changes nothing of the run."""
         self._copies.drain()
+        self.beside.settle()
         return {
             "visits": [asdict(visit) for visit in self._visits],
             "counts": self.matching.counts.state_dict(),
@@ -125,6 +142,7 @@ class VisitRecorder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a `state_dict`; those of older versions have no names, or no visits."""
         self._copies.clear()
+        self.beside.clear()
         waiting = state.get("visits", []) if is_first() else []  # to be counted once by all processes together
         self._visits = [*map(Visit.restored, waiting)]
         self.matching.counts.load_state_dict(state["counts"])
@@ -137,10 +155,13 @@ class VisitRecorder:
 
     def _record(self, visits: list[Visit]) -> None:
         joined = Visits.joined(visits)
-        ids, losses, elements, tokens = joined.ids, joined.losses, joined.elements, joined.tokens
+        ids, losses, elements = joined.ids, joined.losses, joined.elements
         known, is_part = len(self.table), None
-        if joined.may_be_windows and tokens is not None:
-            at, windows = self.table.rows_of(ids), text_ids(tokens)
+        if joined.may_be_windows and joined.are_texts:
+            at, windows = (
+                self.table.rows_of(ids),
+                torch.cat([text_ids(visit.tokens) for visit in visits if visit.tokens]),
+            )
             losses, elements, is_part = join_windows(
                 self.table, at, losses, elements, windows, joined.epochs, joined.steps
             )
@@ -149,11 +170,42 @@ class VisitRecorder:
         if joined.sources is not None:
             names = self.table.source_names
             self.table.write("source", *names.note(self.table.source[rows], rows, names.codes(joined.sources)))
-        if tokens is not None:
+        if not joined.are_texts:
+            write_features(self.table, rows, rows >= known, None, joined.features)
+            return
+        own = rows.split([len(visit.ids) for visit in visits])
+        texts = [visit.tokens for visit in visits if visit.tokens is not None]
+        for visit, tokens in zip(visits, texts, strict=True):
+            self._count(visit.ids, tokens)
+        for visit, tokens, some in zip(visits, texts, own, strict=True):
+            self._describe(tokens, some, some >= known, None if joined.features is None else visit.features)
+        families = self.families
+        if families is not None:
+            self.beside.put(lambda: families.add(rows, stack(texts)), _nothing, 0)
+
+    def _count(self, ids: Tensor, tokens: Tokens) -> None:
+        """Has the texts of a batch compared with what their ids had before, and counted."""
+
+        def run() -> str | None:
             self.shared_texts.note(ids, tokens)
-            changed = self.content_check.check(ids, tokens)
-            if changed is not None:
-                warn_once(self._warnings, changed)
-        if tokens is not None and self.families is not None:
-            self.families.add(rows, tokens)
-        self.matching.describe(self.table, rows, rows >= known, tokens, joined.features, trained_on=True)
+            self.matching.count(tokens)
+            return self.content_check.check(ids, tokens)
+
+        self.beside.put(run, self._say, tokens.ids.numel())
+
+    def _describe(self, tokens: Tokens, rows: Tensor, new: Tensor, extra: Tensor | None) -> None:
+        """Has the texts of a batch described, when all are counted; see `write_features`."""
+        exposures = self.table.exposures[rows]
+        self.beside.put(
+            lambda: self.matching.of_texts(tokens, exposures, new),
+            lambda found: write_features(self.table, rows, new, found, extra),
+            0,  # the text waits already
+        )
+
+    def _say(self, message: str | None) -> None:
+        if message is not None:
+            warn_once(self._warnings, message)
+
+
+def _nothing(result: object) -> None:
+    """Takes the result of a job that has none."""
