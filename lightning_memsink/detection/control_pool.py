@@ -41,8 +41,11 @@ def pooled_controls(table: LossTable, controls: ControlTable, rule: DetectionRul
 
 
 def held_out_controls(controls: ControlTable, table: LossTable) -> Controls:
-    """The held-out samples as `measure_gaps` takes them."""
-    return Controls(in_unit(controls.previous, table), in_unit(controls.unknown_to_the_model, table), controls.features)
+    """The held-out samples as `measure_gaps` takes them. Their features are unknown where others are known of them."""
+    features, width = controls.features, table.features.shape[1]
+    if len(table) and features.shape[1] != width:  # batches of another kind than those of training
+        features = torch.full((len(features), width), torch.nan)
+    return Controls(in_unit(controls.previous, table), in_unit(controls.unknown_to_the_model, table), features)
 
 
 def first_visit_controls(table: LossTable, controls: ControlTable, held_out: Controls, rule: DetectionRule) -> Controls:

@@ -21,7 +21,7 @@ from lightning_memsink.samples.sample_keys import joined_columns, key_ids, named
 from lightning_memsink.samples.sample_names import SampleNames
 from lightning_memsink.samples.tagged_batch import LOST, SINGLE, Fetched
 from lightning_memsink.samples.text_batches import TextBatches
-from lightning_memsink.samples.tokens import Tokens
+from lightning_memsink.samples.tokens import Tokens, tokens_of
 
 Source = Literal["index", "content", "key"]
 _IDENTITIES = ("auto", "index", "content", "key")
@@ -60,7 +60,7 @@ class SampleIds:
         self.documents: Documents | None = None
         """Of the latest batch, if they are its samples."""
         self.texts: Tokens | None = None
-        """``[D, L]`` those of `documents`, if they have any."""
+        """``[D, L]`` those of `documents`, if they have any; or ``[B, T]`` those of rows, where ids are their content."""
         self.rows: Tensor | None = None
         """``[B]`` int64: the row of the data set that each sample of the latest batch came from, if known."""
         self.takes_rows = False
@@ -221,6 +221,10 @@ class SampleIds:
     def _content_ids(self, batch: Any, size: int | None, fetched: Fetched) -> Tensor | None:
         if not any(True for _ in tensors_in(batch)):
             return None
+        texts = tokens_of(batch, fetched.axes)
+        if texts is not None and size in (None, len(texts.ids)):
+            self.texts, self._source = texts, "content"
+            return text_ids(texts).cpu()
         try:
             ids = content_ids(batch, size, fetched.axes).cpu()
         except ValueError:

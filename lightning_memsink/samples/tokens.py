@@ -34,10 +34,12 @@ def tokens_of(batch: Any, axes: Sequence[int] | None = None) -> Tokens | None:
         ids, mask = (batch[0] if isinstance(batch, (tuple, list)) and batch else batch), None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not _is_integer(ids.dtype):
         return None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.is_cpu and ids.is_cpu and torch.equal(labels, ids):
+        labels = None  # the text itself says nothing more of it
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        mask = _until_last_label(ids, batch.get("labels") if isinstance(batch, Mapping) else None)
-    if isinstance(batch, Mapping):
-        ids = unmasked(ids, batch.get("labels"))
+        mask = _until_last_label(ids, labels)
+    ids = unmasked(ids, labels)
     if axes is not None and 1 in axes and _axis_of(ids, batch, axes) == 1:
         ids, mask = ids.T, mask.T
     return Tokens(ids.long(), mask != 0)

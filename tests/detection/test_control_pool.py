@@ -152,3 +152,17 @@ def test_most_of_a_second_look_is_at_those_that_look_memorized():
         rows, is_random = nominate(visits, flags, 100)
         drawn_often[rows[is_random]] += 1
     assert drawn_often[memorized].mean() == pytest.approx(10, rel=0.15)  # as often as any other
+
+
+@pytest.mark.parametrize("widths", [(2, 1), (0, 1), (1, 0)])
+def test_features_that_training_has_not_are_unknown_and_end_nothing(widths):
+    """A validation set of another kind of batches, with other features: its controls are matched as average ones."""
+    run, (of_controls, of_samples) = Run(held_out=200), widths
+    run.controls.features = torch.zeros(200, of_controls)
+    run.table.describe(torch.arange(1000), run.features[:, :of_samples])
+    run.visit_again(torch.arange(50), gap=0.0)
+    flags = Flags()
+    evaluate(run.table, run.controls, flags, RULE, consecutive=1, epoch=0)
+    pool = pooled_controls(run.table, run.controls, RULE)
+    assert pool.features.shape == (len(pool), of_samples) and len(pool) >= 200
+    assert not (flags.verdict[:50] == Verdict.MEMORIZED).any()

@@ -28,6 +28,7 @@ from lightning_memsink.samples.dataloader_ids import fetches_by_key, is_taggable
 from lightning_memsink.samples.id_contents import Contents, IdContents
 from lightning_memsink.samples.sample_ids import SampleIds
 from lightning_memsink.samples.tagged_batch import Fetched
+from lightning_memsink.samples.tokens import Tokens, stack
 
 Stage = Literal["train", "validate"]
 
@@ -129,15 +130,20 @@ class LoaderIds:
             self.readable = batch if self.readable is parts[0][1] else combined._spec.unflatten([self.readable])
             return alone
         ids: list[Tensor | None] = []
+        texts: list[Tokens | None] = []
         entries: dict[int, Entry] = {}
         first = 0
         for loader, part in parts:
             ids.append(self._ids_of(part, fetched.take(loader), stage, from_host=False))
+            texts.append(self.sample_ids.texts)
             size = 0 if ids[-1] is None else len(ids[-1])
             for tensor, owners in rows_of(part, size, self.axes):
                 entries[id(tensor)] = torch.where(owners < 0, owners, owners + first)
             first += size
         self.axes, self.readable = [entries.get(id(tensor)) for tensor in tensors_in(batch)], batch
+        known = [text for text in texts if text is not None]
+        if self.sample_ids.documents is None:
+            self.sample_ids.texts = stack(known) if known and len(known) == len(texts) else None
         return concatenated(ids)
 
     def clear(self, stage: Stage) -> None:
@@ -196,7 +202,8 @@ class LoaderIds:
 
     def _compares(self, fetched: Fetched | None) -> bool:
         """Whether the content of a batch is compared with what its ids had before."""
-        index = fetched.ids if fetched is not None and self.sample_ids.source == "index" else None
+        by_index = self.sample_ids.source == "index" or self._ids_are_texts
+        index = fetched.ids if fetched is not None and by_index else None
         return self.sample_ids.identity != "content" and self._contents.wants(index)
 
     def _check_contents(self, ids: Tensor, contents: Contents) -> None:
