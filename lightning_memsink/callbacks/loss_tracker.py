@@ -176,7 +176,7 @@ class LossTracker(Callback):
             self.visits.add(visit, self._is_same)
         self._since_flush += 1
         alone = trainer.world_size == 1  # processes wait for one another anyway, and must do so at the same step
-        if self._since_flush >= self.flush_every or (alone and self.visits.is_full):
+        if self._since_flush >= self.flush_every or self.visits.is_full(self._since_flush, alone):
             self._flush(drain=not alone)
         if self.evaluation.is_due(trainer):
             self.evaluation.run(trainer, pl_module)

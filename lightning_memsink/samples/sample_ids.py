@@ -60,7 +60,7 @@ class SampleIds:
         self.documents: Documents | None = None
         """Of the latest batch, if they are its samples."""
         self.texts: Tokens | None = None
-        """``[D, L]`` those of `documents`, if they have any; or ``[B, T]`` those of rows, where ids are their content."""
+        """``[D, L]`` those of `documents`, if they have any; ``[B, T]`` those of rows whose content is the ids'."""
         self.rows: Tensor | None = None
         """``[B]`` int64: the row of the data set that each sample of the latest batch came from, if known."""
         self.takes_rows = False

@@ -3,16 +3,20 @@
 import copy
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from lightning_memsink.callbacks.loss_tracker import LossTracker
 from lightning_memsink.callbacks.runtime import beside_training, visit_recorder
 from lightning_memsink.callbacks.runtime.beside_training import BesideTraining
 from lightning_memsink.detection.difficulty import Matching
 from lightning_memsink.detection.ngram_features import EXCERPT
 from lightning_memsink.ledger import Ledger
+from lightning_memsink.samples.tokens import Tokens
+from lightning_memsink.samples.visits import Visit
 from tests.support.small_runs import TRAIN, TinyLM, fit, snapshot, train_loader, watch
 
 
@@ -151,3 +155,16 @@ def test_copies_begin_without_jobs_and_a_cleared_queue_hands_on_nothing():
     beside.clear()
     beside.settle()
     assert found == [1] and beside._thread is None
+
+
+def test_processes_agree_on_when_many_tokens_wait():
+    """By what all of them have recorded together, early in the run; where there is no text, the steps alone decide."""
+    recorder = LossTracker().visits
+    visit = Visit(torch.arange(4), torch.ones(4), 0, Tokens(torch.zeros(4, 8192).long(), torch.ones(4, 8192) > 0), None)
+    assert recorder.is_full(8, alone=False) and not recorder.is_full(7, alone=False)
+    recorder._note_rate([[visit] * 3, [visit] * 4, []])
+    assert [recorder.is_full(n, alone=False) for n in (3, 4, 5)] == [False, True, True]
+    recorder._note_rate([[], []])
+    assert not recorder.is_full(3, alone=False)
+    recorder._note_rate([[replace(visit, tokens=None)], []])
+    assert not recorder.is_full(10**5, alone=False)

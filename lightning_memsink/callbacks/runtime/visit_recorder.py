@@ -33,6 +33,8 @@ CHANGED = (
 )
 MOST_TOKENS = 1 << 18
 """Of the texts between two writes: with more, the work on them would pile up before an evaluation."""
+FIRST = 8
+"""Batches before several processes know how many tokens all of them have."""
 
 
 class VisitRecorder:
@@ -55,16 +57,19 @@ class VisitRecorder:
         """What is done with texts; settle it before features, counts, families or this state are read."""
         self._visits: list[Visit] = []
         self._tokens = 0  # of visits since the last write
+        self._most_batches = FIRST  # of each process between two writes
         self._copies = HostCopies()
         self._warnings = WarningCache()
 
     def __len__(self) -> int:
         return len(self._visits) + len(self._copies)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether texts of many tokens wait to be recorded."""
-        return self._tokens >= MOST_TOKENS
+    def is_full(self, batches: int, alone: bool) -> bool:
+        """Whether texts of many tokens wait to be recorded, ``batches`` after the last write.
+
+        Several processes must agree on it: they go by the tokens of all of them at that write.
+        """
+        return self._tokens >= MOST_TOKENS if alone else batches >= self._most_batches
 
     def add(self, visit: Visit, is_same: Tensor | None = None) -> None:
         """Adds a batch, whose losses, counts and features may lie on a device. It only appends to lists.
@@ -73,7 +78,7 @@ class VisitRecorder:
         left out.
         """
 
-        self._tokens += 0 if visit.tokens is None else visit.tokens.ids.numel()
+        self._tokens += _tokens_of(visit)
 
         def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
             if self.hosts.admits(is_same):
@@ -95,6 +100,7 @@ class VisitRecorder:
         else:
             self._copies.advance()
         gathered = gather((self._visits, self.table.names.take_new()))
+        self._note_rate([one for one, _ in gathered])
         visits = sorted((visit for one, _ in gathered for visit in one), key=lambda visit: visit.step)
         with interrupts_deferred():
             self._visits = []
@@ -102,6 +108,12 @@ class VisitRecorder:
                 self.table.names.add_plain(names)
             if visits:
                 self._record(visits)
+
+    def _note_rate(self, of_processes: list[list[Visit]]) -> None:
+        """``of_processes``: what all of them are about to record."""
+        tokens, batches = sum(_tokens_of(visit) for one in of_processes for visit in one), max(map(len, of_processes))
+        if batches:
+            self._most_batches = max(1, MOST_TOKENS * batches // max(1, tokens))
 
     def has_any_before(self, epoch: int) -> bool:
         """Whether visits of an earlier epoch wait to be recorded."""
@@ -173,39 +185,38 @@ class VisitRecorder:
         if not joined.are_texts:
             write_features(self.table, rows, rows >= known, None, joined.features)
             return
-        own = rows.split([len(visit.ids) for visit in visits])
         texts = [visit.tokens for visit in visits if visit.tokens is not None]
-        for visit, tokens in zip(visits, texts, strict=True):
-            self._count(visit.ids, tokens)
-        for visit, tokens, some in zip(visits, texts, own, strict=True):
-            self._describe(tokens, some, some >= known, None if joined.features is None else visit.features)
-        families = self.families
-        if families is not None:
-            self.beside.put(lambda: families.add(rows, stack(texts)), _nothing, 0)
+        self._describe(rows, rows >= known, ids, texts, joined.features)
 
-    def _count(self, ids: Tensor, tokens: Tokens) -> None:
-        """Has the texts of a batch compared with what their ids had before, and counted."""
-
-        def run() -> str | None:
-            self.shared_texts.note(ids, tokens)
-            self.matching.count(tokens)
-            return self.content_check.check(ids, tokens)
-
-        self.beside.put(run, self._say, tokens.ids.numel())
-
-    def _describe(self, tokens: Tokens, rows: Tensor, new: Tensor, extra: Tensor | None) -> None:
-        """Has the texts of a batch described, when all are counted; see `write_features`."""
+    def _describe(self, rows: Tensor, new: Tensor, ids: Tensor, texts: list[Tokens], extra: Tensor | None) -> None:
+        """Has the texts of several batches compared with what their ids had before, counted, and described, beside
+        training; all ``[V]`` as `write_features` takes them."""
+        sizes = [len(tokens.ids) for tokens in texts]
         exposures = self.table.exposures[rows]
-        self.beside.put(
-            lambda: self.matching.of_texts(tokens, exposures, new),
-            lambda found: write_features(self.table, rows, new, found, extra),
-            0,  # the text waits already
-        )
+
+        def run() -> tuple[str | None, Tensor]:
+            changed = None
+            for some, tokens in zip(ids.split(sizes), texts, strict=True):
+                self.shared_texts.note(some, tokens)
+                changed = self.content_check.check(some, tokens) or changed
+                self.matching.count(tokens)
+            parts = zip(texts, exposures.split(sizes), new.split(sizes), strict=True)
+            features = torch.cat([self.matching.of_texts(*part) for part in parts])
+            if self.families is not None:
+                self.families.add(rows, stack(texts))
+            return changed, features
+
+        def then(found: tuple[str | None, Tensor]) -> None:
+            changed, features = found
+            self._say(changed)
+            write_features(self.table, rows, new, features, extra)
+
+        self.beside.put(run, then, sum(tokens.ids.numel() for tokens in texts))
 
     def _say(self, message: str | None) -> None:
         if message is not None:
             warn_once(self._warnings, message)
 
 
-def _nothing(result: object) -> None:
-    """Takes the result of a job that has none."""
+def _tokens_of(visit: Visit) -> int:
+    return 0 if visit.tokens is None else visit.tokens.ids.numel()
