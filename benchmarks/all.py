@@ -30,6 +30,7 @@ PARTS = {
         ("overhead", "--attribution"),
     ),
     "mitigation": ("Mitigation", ("overhead", "--mitigation")),
+    "host": ("What the host does at high token rates", ("host_cost",)),
     "growth": ("Growth with batch, sequence, width, depth and data set", ("growth",)),
     "overfitting": ("Runs that know their data by heart", ("overfitting",)),
     "scale": ("Millions of samples: ledger, detector, checkpoint, report", ("scale",)),

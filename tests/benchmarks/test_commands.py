@@ -24,7 +24,7 @@ NAMES = sorted({name for name, *_ in DOCUMENTED})
 
 def test_all_benchmarks_are_documented():
     assert NAMES == sorted(
-        "all averaging calibration capture detection device faults findings growth".split()
+        "all averaging calibration capture detection device faults findings growth host_cost".split()
         + "localization mitigation overfitting overhead scale".split()
     )
 
