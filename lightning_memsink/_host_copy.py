@@ -26,6 +26,11 @@ class HostCopy:
             torch.cuda.current_stream(source.device).record_event() for source in self._sources if source.is_cuda
         ]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `values` waits for nothing."""
+        return all(event.query() for event in self._events)
+
     def values(self) -> list[Tensor]:
         """All tensors in host memory, in their order; those of a device are parts of one. Waits for the copies."""
         for event in self._events:

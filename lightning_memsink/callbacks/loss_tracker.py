@@ -175,9 +175,8 @@ class LossTracker(Callback):
             visit = Visit.of(current, losses, self._step, trainer.current_epoch, counted, may_be_windows)
             self.visits.add(visit, self._is_same)
         self._since_flush += 1
-        alone = trainer.world_size == 1  # processes wait for one another anyway, and must do so at the same step
-        if self._since_flush >= self.flush_every or self.visits.is_full(self._since_flush, alone):
-            self._flush(drain=not alone)
+        if self._since_flush >= self.flush_every or self.visits.is_full(self._since_flush, trainer.world_size == 1):
+            self._flush(drain=False)
         if self.evaluation.is_due(trainer):
             self.evaluation.run(trainer, pl_module)
 

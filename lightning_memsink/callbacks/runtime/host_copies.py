@@ -35,6 +35,11 @@ class HostCopies:
         """How many are not handed on yet."""
         return len(self._waiting) + (0 if self._sent is None else len(self._sent.waiting))
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `advance` waits for nothing."""
+        return self._sent is None or self._sent.copy.is_ready
+
     def put(self, use: Callable[..., None], *values: Tensor | None) -> None:
         """Has ``use`` called with the ``values`` in host memory, in time. They may change after this call."""
         if not len(self) and all(value is None or value.is_cpu for value in values):

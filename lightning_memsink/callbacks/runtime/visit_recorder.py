@@ -67,9 +67,12 @@ class VisitRecorder:
     def is_full(self, batches: int, alone: bool) -> bool:
         """Whether texts of many tokens wait to be recorded, ``batches`` after the last write.
 
-        Several processes must agree on it: they go by the tokens of all of them at that write.
+        Several processes must agree on it: they go by the tokens of all of them at that write. One alone does not wait
+        for a device that is behind.
         """
-        return self._tokens >= MOST_TOKENS if alone else batches >= self._most_batches
+        if alone:
+            return self._tokens >= MOST_TOKENS and self._copies.is_ready
+        return batches >= self._most_batches
 
     def add(self, visit: Visit, is_same: Tensor | None = None) -> None:
         """Adds a batch, whose losses, counts and features may lie on a device. It only appends to lists.
