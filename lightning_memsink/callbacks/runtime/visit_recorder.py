@@ -80,7 +80,6 @@ class VisitRecorder:
         ``is_same``: bool ``[]``, whether the batch had the values by which its samples were known; without them it is
         left out.
         """
-
         self._tokens += _tokens_of(visit)
 
         def arrive(losses: Tensor, counted: Tensor | None, features: Tensor | None, is_same: Tensor | None) -> None:
@@ -126,7 +125,6 @@ class VisitRecorder:
     def end_epoch(self) -> None:
         """Records what is left of an epoch, and says once which texts have several ids. Every process calls it."""
         self.flush()
-
         self.beside.put(self.shared_texts.said, self._say, 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,10 +171,8 @@ class VisitRecorder:
         ids, losses, elements = joined.ids, joined.losses, joined.elements
         known, is_part = len(self.table), None
         if joined.may_be_windows and joined.are_texts:
-            at, windows = (
-                self.table.rows_of(ids),
-                torch.cat([text_ids(visit.tokens) for visit in visits if visit.tokens]),
-            )
+            at = self.table.rows_of(ids)
+            windows = torch.cat([text_ids(visit.tokens) for visit in visits if visit.tokens is not None])
             losses, elements, is_part = join_windows(
                 self.table, at, losses, elements, windows, joined.epochs, joined.steps
             )
