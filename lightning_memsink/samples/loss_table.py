@@ -5,6 +5,7 @@ N  samples known      V  visits in one block      K  visits remembered      F  m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ class Column:
         dtype: of its values.
         unknown: the value of a row that nothing was written to.
         is_optional: whether it takes no memory before `LossTable.write` writes to it.
+        is_late: whether `LossTable.complete` is called before it is read.
     """
 
-    def __init__(self, dtype: torch.dtype, unknown: float, is_optional: bool = False) -> None:
-        self.dtype = dtype
-        self.unknown = unknown
-        self.is_optional = is_optional
+    def __init__(self, dtype: torch.dtype, unknown: float, is_optional: bool = False, is_late: bool = False) -> None:
+        self.dtype, self.unknown = dtype, unknown
+        self.is_optional, self.is_late = is_optional, is_late
         self.name = ""
 
     def empty(self, rows: int) -> Tensor:
@@ -45,6 +46,8 @@ class Column:
         self.name = name
 
     def __get__(self, table: LossTable, owner: type[LossTable]) -> Tensor:
+        if self.is_late:
+            table.complete()
         column = table.columns.get(self.name)
         return self.empty(len(table)) if column is None else column[: len(table)]
 
@@ -78,7 +81,7 @@ class LossTable:
     """Tokens (or other loss elements) counted at the last visit."""
     recent = Column(torch.bfloat16, torch.nan)
     """``[N, K]`` the last K losses, newest first. K is 0 by default: nothing in this package reads them."""
-    features = Column(torch.float16, 0)
+    features = Column(torch.float16, 0, is_late=True)
     """``[N, F]`` matching features, as of the last time they were described."""
     first_row = Column(torch.int64, -1, is_optional=True)
     """Row of the data set that the text first came from."""
@@ -109,6 +112,8 @@ class LossTable:
         errors are."""
         self.begins_with_training = True
         """Whether first losses are of samples that the model was not trained on: no step was taken before the table."""
+        self.complete: Callable[[], None] = _is_complete
+        """Finishes what is worked out beside training, before features are read."""
         sizes = {"recent": (0, depth), "features": (0, 0)}
         self.columns = {
             name: torch.zeros(sizes.get(name, (0,)), dtype=column.dtype)
@@ -146,13 +151,14 @@ class LossTable:
 
     def describe(self, rows: Tensor, features: Tensor) -> None:
         """Writes matching features ``[V, F]`` of the samples in ``rows`` ``[V]``, which are distinct."""
-        if self.features.shape[1] != features.shape[1]:
+        if self.columns["features"].shape[1] != features.shape[1]:
             self.columns["features"] = torch.zeros(len(self.columns["exposures"]), features.shape[1]).half()
-        self.features[rows] = features.half()
+        self.columns["features"][rows] = features.half()
 
     def described(self, rows: Tensor, column: int) -> Tensor:
-        """``[V]`` one feature of the samples in ``rows``; 0 where it is not known yet."""
-        return self.features[rows, column].float() if column < self.features.shape[1] else torch.zeros(len(rows))
+        """``[V]`` one feature of the samples in ``rows``, as written so far; 0 where it is not known yet."""
+        features = self.columns["features"]
+        return features[rows, column].float() if column < features.shape[1] else torch.zeros(len(rows))
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """``[V]`` int64: the rows of samples, new ones for those that are not known yet."""
@@ -244,6 +250,7 @@ class LossTable:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only, so that ``torch.load(weights_only=True)`` reads it back."""
+        self.complete()
         columns = {name: column[: len(self)].clone() for name, column in self.columns.items()}
         return {
             "schema": SCHEMA,
@@ -284,6 +291,10 @@ class LossTable:
             if len(saved) != rows or saved.dtype != own.dtype or saved.ndim != own.ndim:
                 return f"column {name} is {saved.dtype} {list(saved.shape)} for {rows} samples"
         return ""
+
+
+def _is_complete() -> None:
+    """Of a table that nobody writes beside training."""
 
 
 COLUMNS = {name: column for name, column in vars(LossTable).items() if isinstance(column, Column)}

@@ -54,7 +54,8 @@ class VisitRecorder:
         self.rows_seen = RowsSeen()
         self.shared_texts = SharedTexts()
         self.beside = BesideTraining()
-        """What is done with texts; settle it before features, counts, families or this state are read."""
+        """What is done with texts; it is settled before features, counts or families are read."""
+        table.complete = self.beside.settle
         self._visits: list[Visit] = []
         self._tokens = 0  # of visits since the last write
         self._most_batches = FIRST  # of each process between two writes
