@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -105,3 +106,10 @@ def stack(texts: Sequence[Tokens]) -> Tokens:
         for tensors in ([text.ids for text in texts], [text.mask for text in texts])
     )
     return Tokens(ids, masks)
+
+
+def joined(texts: Sequence[Tokens]) -> list[Tokens]:
+    """Batches of text, those of one width that follow one another as one: torch takes longer for each call than for
+    the few tokens of a batch."""
+    runs = (list(run) for _, run in groupby(texts, lambda text: text.ids.shape[1]))
+    return [Tokens(torch.cat([text.ids for text in run]), torch.cat([text.mask for text in run])) for run in runs]

@@ -22,7 +22,7 @@ from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.rows_seen import RowsSeen
 from lightning_memsink.samples.shared_texts import SharedTexts
-from lightning_memsink.samples.tokens import Tokens, stack
+from lightning_memsink.samples.tokens import Tokens, joined, stack
 from lightning_memsink.samples.visits import Visit, Visits
 from lightning_memsink.samples.windows import join_windows
 
@@ -191,16 +191,18 @@ class VisitRecorder:
     def _describe(self, rows: Tensor, new: Tensor, ids: Tensor, texts: list[Tokens], extra: Tensor | None) -> None:
         """Has the texts of several batches compared with what their ids had before, counted, and described, beside
         training; all ``[V]`` as `write_features` takes them."""
-        sizes = [len(tokens.ids) for tokens in texts]
         exposures = self.table.exposures[rows]
 
         def run() -> tuple[str | None, Tensor]:
             changed = None
-            for some, tokens in zip(ids.split(sizes), texts, strict=True):
-                self.shared_texts.note(some, tokens)
+            for some, tokens in zip(ids.split([len(text.ids) for text in texts]), texts, strict=True):
                 changed = self.content_check.check(some, tokens) or changed
+            whole = joined(texts)
+            sizes = [len(tokens.ids) for tokens in whole]
+            for some, tokens in zip(ids.split(sizes), whole, strict=True):
+                self.shared_texts.note(some, tokens)
                 self.matching.count(tokens)
-            parts = zip(texts, exposures.split(sizes), new.split(sizes), strict=True)
+            parts = zip(whole, exposures.split(sizes), new.split(sizes), strict=True)
             features = torch.cat([self.matching.of_texts(*part) for part in parts])
             if self.families is not None:
                 self.families.add(rows, stack(texts))
