@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
 from benchmarks.common.interleaving import UNTIMED_STEPS, StepTimer, interleave, seconds_per_step, time_ratio
-from benchmarks.common.memory import keep_freed_memory
+from benchmarks.common.memory import RESERVE, keep_freed_memory
 from benchmarks.common.workloads import WORKLOADS, Workload, images
 from benchmarks.overhead.runs import AGAIN, PLAIN, run
 from lightning_memsink.attribution.hidden_layers import find_hidden_layers
@@ -173,7 +173,7 @@ def _median(ratios: Sequence[float]) -> float:
 def measure_all(options: argparse.Namespace) -> int:
     seeds = fresh_seeds(options)
     configure_process()
-    keep_freed_memory()
+    keep_freed_memory(RESERVE)
     workloads = [replace(each, steps=round(each.steps * (0.2 if options.quick else SHORTER))) for each in WORKLOADS]
     return report([measure(each, seeds, WAYS) for each in workloads], seeds, WAYS).publish(options.json)
 

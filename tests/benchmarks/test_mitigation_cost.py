@@ -61,7 +61,7 @@ def test_a_mitigation_that_never_acts_falls_short_and_one_that_does_not_apply_do
 
 def test_overhead_mitigation_prints_and_writes_its_report(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(mitigation_cost, "configure_process", lambda: None)  # other tests read what libraries log
-    monkeypatch.setattr(mitigation_cost, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(mitigation_cost, "keep_freed_memory", lambda reserve: None)
     monkeypatch.setattr(mitigation_cost, "WORKLOADS", [replace(SMALL["images"], steps=60)])
     monkeypatch.setattr(mitigation_cost, "WAYS", WAYS[2:3])
     options = ["--mitigation", "--quick", "--seeds", "1", "--first-seed", "0", "--json", str(tmp_path / "out")]
