@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -86,7 +86,7 @@ def watching(acting: Sequence[Callback]) -> list[Callback]:
     return [LossTracker(identity="key"), MemorizationDetector()] if acting else []
 
 
-def hold(at: float, **options: Any) -> list[Callback]:
+def hold(at: float | Literal["auto"], **options: Any) -> list[Callback]:
     return [SampleGradientMask(mode="hold", at=at, **options)]
 
 
@@ -100,6 +100,8 @@ def localized(*acting: Callback) -> list[Callback]:
 
 STANDARD, HOLD, SKIP = "standard", "hold at .5", "skip the flagged"
 MEMSINKS, UNTIED, SMALL = "MemSinks .75/.15, dropped", "the same, untied", "MemSinks .1/.15, dropped"
+HOLD_AUTO = "hold"
+"""With the set point that it measures in the run."""
 HOLD_HIGH = "hold at .75"
 """The set point for fine-tuning: after some epochs every training text is half a nat below unseen ones, and .5 holds
 texts that the model could still learn from. Chosen on development seeds 901 and 902, where .5 costs up to .03 nats at
@@ -110,6 +112,7 @@ NARROW = {"n_inner": 128}
 
 OURS = {
     **{name: Arm(partial(hold, at)) for name, at in (SWEEP | {HOLD_HIGH: 0.75}).items()},
+    HOLD_AUTO: Arm(partial(hold, "auto")),
     SKIP: Arm(lambda: [SampleGradientMask(mode="skip")]),
     "attenuate the flagged to .1": Arm(lambda: [SampleGradientMask(mode="attenuate", weight=0.1)]),
     "route the flagged": Arm(lambda: [SampleGradientMask(mode="route")]),
@@ -138,7 +141,12 @@ GUIDED = {"first visits only (oracle)": Arm(gate=capped), "visits thinned (oracl
 """Rivals that train on as many visits as hold at .5 did, and so run after it."""
 
 ARMS: dict[str, Arm] = {STANDARD: Arm(), **OURS, **COMBINED, **RIVALS, **GUIDED}
-EVERY_SEED = {"E1": (STANDARD, MEMSINKS, UNTIED, SKIP), "E2": (STANDARD, HOLD), "E3": (STANDARD, HOLD_HIGH)}
+EVERY_SEED = {
+    "E1": (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD_AUTO),
+    "E2": (STANDARD, HOLD, HOLD_AUTO),
+    "E3": (STANDARD, HOLD_HIGH, HOLD_AUTO),
+    "E4": (STANDARD, HOLD_AUTO),
+}
 """The arms that a criterion is about. All others run on one seed, so that the benchmark takes 40 minutes."""
 ONCE = {
     "E1": (
@@ -147,15 +155,26 @@ ONCE = {
         *("deduplicated (oracle)", "plain, surviving width", "dropout .1", "goldfish, k=4", "loss truncation, 5 %"),
     ),
     "E2": (
-        *(STANDARD, "hold at .1", HOLD, "hold at 2", SKIP, "attenuate the flagged to .1", "route the flagged"),
+        *(
+            STANDARD,
+            "hold at .1",
+            HOLD,
+            "hold at 2",
+            HOLD_AUTO,
+            SKIP,
+            "attenuate the flagged to .1",
+            "route the flagged",
+        ),
         *(MEMSINKS, "deduplicated (oracle)"),
         *("skip from the start (oracle)", "loss floor 4 (flooding)", *GUIDED),
     ),
     "E3": (*EVERY_SEED["E3"], SMALL, "weight decay .1"),
+    "E4": (*EVERY_SEED["E4"], HOLD, "hold at 1", "dropout .1", "weight decay .1"),
 }
 EXTRA = {
     "E1": ("MemSinks .75/.3, dropped", "MemSinks .75/.15 + hold at .5"),
     "E2": ("hold at .25", "hold at 1", "hold at .5 + weight decay .1", "MemSinks .75/.15 + hold at .5"),
     "E3": (HOLD, "hold at 1"),
+    "E4": (),
 }
 """Further arms, run on one seed with ``--arms all``: eight fits more."""

@@ -1,9 +1,9 @@
 """How much memorization mitigations prevent and what they cost, on real text, compared with other methods.
 
 E1: sequences repeated in a domain that other text covers, too. E2: repeated source code that no other text covers.
-E3: fine-tuning on texts and on phone numbers of made-up people. Every arm of an experiment sees the same text in the
-same order from the same initial weights, in E3 from those of one pretrained model. Our arms use our own detector and
-controls.
+E3: fine-tuning on texts and on phone numbers of made-up people. E4: an ordinary training over epochs. Every arm of an
+experiment sees the same text in the same order from the same initial weights, in E3 from those of one pretrained model.
+Our arms use our own detector and controls.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from benchmarks.common.criteria import Criterion, Report, argument_parser, configure_process, fresh_seeds
 from benchmarks.common.planted_text import Sizes
-from benchmarks.mitigation import fine_tuning
+from benchmarks.mitigation import fine_tuning, ordinary
 from benchmarks.mitigation.arms import (
     EVERY_SEED,
     EXTRA,
     GUIDED,
     HOLD,
+    HOLD_AUTO,
     HOLD_HIGH,
     MEMSINKS,
     ONCE,
@@ -35,16 +36,19 @@ from benchmarks.mitigation.arms import (
 )
 from benchmarks.mitigation.figure import draw
 from benchmarks.mitigation.fine_tuning import Tuned, pretrain, tune
+from benchmarks.mitigation.ordinary import Ordinary, train_ordinarily
 from benchmarks.mitigation.runs import Result, run
-from benchmarks.mitigation.tables import fine_tuning_table, table
+from benchmarks.mitigation.tables import fine_tuning_table, ordinary_table, table
 
 WORKERS = 2
-EXPERIMENTS = ("E1", "E2", "E3")
+EXPERIMENTS = ("E1", "E2", "E3", "E4")
 Extent = Literal["few", "usual", "all"]
 QUICK = Sizes(background=640, natural=4, twice=12, domain=32, canaries=4, easy=4, controls=96, twins=32, unseen=128)
 QUICK_TUNING = fine_tuning.Sizes(pretrained=1024, texts=128, control_texts=64, unseen=128)
-QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_HIGH, "deduplicated (oracle)")
+QUICK_ORDINARY = ordinary.Sizes(texts=256, controls=64, unseen=128, epochs=3, every=8)
+QUICK_ARMS = (STANDARD, MEMSINKS, UNTIED, SKIP, HOLD, HOLD_AUTO, HOLD_HIGH, "deduplicated (oracle)")
 NAN = float("nan")
+Each = TypeVar("Each")
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Measurements:
 
     results: dict[tuple[str, str, int], Result] = field(default_factory=dict)
     tuned: dict[tuple[str, int], Tuned] = field(default_factory=dict)
+    ordinary: dict[tuple[str, int], Ordinary] = field(default_factory=dict)
 
     def of(self, experiment: str, arm: str) -> list[Result]:
         return [each for (where, name, _), each in self.results.items() if (where, name) == (experiment, arm)]
@@ -68,12 +73,21 @@ class Measurements:
         return _worst(values, sense)
 
     def worst_tuned(self, arm: str, measure: Callable[[Tuned, Tuned], float], sense: str) -> float:
-        values = [
-            measure(each, self.tuned[STANDARD, seed])
-            for (name, seed), each in self.tuned.items()
-            if name == arm and (STANDARD, seed) in self.tuned
-        ]
-        return _worst(values, sense)
+        return _worst_of(self.tuned, arm, measure, sense)
+
+    def worst_ordinary(self, arm: str, measure: Callable[[Ordinary, Ordinary], float], sense: str) -> float:
+        return _worst_of(self.ordinary, arm, measure, sense)
+
+
+def _worst_of(
+    found: Mapping[tuple[str, int], Each], arm: str, measure: Callable[[Each, Each], float], sense: str
+) -> float:
+    values = [
+        measure(each, found[STANDARD, seed])
+        for (name, seed), each in found.items()
+        if name == arm and (STANDARD, seed) in found
+    ]
+    return _worst(values, sense)
 
 
 def _worst(values: Sequence[float], sense: str) -> float:
@@ -99,6 +113,12 @@ def criteria(found: Measurements) -> list[Criterion]:
          lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
         ("gap of the domain cut by", "E2", HOLD, lambda own, std: 1 - own.gap / std.gap, ">=", 0.55),
         ("canaries said", "E2", HOLD, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
+        ("canaries said", "E1", HOLD_AUTO, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
+        ("validation against standard, nats", "E1", HOLD_AUTO, _extra_loss, "<=", 0.01),
+        ("canaries said", "E2", HOLD_AUTO, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
+        ("validation against standard, nats", "E2", HOLD_AUTO, _extra_loss, "<=", 0.01),
+        ("unseen text of the domain against standard, nats", "E2", HOLD_AUTO,
+         lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
     ]  # fmt: skip
     tuned: list[tuple[str, str, Callable[[Tuned, Tuned], float], Any, float]] = [
         ("numbers said at the end", STANDARD, lambda own, _: own.last.total / own.sentences, ">=", 0.6),
@@ -107,7 +127,16 @@ def criteria(found: Measurements) -> list[Criterion]:
          lambda own, std: own.last.held_out - std.best.held_out, "<=", 0.25),
         ("held-out at its best against the best of standard, nats", HOLD_HIGH,
          lambda own, std: own.best.held_out - std.best.held_out, "<=", 0.03),
+        ("numbers said at any epoch", HOLD_AUTO, lambda own, _: max(each.total for each in own.epochs), "<=", 0),
+        ("held-out at its best against the best of standard, nats", HOLD_AUTO,
+         lambda own, std: own.best.held_out - std.best.held_out, "<=", 0.01),
+        ("held-out at the end against the end of standard, nats", HOLD_AUTO,
+         lambda own, std: own.last.held_out - std.last.held_out, "<=", -0.02),
     ]  # fmt: skip
+    usual: list[tuple[str, Callable[[Ordinary, Ordinary], float], Any, float]] = [
+        ("held-out at its best against the best of standard, nats", lambda own, std: own.best - std.best, "<=", 0.01),
+        ("held-out at the end against the end of standard, nats", lambda own, std: own.last - std.last, "<=", -0.02),
+    ]
     said = [
         Criterion(f"{where}, {arm}: {name}", found.worst(where, arm, measure, sense), sense, bound)
         for name, where, arm, measure, sense, bound in runs
@@ -123,6 +152,10 @@ def criteria(found: Measurements) -> list[Criterion]:
         Criterion(f"E3, {arm}: {name}", found.worst_tuned(arm, measure, sense), sense, bound)
         for name, arm, measure, sense, bound in tuned
     ]
+    said += [
+        Criterion(f"E4, {HOLD_AUTO}: {name}", found.worst_ordinary(HOLD_AUTO, measure, sense), sense, bound)
+        for name, measure, sense, bound in usual
+    ]
     return said
 
 
@@ -132,8 +165,8 @@ def _extra_loss(own: Result, standard: Result) -> float:
 
 def arms_of(experiment: str, first: bool, quick: bool, extent: Extent = "usual") -> list[str]:
     """The arms to run on a seed. Only the first seed has the rivals and the sweep, unless ``extent`` is few; with
-    ``quick``, only the first has the fine-tuning."""
-    if quick and experiment == "E3" and not first:
+    ``quick``, only the first has E3 and E4."""
+    if quick and experiment in ("E3", "E4") and not first:
         return []
     names = ONCE[experiment] if first and extent != "few" else EVERY_SEED[experiment]
     names = (*names, *EXTRA[experiment]) if first and extent == "all" else names
@@ -154,6 +187,7 @@ def run_experiments(
         extent: which arms to run.
     """
     sizes, tuning = (QUICK, QUICK_TUNING) if quick else (Sizes(), fine_tuning.Sizes())
+    plain = QUICK_ORDINARY if quick else ordinary.Sizes()
     todo = [
         (where, name, seed)
         for where in ("E2", "E1")
@@ -183,10 +217,17 @@ def run_experiments(
             for job in todo
             if job not in guides and (like or job[1] not in GUIDED)
         ]
-        ended = [*first, *_done(pool, [*tuning_jobs, *jobs])]
+        ordinary_jobs = [
+            (train_ordinarily, name, seed, plain)
+            for seed in seeds
+            if "E4" in only
+            for name in arms_of("E4", seed == seeds[0], quick, extent)
+        ]
+        ended = [*first, *_done(pool, [*ordinary_jobs, *tuning_jobs, *jobs])]
     results = {(each.experiment, each.arm, each.seed): each for each in ended if isinstance(each, Result)}
     tuned = [each for each in ended if isinstance(each, Tuned)]
-    return Measurements(results, {(each.arm, each.seed): each for each in tuned})
+    usual = {(each.arm, each.seed): each for each in ended if isinstance(each, Ordinary)}
+    return Measurements(results, {(each.arm, each.seed): each for each in tuned}, usual)
 
 
 def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -209,6 +250,7 @@ def _done(pool: ProcessPoolExecutor, jobs: Sequence[tuple[Any, ...]]) -> list[An
 def report(found: Measurements, seeds: Sequence[int], seconds: float, only: Sequence[str] = EXPERIMENTS) -> Report:
     tables = [table(found.results, where) for where in ("E1", "E2") if where in only]
     tables += [fine_tuning_table(found.tuned)] if "E3" in only else []
+    tables += [ordinary_table(found.ordinary)] if "E4" in only else []
     said = [each for each in criteria(found) if each.name[:2] in only]
     holding = [each for each in found.of("E2", HOLD) if ("E2", STANDARD, each.seed) in found.results]
     cheaper = [each.validation - found.results["E2", STANDARD, each.seed].validation for each in holding]
@@ -217,6 +259,7 @@ def report(found: Measurements, seeds: Sequence[int], seconds: float, only: Sequ
     figure = f"mitigation: {held}{holds} of {len(said)} criteria hold; {len(seeds)} seeds, {seconds:.0f} s"
     measured = {"/".join(map(str, key)): each.plain() for key, each in found.results.items()}
     measured |= {f"E3/{arm}/{seed}": each.plain() for (arm, seed), each in found.tuned.items()}
+    measured |= {f"E4/{arm}/{seed}": each.plain() for (arm, seed), each in found.ordinary.items()}
     settings = {"seeds": list(seeds), "measured": measured}
     return Report("mitigation", tables, said, figure, settings)
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from benchmarks.mitigation.arms import ARMS, STANDARD
 from benchmarks.mitigation.fine_tuning import REPEATS, Tuned
+from benchmarks.mitigation.ordinary import Ordinary
 from benchmarks.mitigation.runs import Result
 
 TITLES = {
@@ -77,6 +78,34 @@ def fine_tuning_table(tuned: Mapping[tuple[str, int], Tuned]) -> Table:
             ),
             *(mean([each.last.losses[times] for each in arm]) for times in (REPEATS[-1], 0)),
             ", ".join(dict.fromkeys(each.verdict for each in arm if each.verdict)),
+        )
+    return rows
+
+
+def ordinary_table(found: Mapping[tuple[str, int], Ordinary]) -> Table:
+    """Losses of unseen text, in nats per token, at the best epoch and at the last."""
+    rows = _bare(
+        "E4: ordinary training over epochs, nothing planted. Held-out loss of unseen text at the epoch where it is "
+        "lowest and at the last. Δ: against standard. Mean over seeds [least, most].",
+        *("arm", "best\nepoch", "held-out\nthen", "Δ", "held-out at\nthe end", "Δ", "acted on\nvisits", "set point"),
+    )
+    for name in ARMS:
+        pairs = [
+            (each, found[STANDARD, seed])
+            for (which, seed), each in found.items()
+            if which == name and (STANDARD, seed) in found
+        ]
+        if not pairs:
+            continue
+        rows.add_row(
+            name,
+            mean([1 + each.held_out.index(each.best) for each, _ in pairs], 0),
+            range_of([each.best for each, _ in pairs], sign=""),
+            range_of([each.best - standard.best for each, standard in pairs]),
+            range_of([each.last for each, _ in pairs], sign=""),
+            range_of([each.last - standard.last for each, standard in pairs]),
+            mean([each.acted for each, _ in pairs]),
+            mean([each.set_point for each, _ in pairs]),
         )
     return rows
 

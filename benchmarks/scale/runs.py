@@ -122,8 +122,8 @@ def measure_size(samples: int, threads: int) -> SizeCosts:
     for step in (STEPS["then"], STEPS["last"]):
         visit_all(tracker, samples, step)
         record_controls(tracker, step + 10)
-        timed("evaluation", lambda: detector._evaluate(trainer, None))
-        timed("curves", lambda: curves._show(trainer))
+        timed("evaluation", lambda: detector._evaluate(trainer))
+        timed("curves", lambda: curves._log_evaluation(trainer))
     trim_heap()
     held = memory_in_use() - before
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
@@ -159,8 +159,8 @@ def _warm_up() -> None:
         trainer = _trainer([tracker, detector, curves])
         for callback in (tracker, detector, curves):
             callback.on_fit_start(trainer, None)  # type: ignore[arg-type]
-        detector._evaluate(trainer, None)
-        curves._show(trainer)
+        detector._evaluate(trainer)
+        curves._log_evaluation(trainer)
         RunReport(Path(folder) / "report.md").teardown(trainer, None, "fit")  # type: ignore[arg-type]
 
 

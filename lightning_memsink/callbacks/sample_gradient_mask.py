@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,8 @@ from lightning_memsink.losses.reweighting import OpenLoss
 from lightning_memsink.mitigation.gradient_routing import reserved_units, routing_hook
 from lightning_memsink.mitigation.hold import Reference, hold_weights, match_batch
 from lightning_memsink.mitigation.intervention_log import InterventionLog
-from lightning_memsink.mitigation.sample_weights import SampleWeights, is_latched, latch, latched_weights
+from lightning_memsink.mitigation.sample_weights import SampleWeights, described, is_latched, latch, latched_weights
+from lightning_memsink.mitigation.set_point import SetPoint
 from lightning_memsink.samples.chosen_sources import ChosenSources, labels_of
 from lightning_memsink.samples.loss_table import LossTable
 
@@ -47,9 +49,9 @@ class SampleGradientMask(LossWeighing):
             it. These three never take back what they act on. So a sample must be memorized by a p-value that passes at
             the share of the false-discovery rate that its evaluation may spend (`detection.alpha_spending`), which
             falls from a half as evaluations double. Late in a run that takes more controls than a verdict does.
-        at: the set point, in nats of the loss (per token for token losses). In fine-tuning for many epochs, where the
-            loss of all training samples falls below that of others, .75 held numbers as well as .5 and cost nothing at
-            the best epoch (`benchmarks.mitigation`, E3).
+        at: the set point, in nats of the loss (per token for token losses). ``auto``: half a nat more than samples of
+            this run usually stand below their controls while these still improve (`mitigation.set_point`). Nothing is
+            held before that was measured, at the second evaluation.
         k: number of controls that a sample is compared with.
         weight: 0…1, the factor on a flagged sample's gradient in mode ``attenuate``.
         reserved: share of each hidden layer's units, its last ones, open to flagged samples in mode ``route``.
@@ -67,7 +69,7 @@ class SampleGradientMask(LossWeighing):
     def __init__(
         self,
         mode: Mode = "hold",
-        at: float = 0.5,
+        at: float | Literal["auto"] = "auto",
         k: int = 8,
         weight: float = 0.1,
         reserved: float = 0.1,
@@ -76,8 +78,8 @@ class SampleGradientMask(LossWeighing):
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is one of {', '.join(map(repr, get_args(Mode)))}, but it is {mode!r}.")
-        if not at >= 0:
-            raise ValueError(f"at is a gap in nats, at least 0, but it is {at}.")
+        if at != "auto" and not (isinstance(at, (int, float)) and at >= 0):
+            raise ValueError(f"at is a gap in nats, at least 0, or 'auto', but it is {at!r}.")
         if k < 1:
             raise ValueError(f"k is a number of controls, at least 1, but it is {k}.")
         if not 0 <= weight <= 1:
@@ -89,14 +91,10 @@ class SampleGradientMask(LossWeighing):
         super().__init__()
         self.sources = None if sources is None else ChosenSources(sources)
         self.mode, self.at, self.k, self.weight, self.reserved, self.modules = mode, at, k, weight, reserved, modules
-        descriptions = {
-            "hold": f"leaves out the gradient of samples more than {at:g} nats below their matched controls",
-            "skip": "leaves out the gradient of samples from the moment they are flagged",
-            "attenuate": f"multiplies the gradient of samples by {weight:g} from the moment they are flagged",
-            "route": f"routes the gradient of flagged samples to {reserved:.0%} of the hidden units",
-        }
+        self.set_point = SetPoint() if at == "auto" else None
+        """Where it is measured in the run."""
         of_sources = "" if self.sources is None else f" ({self.sources})"
-        self.interventions = InterventionLog(descriptions[mode] + of_sources, "gradient")
+        self.interventions = InterventionLog(described(mode, at, weight, reserved) + of_sources, "gradient")
         self.latched = torch.zeros(0, dtype=torch.int64)
         """Sorted ids of samples that were ever memorized for good. A verdict would not last: the loss of a sample that
         is left out rises again."""
@@ -184,6 +182,7 @@ class SampleGradientMask(LossWeighing):
             "latched": self.latched,
             "evaluations": self._evaluations,
             "backwards": self._backwards or self._backwards_before,
+            **({} if self.set_point is None else {"set_point": self.set_point.state_dict()}),
             **super().state_dict(),
         }
 
@@ -191,6 +190,8 @@ class SampleGradientMask(LossWeighing):
         with restoring("SampleGradientMask"):
             self.latched, self._backwards_before = state_dict["latched"].clone(), state_dict["backwards"]
             self._evaluations = state_dict.get("evaluations", -1)  # version 0.1.0 saved none
+            if self.set_point is not None and "set_point" in state_dict:
+                self.set_point.load_state_dict(state_dict["set_point"])
             super().load_state_dict(state_dict)
 
     # Private ------------------------------------------------------------------------------------------------------
@@ -229,8 +230,16 @@ class SampleGradientMask(LossWeighing):
         matched = batch.matched
         if self.sources is not None:
             matched = matched & self.sources.includes(table, rows)
-        weights = hold_weights(losses, batch.expected, matched, self.at)
+        weights = hold_weights(losses, batch.expected, matched, self._at)
         return SampleWeights(weights, opened.shares(), batch.unmatched, batch.unknown)
+
+    @property
+    def _at(self) -> float:
+        """The set point of now, in nats; infinite while it is not known."""
+        return float(self.at) if self.set_point is None else self.set_point.value
+
+    def _levels(self) -> dict[str, float]:
+        return {"set_point": self._at} if self.mode == "hold" and math.isfinite(self._at) else {}
 
     def _reference_of(self, ledger: Ledger) -> Reference | None:
         """The controls to compare with, prepared again after each of their evaluations; None, and a warning, if there
@@ -245,6 +254,8 @@ class SampleGradientMask(LossWeighing):
                     "as the training set is drawn, or split it off, LossTracker(control_fraction=0.05)",
                 )
             self._known = self._unmatched = 0
+            if self.set_point is not None:
+                self.set_point.update(ledger.losses, controls, self.k)
             try:
                 self._reference = (evaluation, Reference.of(controls.features, controls.unknown_to_the_model, self.k))
             except ValueError as error:

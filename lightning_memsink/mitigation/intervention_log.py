@@ -8,6 +8,9 @@ from typing import Any
 
 from lightning_memsink._distributed import gather, is_first
 
+LEVELS = ("removed", "set_point")
+"""Of a record, what is no count: the share removed, and the set point of `hold` in nats."""
+
 
 class InterventionLog:
     """The interventions of one mitigation: visits, samples acted on, and the share removed.
@@ -30,7 +33,7 @@ class InterventionLog:
         self.description, self.unit = description, unit
         self.records: list[dict[str, float]] = []
         """One per evaluation: its ``step``, and since the previous record the ``visits`` of samples, how many of these
-        were ``acted`` on, the mean share ``removed``, and the further counts."""
+        were ``acted`` on, the mean share ``removed``, the further counts, and the levels (`LEVELS`)."""
         self.latest_step = -1
         """The step of the last evaluation that was closed, whether or not a batch was counted; -1 before the first."""
         self.by_source: dict[str, int] = {}
@@ -49,8 +52,9 @@ class InterventionLog:
         """Counts the sources of the samples acted on in one training batch; None for a sample without one."""
         _add(self._open_by_source, Counter(label for label in labels if label is not None))
 
-    def close_evaluation(self, step: int) -> None:
-        """Adds a record of the batches since the last evaluation. Every process calls it: the counts are gathered."""
+    def close_evaluation(self, step: int, **levels: float) -> None:
+        """Adds a record of the batches since the last evaluation, and of the ``levels`` that were acted by. Every
+        process calls it: the counts are gathered."""
         self.latest_step = step
         gathered = gather((self._steps, self._open, self._open_by_source))
         self._steps, self._open, self._open_by_source = 0, {}, {}
@@ -60,7 +64,7 @@ class InterventionLog:
                 record[name] = record.get(name, 0.0) + value
             _add(self.by_source, by_source)
         if steps:
-            self.records.append({"step": float(step), **record, "removed": record["removed"] / steps})
+            self.records.append({"step": float(step), **record, "removed": record["removed"] / steps, **levels})
 
     def total(self, name: str) -> float:
         """A count over the whole run so far: the sum, or for ``removed`` the mean weighted by visits."""

@@ -11,6 +11,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from lightning_memsink.mitigation.set_point import MARGIN
+
 
 @dataclass(frozen=True)
 class SampleWeights:
@@ -56,3 +58,17 @@ def latched_weights(ids: Tensor, latched: Tensor, weight: float) -> Tensor:
     weights = torch.ones(len(ids))
     weights[is_latched(ids, latched)] = weight
     return weights
+
+
+def described(mode: str, at: float | str, weight: float, reserved: float) -> str:
+    """What a `SampleGradientMask` with these arguments does, as a predicate."""
+    farther = f"{MARGIN:g} nats further below their matched controls than samples usually are"
+    predicates = {
+        "hold": f"leaves out the gradient of samples more than {farther}"
+        if at == "auto"
+        else f"leaves out the gradient of samples more than {at:g} nats below their matched controls",
+        "skip": "leaves out the gradient of samples from the moment they are flagged",
+        "attenuate": f"multiplies the gradient of samples by {weight:g} from the moment they are flagged",
+        "route": f"routes the gradient of flagged samples to {reserved:.0%} of the hidden units",
+    }
+    return predicates[mode]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_memsink.mitigation.certificate import Certificate
-from lightning_memsink.mitigation.intervention_log import InterventionLog
+from lightning_memsink.mitigation.intervention_log import LEVELS, InterventionLog
 from lightning_memsink.reporting.formatting import percent
 
 PREFIX = "mitigation/"
@@ -13,15 +13,17 @@ PREFIX = "mitigation/"
 
 def action_series(interventions: Mapping[str, InterventionLog]) -> dict[str, float]:
     """``mitigation/NAME/…`` of the last evaluation, per mitigation: the share of sample visits ``acted`` on since the
-    evaluation before, the share ``removed`` (of the gradient, say), and every other count as a share of visits.
+    evaluation before, the share ``removed`` (of the gradient, say), the ``set_point`` of `hold` in nats, and every
+    other count as a share of visits.
     """
     series: dict[str, float] = {}
     for name, log in interventions.items():
         if not log.records or not log.records[-1]["visits"]:
             continue
         last = log.records[-1]
-        counted = {key: value / last["visits"] for key, value in last.items() if key not in ("step", "visits")}
-        series |= {f"{PREFIX}{name}/{key}": value for key, value in {**counted, "removed": last["removed"]}.items()}
+        for key, value in last.items():
+            if key not in ("step", "visits"):
+                series[f"{PREFIX}{name}/{key}"] = value if key in LEVELS else value / last["visits"]
     return series
 
 
@@ -44,6 +46,7 @@ def what_was_done(interventions: Mapping[str, InterventionLog], certificate: Cer
             f"{name} {log.description}: it acted on {percent(acted)} of {visits:,.0f} sample visits"
             f"{_at_the_end(log, acted)} and removed {percent(log.total('removed'))} of the {log.unit}."
         )
+        lines += _set_points(log)
         unmatched = log.total("unmatched") / visits
         if unmatched:
             lines.append(f"It did not act on {percent(unmatched)} of visits, which had no matched control.")
@@ -64,6 +67,15 @@ def acted_shares(history: Sequence[Mapping[str, float]]) -> dict[str, list[tuple
             if key.startswith(PREFIX) and key.endswith("/acted"):
                 shares.setdefault(key.removeprefix(PREFIX).removesuffix("/acted"), []).append((row["step"], value))
     return shares
+
+
+def _set_points(log: InterventionLog) -> list[str]:
+    """Between which values a set point that is measured in the run has moved."""
+    moved = [record["set_point"] for record in log.records if "set_point" in record]
+    if len({round(each, 2) for each in moved}) < 2:
+        return []
+    ends = f"between {min(moved):.2f} and {max(moved):.2f} nats"
+    return [f"Its set point moved with the run, {ends}; it was {moved[-1]:.2f} at the end."]
 
 
 def _at_the_end(log: InterventionLog, overall: float) -> str:

@@ -36,7 +36,7 @@ from tests.support.small_runs import (
 )
 
 ACTING = [
-    {"mode": "hold"},
+    {"mode": "hold", "at": 0.5},
     {"mode": "skip"},
     {"mode": "attenuate", "weight": 0.1},
     {"mode": "route"},

@@ -38,8 +38,8 @@ from tests.support.small_runs import (
     ("options", "message"),
     [
         ({"mode": "drop"}, r"mode is one of 'hold', 'skip', 'attenuate', 'route', but it is 'drop'\."),
-        ({"at": -1.0}, "at is a gap in nats, at least 0, but it is -1.0"),
-        ({"at": float("nan")}, "at is a gap in nats, at least 0, but it is nan"),
+        ({"at": -1.0}, "at is a gap in nats, at least 0, or 'auto', but it is -1.0"),
+        ({"at": float("nan")}, "at is a gap in nats, at least 0, or 'auto', but it is nan"),
         ({"k": 0}, "k is a number of controls, at least 1, but it is 0"),
         ({"weight": 1.5}, "weight is the factor on a flagged sample.s gradient, between 0 and 1, but it is 1.5"),
         ({"reserved": 1.0}, "reserved is a share of each layer's units between 0 and 1, but it is 1.0"),

@@ -77,9 +77,13 @@ class Mitigation(Callback, ABC):
     def _count(self) -> None:
         """Counts what a device has still to say of the steps so far."""
 
+    def _levels(self) -> dict[str, float]:
+        """What the mitigation acts by, by name, for the record of an evaluation; the same in every process."""
+        return {}
+
     def _close_evaluation(self, step: int) -> None:
         self._count()
-        self.interventions.close_evaluation(step)
+        self.interventions.close_evaluation(step, **self._levels())
 
 
 class LossWeighing(Mitigation):
