@@ -22,7 +22,7 @@ from lightning_memsink.mitigation.gradient_routing import reserved_units, routin
 from lightning_memsink.mitigation.hold import Reference, hold_weights, match_batch
 from lightning_memsink.mitigation.intervention_log import InterventionLog
 from lightning_memsink.mitigation.sample_weights import SampleWeights, described, is_latched, latch, latched_weights
-from lightning_memsink.mitigation.set_point import SetPoint
+from lightning_memsink.mitigation.set_point import UNMEASURED, SetPoint
 from lightning_memsink.samples.chosen_sources import ChosenSources, labels_of
 from lightning_memsink.samples.loss_table import LossTable
 
@@ -256,6 +256,8 @@ class SampleGradientMask(LossWeighing):
             self._known = self._unmatched = 0
             if self.set_point is not None:
                 self.set_point.update(ledger.losses, controls, self.k)
+                if self.set_point.is_overdue:
+                    self._warn("every sample", UNMEASURED.format(evaluations=self.set_point.evaluations))
             try:
                 self._reference = (evaluation, Reference.of(controls.features, controls.unknown_to_the_model, self.k))
             except ValueError as error:

@@ -30,6 +30,13 @@ CHANCE = 0.99
 match."""
 LEAST = 16
 """Samples from which it can be told where samples usually stand."""
+PATIENCE = 4
+"""Evaluations of the controls after which it should be measured."""
+UNMEASURED = (
+    "its set point could not be measured in {evaluations} evaluations of the controls. Two in a row must be of the "
+    "same held-out samples, and samples that match them must be trained on in between. Or set it by hand, "
+    "SampleGradientMask(at=0.75)"
+)
 
 
 class SetPoint:
@@ -46,6 +53,11 @@ class SetPoint:
         self._step = -1  # of the last of them
         self._best_ids = torch.zeros(0, dtype=torch.int64)
         self._best = torch.zeros(0)
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it was not measured in as many evaluations as should do."""
+        return self.evaluations >= PATIENCE and math.isinf(self.value)
 
     def update(self, table: LossTable, controls: ControlTable, k: int = 8) -> None:
         """Looks at the latest evaluation of ``controls``, once.

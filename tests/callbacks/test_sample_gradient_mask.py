@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from lightning_memsink.detection.verdicts import Verdict
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.losses.step_reader import StepReader
 from lightning_memsink.mitigation.gradient_routing import reserved_units, route
+from lightning_memsink.reporting.mitigation_summary import action_series, what_was_done
 from lightning_memsink.samples.hashing import content_ids
 from tests.support.small_runs import (
     CANARIES,
@@ -36,6 +39,7 @@ from tests.support.small_runs import (
 )
 
 ACTING = [
+    {"mode": "hold"},
     {"mode": "hold", "at": 0.5},
     {"mode": "skip"},
     {"mode": "attenuate", "weight": 0.1},
@@ -75,6 +79,39 @@ def test_hold_keeps_canaries_near_the_set_point_and_helps_the_rest(plain):
         totals["acted"] / totals["visits"], abs=0.01
     )
     assert len(TRAIN) > totals["unknown"] >= 200, "a sample has no features before its first visit was recorded"
+
+
+def test_a_set_point_that_is_measured_holds_canaries_and_helps_the_rest(plain):
+    """A quarter of the visits here are of canaries. Samples of the chain are all at one loss, whatever their number."""
+    mask = SampleGradientMask()
+    run, model = fit([*watch(), mask], max_epochs=6)
+    assert loss_of(model, CANARIES) > loss_of(plain[1], CANARIES) + 2
+    assert loss_of(model, chain(60, seed=77)) < loss_of(plain[1], chain(60, seed=77))
+    records = mask.interventions.records
+    assert "set_point" not in records[0] and records[0]["acted"] == 0, "there was no evaluation to compare with"
+    assert all(math.isfinite(each["set_point"]) for each in records[2:])
+    assert action_series({"hold": mask.interventions})["mitigation/hold/set_point"] == mask.set_point.value
+    assert mask.set_point.value in [each.get("set_point") for each in records]
+    words = " ".join(what_was_done(Ledger.of(run).interventions, None))
+    assert "0.5 nats further below their matched controls than samples usually are" in words
+    assert "Its set point moved with the run, between" in words
+
+
+def test_a_set_point_that_cannot_be_measured_is_said_once():
+    """Each evaluation has other controls: nothing tells whether they improve."""
+
+    class Others(DataLoader):
+        def __iter__(self):
+            self.times = getattr(self, "times", 0) + 1
+            return iter(control_loader(chain(60, seed=100 + self.times)))
+
+    mask = SampleGradientMask()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([*watch(), mask], max_epochs=4, controls=Others(Rows(chain(60, seed=1)), 20))
+    said = [str(each.message) for each in caught if "set point" in str(each.message)]
+    assert len(said) == 1 and "could not be measured in 4 evaluations" in said[0] and "at=0.75" in said[0]
+    assert mask.interventions.total("acted") == 0
 
 
 def test_a_higher_set_point_lets_more_be_memorized():
