@@ -13,7 +13,7 @@ import torch
 from benchmarks.common import planted_text as mitigation_data
 from benchmarks.common.planted_text import WORLDS, Sizes, source_code
 from benchmarks.mitigation import benchmark as mitigation
-from benchmarks.mitigation import fine_tuning
+from benchmarks.mitigation import fine_tuning, ordinary
 from benchmarks.mitigation import runs as mitigation_runs
 from benchmarks.mitigation.arms import (
     ARMS,
@@ -21,6 +21,7 @@ from benchmarks.mitigation.arms import (
     EXTRA,
     GUIDED,
     HOLD,
+    HOLD_AUTO,
     MEMSINKS,
     STANDARD,
     SWEEP,
@@ -30,6 +31,7 @@ from benchmarks.mitigation.arms import (
 )
 from benchmarks.mitigation.figure import draw, frontier, points_of
 from benchmarks.mitigation.fine_tuning import REPEATS, Epoch, Tuned, made_up, pretrain, recall_of, sentences, tune
+from benchmarks.mitigation.ordinary import Ordinary, train_ordinarily
 from benchmarks.mitigation.runs import Learner, Measured, Result, Visits, gpt, run
 from lightning_memsink.examples.corpora import tokenized
 
@@ -64,7 +66,8 @@ def corpus():
 @pytest.fixture(autouse=True)
 def small_text(monkeypatch, corpus):
     monkeypatch.setattr(mitigation_data, "documentation", lambda seed: corpus)
-    monkeypatch.setattr(fine_tuning, "documentation", lambda seed: corpus)
+    for module in (fine_tuning, ordinary):
+        monkeypatch.setattr(module, "documentation", lambda seed: corpus)
     for module in (mitigation_data, fine_tuning):
         monkeypatch.setattr(module, "source_code", lambda: some_texts(120, seed=1))
 
@@ -223,6 +226,29 @@ def test_fine_tuning_evaluates_every_epoch_and_early_stopping_counts_at_its_best
     assert Tuned("x", 0, 6, epochs, 0.0, "", 0.0).best is epochs[1]
     assert epochs[0].total == 1
     assert tune(tmp_path / "model", MEMSINKS, 0, TINY_TUNING).verdict
+
+
+def test_ordinary_training_is_measured_after_each_epoch(monkeypatch):
+    monkeypatch.setattr(ordinary, "gpt", partial(gpt, width=32, layers=1))
+    sizes = ordinary.Sizes(texts=128, controls=32, unseen=16, epochs=3, every=2)
+    plain, held = (train_ordinarily(name, 0, sizes) for name in (STANDARD, HOLD_AUTO))
+    assert len(plain.held_out) == len(held.held_out) == 3
+    assert plain.best == min(plain.held_out) and plain.last == plain.held_out[-1]
+    assert math.isnan(plain.acted) and math.isnan(plain.set_point)
+    assert held.set_point >= 0.5 and 0 <= held.acted < 0.5
+
+
+def test_an_ordinary_training_may_cost_no_more_than_a_hundredth_at_its_best_epoch():
+    def found(*losses):
+        arms = zip((STANDARD, HOLD_AUTO), losses, strict=True)
+        trained = {(name, 0): Ordinary(name, 0, own, math.nan, math.nan, 1.0) for name, own in arms}
+        said = mitigation.criteria(mitigation.Measurements(ordinary=trained))
+        return {each.name.split(": ")[1].split(" against")[0]: each for each in said if each.name[:2] == "E4"}
+
+    good, bad = found((4.0, 3.0, 3.5), (4.0, 3.005, 3.2)), found((4.0, 3.0, 3.5), (4.0, 3.05, 3.49))
+    assert good["held-out at its best"].holds and good["held-out at the end"].holds
+    assert good["held-out at the end"].value == pytest.approx(-0.3)
+    assert not bad["held-out at its best"].holds and not bad["held-out at the end"].holds
 
 
 # All of it --------------------------------------------------------------------------------------------------------
