@@ -29,7 +29,7 @@ CHANCE = 0.99
 """Share of the controls that stand no further below other controls than the margin is: by so much samples differ that
 match."""
 LEAST = 16
-"""Samples from which it can be told where samples usually stand."""
+"""Samples that it takes to say where samples usually stand."""
 PATIENCE = 4
 """Evaluations of the controls after which it should be measured."""
 UNMEASURED = (
