@@ -122,7 +122,7 @@ def labelled(batch: Any, shift: int = 1) -> Tensor:
     return count / count.sum()
 
 
-causal = family(network=gpt, data=texts(False), shares=labelled)
+causal = family(network=gpt, data=texts(False), shares=labelled, ids_by_content=True)
 
 RUNS = cases(
     "runs",
