@@ -188,7 +188,7 @@ def bits(value: Any) -> str:
 def _update(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(value.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, dict):
         for key, part in value.items():
             digest.update(f"{key!r}:".encode())
