@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memsink.detection.feature_units import farthest, in_units, standard_units
+from lightning_memsink.detection.feature_units import in_units, limit_of, standard_units
+from lightning_memsink.detection.knn import nearest
 from lightning_memsink.detection.matched_controls import DetectionRule
 
 
@@ -37,6 +38,8 @@ class Reference:
     k: int
     limit: float
     """Mean distance to k controls beyond which a sample has no match."""
+    others: Tensor
+    """``[M, k]`` the nearest other controls of each."""
 
     @classmethod
     def of(cls, features: Tensor, losses: Tensor, k: int = 8, reach: float = 2.0) -> Reference:
@@ -59,7 +62,8 @@ class Reference:
             )
         units = standard_units(features[finite])
         points = in_units(features[finite], units)
-        return cls(losses[finite], points, *units, k, float(farthest(points, k, reach)))
+        others, apart = nearest(points, points, k, leave_one_out=True)
+        return cls(losses[finite], points, *units, k, float(limit_of(apart, reach)), others)
 
     def expected(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """For samples with ``features`` ``[B, F]``: the mean loss ``[B]``, in nats, of each sample's k nearest

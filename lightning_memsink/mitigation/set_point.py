@@ -123,9 +123,8 @@ def compare(table: LossTable, controls: ControlTable, best: Tensor, k: int = 8) 
     if int(matched.sum()) < LEAST:
         return None
     index, rows = index[matched], rows[matched]
-    others, _ = nearest(reference.points, reference.points, k, leave_one_out=True)
     return Standing(
         reference.losses[index].mean(1) - table.last_loss[rows],
         (controls.latest - best)[some][index].mean(1),
-        reference.losses[others].mean(1) - reference.losses,
+        reference.losses[reference.others].mean(1) - reference.losses,
     )

@@ -46,7 +46,7 @@ def test_nothing_is_held_before_it_was_measured():
     run.visit(12, 0.2)
     run.evaluate(20, 3.9)
     point.update(run.table, run.controls)
-    assert point.value == pytest.approx(0.2 + MARGIN, abs=0.01)
+    assert point.value == pytest.approx(0.2 + MARGIN, abs=1e-5)
 
 
 def test_it_follows_what_samples_have_in_common_until_the_controls_are_at_their_best():
@@ -58,7 +58,7 @@ def test_it_follows_what_samples_have_in_common_until_the_controls_are_at_their_
         run.evaluate(step, level)
         point.update(run.table, run.controls)
         expected = {20: 0.1, 30: 0.6, 40: 0.6, 50: 0.6, 60: 0.9}[step]
-        assert point.value == pytest.approx(expected + MARGIN, abs=0.01), step
+        assert point.value == pytest.approx(expected + MARGIN, abs=1e-5), step
 
 
 def test_samples_that_stand_above_their_controls_do_not_lower_it():
@@ -108,7 +108,7 @@ def test_an_evaluation_is_looked_at_once_and_a_restored_one_goes_on():
     run.evaluate(50, 3.1)
     for each in (point, restored):
         each.update(run.table, run.controls)
-    assert restored.value == point.value == pytest.approx(1.0 + MARGIN, abs=0.01)
+    assert restored.value == point.value == pytest.approx(1.0 + MARGIN, abs=1e-5)
 
 
 def test_other_controls_than_before_begin_a_history_of_their_own():
@@ -124,7 +124,7 @@ def test_other_controls_than_before_begin_a_history_of_their_own():
     run.visit(35, 0.7)
     run.evaluate(40, 2.9, ids=torch.arange(CONTROLS) + 1000)
     point.update(run.table, run.controls)
-    assert point.value == pytest.approx(0.7 + MARGIN, abs=0.01)
+    assert point.value == pytest.approx(0.7 + MARGIN, abs=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["no features", "one control", "no finite loss", "trained on", "no visits"])
