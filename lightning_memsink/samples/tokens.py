@@ -108,7 +108,7 @@ def stack(texts: Sequence[Tokens]) -> Tokens:
     return Tokens(ids, masks)
 
 
-def joined(texts: Sequence[Tokens]) -> list[Tokens]:
+def joined_by_width(texts: Sequence[Tokens]) -> list[Tokens]:
     """Batches of text, those of one width that follow one another as one: torch takes longer for each call than for
     the few tokens of a batch."""
     runs = (list(run) for _, run in groupby(texts, lambda text: text.ids.shape[1]))

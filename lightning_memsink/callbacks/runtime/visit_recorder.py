@@ -22,7 +22,7 @@ from lightning_memsink.samples.hashing import text_ids
 from lightning_memsink.samples.loss_table import LossTable
 from lightning_memsink.samples.rows_seen import RowsSeen
 from lightning_memsink.samples.shared_texts import SharedTexts
-from lightning_memsink.samples.tokens import Tokens, joined, stack
+from lightning_memsink.samples.tokens import Tokens, joined_by_width, stack
 from lightning_memsink.samples.visits import Visit, Visits
 from lightning_memsink.samples.windows import join_windows
 
@@ -170,10 +170,11 @@ class VisitRecorder:
     def _record(self, visits: list[Visit]) -> None:
         joined = Visits.joined(visits)
         ids, losses, elements = joined.ids, joined.losses, joined.elements
+        texts = [visit.tokens for visit in visits if visit.tokens is not None]
         known, is_part = len(self.table), None
         if joined.may_be_windows and joined.are_texts:
             at = self.table.rows_of(ids)
-            windows = torch.cat([text_ids(visit.tokens) for visit in visits if visit.tokens is not None])
+            windows = torch.cat([text_ids(tokens) for tokens in joined_by_width(texts)])
             losses, elements, is_part = join_windows(
                 self.table, at, losses, elements, windows, joined.epochs, joined.steps
             )
@@ -185,7 +186,6 @@ class VisitRecorder:
         if not joined.are_texts:
             write_features(self.table, rows, rows >= known, None, joined.features)
             return
-        texts = [visit.tokens for visit in visits if visit.tokens is not None]
         self._describe(rows, rows >= known, ids, texts, joined.features)
 
     def _describe(self, rows: Tensor, new: Tensor, ids: Tensor, texts: list[Tokens], extra: Tensor | None) -> None:
@@ -197,7 +197,7 @@ class VisitRecorder:
             changed = None
             for some, tokens in zip(ids.split([len(text.ids) for text in texts]), texts, strict=True):
                 changed = self.content_check.check(some, tokens) or changed
-            whole = joined(texts)
+            whole = joined_by_width(texts)
             sizes = [len(tokens.ids) for tokens in whole]
             for some, tokens in zip(ids.split(sizes), whole, strict=True):
                 self.shared_texts.note(some, tokens)
