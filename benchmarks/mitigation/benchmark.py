@@ -72,16 +72,11 @@ class Measurements:
         ]
         return _worst(values, sense)
 
-    def worst_tuned(self, arm: str, measure: Callable[[Tuned, Tuned], float], sense: str) -> float:
-        return _worst_of(self.tuned, arm, measure, sense)
-
-    def worst_ordinary(self, arm: str, measure: Callable[[Ordinary, Ordinary], float], sense: str) -> float:
-        return _worst_of(self.ordinary, arm, measure, sense)
-
 
 def _worst_of(
     found: Mapping[tuple[str, int], Each], arm: str, measure: Callable[[Each, Each], float], sense: str
 ) -> float:
+    """As `Measurements.worst`, of one experiment's results by arm and seed."""
     values = [
         measure(each, found[STANDARD, seed])
         for (name, seed), each in found.items()
@@ -98,7 +93,6 @@ def _worst(values: Sequence[float], sense: str) -> float:
 
 def criteria(found: Measurements) -> list[Criterion]:
     """All criteria, each evaluated on the worst seed."""
-    domain = "domain"
     runs: list[tuple[str, str, str, Callable[[Result, Result], float], Any, float]] = [
         ("canaries said", "E1", STANDARD, lambda own, _: own.kinds["canary"].exact, ">=", 0.9),
         ("canaries said", "E1", MEMSINKS, lambda own, _: own.kinds["canary"].exact, "<=", 0.05),
@@ -110,7 +104,7 @@ def criteria(found: Measurements) -> list[Criterion]:
         ("false flags among all that is not memorized", "E1", SKIP, lambda own, _: own.false_flags, "<=", 0.03),
         ("validation against standard, nats", "E2", HOLD, _extra_loss, "<=", 0.0),
         ("unseen text of the domain against standard, nats", "E2", HOLD,
-         lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
+         _extra_loss_of_domain, "<=", 0.0),
         ("gap of the domain cut by", "E2", HOLD, lambda own, std: 1 - own.gap / std.gap, ">=", 0.55),
         ("canaries said", "E2", HOLD, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
         ("canaries said", "E1", HOLD_AUTO, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
@@ -118,7 +112,7 @@ def criteria(found: Measurements) -> list[Criterion]:
         ("canaries said", "E2", HOLD_AUTO, lambda own, _: own.kinds["canary"].exact, "<=", 0.0),
         ("validation against standard, nats", "E2", HOLD_AUTO, _extra_loss, "<=", 0.01),
         ("unseen text of the domain against standard, nats", "E2", HOLD_AUTO,
-         lambda own, std: own.kinds[domain].unseen - std.kinds[domain].unseen, "<=", 0.0),
+         _extra_loss_of_domain, "<=", 0.0),
     ]  # fmt: skip
     tuned: list[tuple[str, str, Callable[[Tuned, Tuned], float], Any, float]] = [
         ("numbers said at the end", STANDARD, lambda own, _: own.last.total / own.sentences, ">=", 0.6),
@@ -149,14 +143,18 @@ def criteria(found: Measurements) -> list[Criterion]:
     ]
     said.append(Criterion("E1, MemSinks: loss on repeated text, tied by untied", _worst(ratios, ">="), ">=", 3.0))
     said += [
-        Criterion(f"E3, {arm}: {name}", found.worst_tuned(arm, measure, sense), sense, bound)
+        Criterion(f"E3, {arm}: {name}", _worst_of(found.tuned, arm, measure, sense), sense, bound)
         for name, arm, measure, sense, bound in tuned
     ]
     said += [
-        Criterion(f"E4, {HOLD_AUTO}: {name}", found.worst_ordinary(HOLD_AUTO, measure, sense), sense, bound)
+        Criterion(f"E4, {HOLD_AUTO}: {name}", _worst_of(found.ordinary, HOLD_AUTO, measure, sense), sense, bound)
         for name, measure, sense, bound in usual
     ]
     return said
+
+
+def _extra_loss_of_domain(own: Result, standard: Result) -> float:
+    return own.kinds["domain"].unseen - standard.kinds["domain"].unseen
 
 
 def _extra_loss(own: Result, standard: Result) -> float:

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from benchmarks.common.planted_text import documentation, source_code, split_background
-from benchmarks.mitigation.arms import ARMS, watching
+from benchmarks.mitigation.arms import ARMS, acted_share, watching
 from benchmarks.mitigation.runs import IGNORED, Learner, Visits, fit, gpt, json_able
 from lightning_memsink.examples.corpora import tokenized
 from lightning_memsink.ledger import Ledger
@@ -220,8 +220,7 @@ def tune(folder: Path, name: str, seed: int, sizes: Sizes) -> Tuned:
     )  # fmt: skip
     ledger = Ledger.of(trainer)
     certificate = ledger.get(Ledger.certificate)
-    acted = [one.total("acted") / max(1.0, one.total("visits")) for one in ledger.interventions.values()]
     return Tuned(
-        name, seed, len(REPEATS) * sizes.sentences, tuple(recall.epochs), max(acted, default=float("nan")),
+        name, seed, len(REPEATS) * sizes.sentences, tuple(recall.epochs), acted_share(ledger),
         "" if certificate is None else certificate.verdict, time.perf_counter() - start,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common.planted_text import documentation, split_background
 from benchmarks.common.training import token_nll
-from benchmarks.mitigation.arms import ARMS, watching
+from benchmarks.mitigation.arms import ARMS, acted_share, watching
 from benchmarks.mitigation.runs import Learner, Visits, fit, gpt, json_able
 from lightning_memsink.ledger import Ledger
 
@@ -93,10 +93,11 @@ def train_ordinarily(name: str, seed: int, sizes: Sizes) -> Ordinary:
         module, Visits(train, torch.arange(len(train)), seed=seed), [*watching(acting), *acting, measured], seed,
         Visits(controls, torch.arange(len(controls))) if acting else None, epochs=sizes.epochs, every=sizes.every,
     )  # fmt: skip
-    logs = list(Ledger.of(trainer).interventions.values())
+    ledger = Ledger.of(trainer)
+    logs = ledger.interventions.values()
     return Ordinary(
         name, seed, tuple(measured.losses),
-        max((one.total("acted") / max(1.0, one.total("visits")) for one in logs), default=float("nan")),
+        acted_share(ledger),
         next((one.records[-1].get("set_point", float("nan")) for one in logs if one.records), float("nan")),
         time.perf_counter() - start,
     )  # fmt: skip

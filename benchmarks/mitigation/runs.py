@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common.planted_text import WORLDS, Kind, Sizes, World
 from benchmarks.common.training import WARMUP, exact_match, token_nll
-from benchmarks.mitigation.arms import ARMS, Gate, watching
+from benchmarks.mitigation.arms import ARMS, Gate, acted_share, watching
 from lightning_memsink.callbacks.memsinks import MemSinks
 from lightning_memsink.ledger import Ledger
 from lightning_memsink.mitigation.designed_sinks import masked
@@ -285,7 +285,6 @@ def run(experiment: str, name: str, seed: int, sizes: Sizes, like: Mapping[str, 
     callbacks = [*watching(acting), *acting, *([flagged] if acting else []), counter, examiner]
     controls = Visits(world.controls, torch.arange(len(world.controls))) if acting else None
     trainer = fit(module, Visits(seen.tokens, seen.rows, seed=seed), callbacks, seed, controls)
-    actions = list(Ledger.of(trainer).interventions.values())
     kinds = {}
     for kind in world.kinds:
         ids = world.ids(kind.name)
@@ -297,6 +296,6 @@ def run(experiment: str, name: str, seed: int, sizes: Sizes, like: Mapping[str, 
         )
     return Result(
         experiment, name, seed, world.repeated, kinds,
-        acted=max((one.total("acted") / max(1.0, one.total("visits")) for one in actions), default=NAN),
+        acted=acted_share(Ledger.of(trainer)),
         seconds=time.perf_counter() - start,
     )  # fmt: skip
